@@ -1,0 +1,1 @@
+"""Evaluation: RULER, LongBench, needle and perplexity."""
