@@ -4,7 +4,12 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOTS = {"kvpress": "kvpress", "kvpress.policies": "policies", "kvpress.kernels": "kernels", "kvpress.longbench": "longbench"}
+ROOTS = {
+    "kvpress": "kvpress",
+    "kvpress.policies": "policies",
+    "kvpress.kernels": "kernels",
+    "kvpress.longbench": "longbench",
+}
 
 
 def packages() -> list[str]:

@@ -1,0 +1,50 @@
+"""Checks that every operation makes of its arguments, and the layout of slots they share.
+
+Slots come in one of two layouts:
+
+- *dense*: ``keys [batch, kv_heads, slots, dim]``, any strides with a contiguous last dimension;
+- *flat*: ``keys [rows, dim]`` with ``starts [batch, kv_heads]`` and ``lengths [batch, kv_heads]`` (integers): the slots of head
+  ``h`` of row ``b`` are the rows ``starts[b, h] … starts[b, h] + lengths[b, h] - 1``. Heads need not be equally long.
+
+``positions [batch, kv_heads or 1, slots]`` holds the original position of each slot, ``-1`` for an empty one; in the flat layout it is
+padded to the longest head and what lies past ``lengths`` is ignored.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_query_and_slots(
+    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, lengths: Tensor | None
+) -> int:
+    """Return the number of KV heads; raise `ValueError` naming the argument, the rule and what was given."""
+    if query.dim() != 4:
+        raise ValueError(f"query must be [batch, query_heads, rows, dim], got shape {tuple(query.shape)}")
+    if (starts is None) != (lengths is None):
+        raise ValueError("starts and lengths describe the flat layout together: give both or neither")
+    if starts is None:
+        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                "keys and values must be [batch, kv_heads, slots, dim] with equal leading sizes, "
+                f"got {tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        kv_heads = keys.shape[1]
+        if keys.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"keys must have the batch size of query ({query.shape[0]}), got {keys.shape[0]}"
+            )
+    else:
+        if keys.dim() != 2 or values.dim() != 2 or keys.shape[0] != values.shape[0]:
+            raise ValueError(
+                "in the flat layout keys and values must be [rows, dim] with equal rows, "
+                f"got {tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        kv_heads = starts.shape[1]
+    if kv_heads == 0 or query.shape[1] % kv_heads:
+        raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of KV heads ({kv_heads})")
+    if query.shape[-1] != keys.shape[-1]:
+        raise ValueError(
+            f"query and keys must share the last size, got {query.shape[-1]} and {keys.shape[-1]}"
+        )
+    return kv_heads
