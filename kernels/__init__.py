@@ -1,8 +1,6 @@
 """One operation a folder: `api.py` validates and dispatches, `reference.py` is the specification, the rest are implementations."""
 
-if (
-    __name__ == "kernels"
-):  # the project root is on sys.path: step aside for Hugging Face's package of the same name
+if __name__ == "kernels":  # the project root is on sys.path: step aside for Hugging Face's package of the same name
     import importlib.util as _u
     import os as _os
     import sys as _sys

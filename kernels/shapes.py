@@ -31,9 +31,7 @@ def check_query_and_slots(
             )
         kv_heads = keys.shape[1]
         if keys.shape[0] != query.shape[0]:
-            raise ValueError(
-                f"keys must have the batch size of query ({query.shape[0]}), got {keys.shape[0]}"
-            )
+            raise ValueError(f"keys must have the batch size of query ({query.shape[0]}), got {keys.shape[0]}")
     else:
         if keys.dim() != 2 or values.dim() != 2 or keys.shape[0] != values.shape[0]:
             raise ValueError(
@@ -44,7 +42,5 @@ def check_query_and_slots(
     if kv_heads == 0 or query.shape[1] % kv_heads:
         raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of KV heads ({kv_heads})")
     if query.shape[-1] != keys.shape[-1]:
-        raise ValueError(
-            f"query and keys must share the last size, got {query.shape[-1]} and {keys.shape[-1]}"
-        )
+        raise ValueError(f"query and keys must share the last size, got {query.shape[-1]} and {keys.shape[-1]}")
     return kv_heads

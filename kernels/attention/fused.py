@@ -41,9 +41,7 @@ def attend(
     outputs = []
     for first in range(0, rows, ROWS):
         row_positions = None if query_positions is None else query_positions[:, first : first + ROWS]
-        outputs.append(
-            _masked(query[:, :, first : first + ROWS], keys, values, positions, row_positions, scaling)
-        )
+        outputs.append(_masked(query[:, :, first : first + ROWS], keys, values, positions, row_positions, scaling))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
@@ -54,9 +52,7 @@ def _unmasked(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Te
         return scaled_dot_product_attention(query, keys, values, scale=scaling)
     if rows == 1 and keys.device.type == "cpu" and keys.numel() * keys.element_size() > PACK_BYTES:
         packed = query.reshape(batch, kv_heads, query_heads // kv_heads, dim)
-        return scaled_dot_product_attention(packed, keys, values, scale=scaling).reshape(
-            batch, query_heads, 1, -1
-        )
+        return scaled_dot_product_attention(packed, keys, values, scale=scaling).reshape(batch, query_heads, 1, -1)
     return scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=True)
 
 

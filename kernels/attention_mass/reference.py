@@ -32,9 +32,7 @@ def attention_mass(
     mass = torch.zeros(batch, kv_heads, group, slots, dtype=kind, device=query.device)
     for first in range(0, rows, ROWS):
         row_positions = None if query_positions is None else query_positions[:, first : first + ROWS]
-        scores = slot_scores(
-            query[:, :, first : first + ROWS], keys, positions, row_positions, scaling, softcap
-        )
+        scores = slot_scores(query[:, :, first : first + ROWS], keys, positions, row_positions, scaling, softcap)
         lse = torch.logsumexp(scores, dim=-1)
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.to(kind).view(1, kv_heads, group, 1))
