@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -23,13 +24,22 @@ def ranked(scores: Tensor, positions: Tensor, sinks: int | Tensor, first_recent:
     return scores.masked_fill(positions < 0, -torch.inf)
 
 
-def survivors(scores: Tensor, count: int) -> Tensor:
-    """The `count` best slots, in ascending order of slots: `[batch, kv_heads, count]`. Slots are in ascending order of position.
+def survivors(scores: Tensor, counts: numpy.ndarray) -> Tensor:
+    """The best slots of each head, in ascending order of slots. Of equal scores the later slot is kept.
 
-    Of equal scores the larger position is kept.
+    Args:
+        scores: `[batch, kv_heads, slots]`; slots are in ascending order of position.
+        counts: `[batch, kv_heads]` slots to keep, at most all.
+
+    Returns:
+        `[batch, kv_heads, most]` int64, `most` the largest count; of head `[b, h]` the last `counts[b, h]` entries count.
     """
-    order = scores.sort(dim=-1, stable=True).indices
-    return order[..., order.shape[-1] - count :].sort(dim=-1).values
+    most = int(counts.max())
+    best = scores.sort(dim=-1, stable=True).indices[..., scores.shape[-1] - most :]
+    if counts.min() != most:
+        surplus = torch.arange(most, device=scores.device) < torch.from_numpy(most - counts).to(scores.device)[..., None]
+        best = best.masked_fill(surplus, -1)
+    return best.sort(dim=-1).values.clamp(min=0)
 
 
 def weakest(scores: Tensor, positions: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class PolicyLayer(CacheLayerMixin):
         self.table = SlotTable(self.policy.columns)
         self.is_initialized = False
         self.seen = 0
-        self.evictions = 0  # tokens that left, per KV head at most
+        self.evictions = 0  # tokens that left the KV head that lost most
         self.seen_rows: tuple[int, ...] = ()  # real tokens of each batch row
         self.prompt_rows: tuple[int, ...] = ()  # those among them that came in prompts
         self.budgets: numpy.ndarray | None = None  # tokens to keep, [batch, kv_heads]
@@ -270,20 +270,29 @@ class PolicyLayer(CacheLayerMixin):
         if prompt or self.budgets is None:
             self.budgets = self._allocate(observation)
         if table.spare is not None:
-            table.retire(weakest(self._ranked(observation, self.budgets), table.positions))
+            scores = self._ranked(observation, self.budgets)
+            if table.rows is not None:
+                scores = scores.masked_fill(table.rows.outside, torch.inf)
+            table.retire(weakest(scores, table.positions))
             self.evictions += 1
         elif (table.held > self.budgets).any():
-            most = min(int(self.budgets.max()), table.count)
-            before = int(table.held.max())
-            table.keep(survivors(self._ranked(observation, self.budgets), most), self.budgets, room=1)
-            self.evictions += max(before - most, 1)
+            counts = numpy.minimum(self.budgets, table.count)
+            self.evictions += int((table.held - self.budgets).max())
+            table.keep(survivors(self._ranked(observation, self.budgets), counts), self.budgets, room=1)
         else:
             table.settle()
 
     def _ranked(self, observation: Observation, budgets: numpy.ndarray) -> Tensor:
-        smallest = int(budgets.min())
-        sinks = min(self.policy.protected_sinks, smallest - 1)
-        window = min(self.policy.protected_window, smallest - sinks)
+        sinks: int | Tensor
+        window: int | Tensor
+        if budgets.min() == budgets.max():
+            budget = int(budgets.flat[0])
+            sinks = min(self.policy.protected_sinks, budget - 1)
+            window = min(self.policy.protected_window, budget - sinks)
+        else:
+            per_head = torch.from_numpy(budgets).to(observation.positions.device)[..., None]
+            sinks = (per_head - 1).clamp(max=self.policy.protected_sinks)
+            window = (per_head - sinks).clamp(max=self.policy.protected_window)
         scores = self.policy.score(observation)
         return ranked(scores, observation.positions, sinks, observation.newest - window + 1)
 

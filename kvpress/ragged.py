@@ -17,6 +17,7 @@ class RaggedRows:
     Attributes:
         capacities: `[batch, kv_heads]` slots of each head, on the host.
         starts, lengths: `[batch, kv_heads]` int64 on the device: first row of each head, and its slots.
+        outside: `[batch, kv_heads, longest]` bool: past a head's slots.
     """
 
     def __init__(self, capacities: numpy.ndarray, device: torch.device) -> None:
@@ -25,6 +26,8 @@ class RaggedRows:
         self.total = int(self.capacities.sum())
         self.starts = torch.from_numpy(ends - self.capacities).to(device)
         self.lengths = torch.from_numpy(self.capacities).to(device)
+        slot = torch.arange(int(self.capacities.max()), device=device)
+        self.outside = slot >= self.lengths[..., None]
 
     def row_of(self, slot: Tensor) -> Tensor:
         """Flat rows of one slot per head: `slot [batch, kv_heads, 1]` to `[batch * kv_heads]`."""
@@ -32,10 +35,9 @@ class RaggedRows:
 
     def padded(self, flat: Tensor) -> Tensor:
         """`[rows, dim]` to a dense copy `[batch, kv_heads, longest, dim]`, 0 past each head's length."""
-        slot = torch.arange(int(self.capacities.max()), device=flat.device)
-        inside = slot < self.lengths[..., None]
-        rows = torch.where(inside, self.starts[..., None] + slot, 0)
-        return flat[rows].masked_fill(~inside[..., None], 0)
+        slot = torch.arange(self.outside.shape[-1], device=flat.device)
+        rows = (self.starts[..., None] + slot).masked_fill(self.outside, 0)
+        return flat[rows].masked_fill(self.outside[..., None], 0)
 
     def flattened(self, dense: Tensor, source: Tensor) -> Tensor:
         """Flat rows whose slot `s` of head `[b, h]` is `dense[b, h, source[b, h, s]]`, for every slot inside a head's capacity."""
