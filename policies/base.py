@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -107,6 +108,11 @@ def check_share(policy: str, field: str, value: object) -> None:
     """Raise `ValueError` unless `value` is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:  # also refuses NaN
         raise ValueError(f"{field} of {policy} must be a share in [0, 1], got {value!r}")
+
+
+def share_of(share: float, tokens: int) -> int:
+    """`share * tokens` rounded down, as exact arithmetic would."""
+    return math.floor(share * tokens + 1e-9)
 
 
 def check_choice(policy: str, field: str, value: object, choices: Sequence[str]) -> None:
