@@ -1,0 +1,5 @@
+"""The one error of loading: what was asked for, which step failed, and what to do about it."""
+
+
+class ModelLoadError(RuntimeError):
+    """A model could not be fetched, converted or read. The message names the model and the failed step."""
