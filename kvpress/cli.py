@@ -62,12 +62,15 @@ def demo(
     with refusals():
         from kvpress.demo import chosen_policies, plan_demo, run_demo
         from kvpress.demo.run import FULL_SIZE_TOKENS, QUICK_TOKENS
+        from kvpress.errors import UnsupportedModelError
 
         policies = chosen_policies(policy, quick=quick)
         loaded, tokenizer = load(model, dtype, device, threads)
         length = tokens or (QUICK_TOKENS if quick else FULL_SIZE_TOKENS)
         plan = plan_demo(tokenizer, policies, tokens=length, share=share, seed=seed, depth=depth)
-    show_demo(run_demo(loaded, tokenizer, plan), as_json=as_json)
+    with refusals(UnsupportedModelError):
+        result = run_demo(loaded, tokenizer, plan)
+    show_demo(result, as_json=as_json)
 
 
 def show_demo(result: "DemoResult", *, as_json: bool) -> None:
@@ -197,13 +200,17 @@ def root(
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turn a refused value into one line on standard error and exit code 2, a model that cannot be had into 1."""
+def refusals(*refused: type[Exception]) -> Iterator[None]:
+    """Turn a refused value into one line on standard error and exit code 2, a model that cannot be had into 1.
+
+    `refused` narrows what counts as refused, where any other `ValueError` would be a fault whose trace is wanted.
+    """
     from kvpress.models.errors import ModelLoadError
 
+    kinds = refused or (ValueError, TypeError)
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except kinds as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(BAD_INPUT) from error
     except ModelLoadError as error:

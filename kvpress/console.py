@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PIPED_WIDTH = 160
 
@@ -20,14 +20,18 @@ def error_console() -> Console:
     return Console(file=sys.stderr, soft_wrap=True)
 
 
-def progress_bar() -> Progress:
-    """A progress bar on standard error that is gone when done, and was never there when piped."""
+def progress_bar(*, remaining: bool = False) -> Progress:
+    """A progress bar on standard error that is gone when done, and was never there when piped.
+
+    `remaining` adds an estimate of the time left, for steps that are counted.
+    """
     console = error_console()
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         TimeElapsedColumn(),
+        *([TextColumn("left:"), TimeRemainingColumn()] if remaining else []),
         console=console,
         transient=True,
         disable=not console.is_terminal,

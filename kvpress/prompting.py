@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kvpress.timing import TokenClock
+from kvpress.timing import GenerationTimer
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> torch.Tensor:
 def answer_prompt(model: Any, tokenizer: Any, ids: torch.Tensor, cache: Any, **generation: Any) -> Answer:
     """Generate from `ids` `[1, tokens]` into `cache`; further keywords go to `model.generate`."""
     ids = ids.to(model.device)
-    clock = TokenClock()
+    timer = GenerationTimer()
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=clock, **generation
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=timer, **generation
     )
     new = output[0, ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
-    return Answer(text, ids.shape[1], len(new), **clock.to_dict())
+    return Answer(text, ids.shape[1], len(new), **timer.to_dict())

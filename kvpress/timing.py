@@ -7,8 +7,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 
-class TokenClock(BaseStreamer):  # type: ignore[misc]
-    """Pass as `model.generate(..., streamer=clock)`; one prompt, no beams. Starts at construction.
+class GenerationTimer(BaseStreamer):  # type: ignore[misc]
+    """Pass as `model.generate(..., streamer=timer)`; one prompt, no beams. Starts at construction.
 
     Attributes:
         started: `time.perf_counter()` at construction, in seconds.

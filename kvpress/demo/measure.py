@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from kvpress.demo.passkey import PasskeyTask
-from kvpress.timing import TokenClock
+from kvpress.layer import PolicyLayer
+from kvpress.timing import GenerationTimer
 
 NEW_TOKENS = 10
 QUERY_AWARE, QUERY_AGNOSTIC = "query-aware", "query-agnostic"
@@ -22,7 +23,7 @@ class Measurement:
         mode: "query-aware" (prompt in one piece) or "query-agnostic" (context compressed before the question is known).
         answer: the generated text.
         right: whether the first number in it is the key.
-        kept_tokens: mean number of tokens held per KV head and layer, at the end.
+        kept_tokens: mean number of tokens held per KV head of the compressed layers, at the end.
         seen_tokens: tokens that went through the model.
         held_bytes: bytes of the cache's storages, at the end.
         full_bytes: bytes a full cache would hold.
@@ -56,7 +57,7 @@ def measure(model: Any, tokenizer: Any, task: PasskeyTask, policy: str, mode: st
         cache: the empty cache; making it is not part of the time.
     """
     context_ids, prompt_ids = task.context_ids.to(model.device), task.prompt_ids.to(model.device)
-    clock = TokenClock()
+    timer = GenerationTimer()
     if mode == QUERY_AGNOSTIC:
         with torch.no_grad():
             model(context_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -66,7 +67,7 @@ def measure(model: Any, tokenizer: Any, task: PasskeyTask, policy: str, mode: st
         past_key_values=cache,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
-        streamer=clock,
+        streamer=timer,
     )
     answer = tokenizer.decode(output[0, prompt_ids.shape[1] :], skip_special_tokens=True)
     kept, held, full = kept_and_bytes(cache)
@@ -79,14 +80,15 @@ def measure(model: Any, tokenizer: Any, task: PasskeyTask, policy: str, mode: st
         seen_tokens=int(cache.get_seq_length()),
         held_bytes=held,
         full_bytes=full,
-        **clock.to_dict(),
+        **timer.to_dict(),
     )
 
 
 def kept_and_bytes(cache: Any) -> tuple[float, int, int]:
-    """(mean tokens kept per KV head and layer, bytes held, bytes of a full cache), for our cache and the stock one."""
+    """(mean tokens kept per KV head of the compressed layers, bytes held, bytes of a full cache), of any cache."""
     if isinstance(cache, DynamicCache):
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         return float(cache.get_seq_length()), held, held
-    counts = [(cache.kept_positions(index) >= 0).sum(-1).float().mean() for index in range(len(cache.layers))]
+    compressed = [index for index, layer in enumerate(cache.layers) if isinstance(layer, PolicyLayer)]
+    counts = [(cache.kept_positions(index) >= 0).sum(-1).float().mean() for index in compressed]
     return float(torch.stack(counts).mean()), int(cache.nbytes), int(cache.full_nbytes)

@@ -112,7 +112,7 @@ def run_demo(model: Any, tokenizer: Any, plan: DemoPlan) -> DemoResult:
         ValueError: the model is one that PolicyCache refuses.
     """
     runs = []
-    with progress_bar() as progress:
+    with progress_bar(remaining=True) as progress:
         bar = progress.add_task("Warming up", total=len(plan.runs()))
         warm_up(model, plan.task)
         for name, mode in plan.runs():

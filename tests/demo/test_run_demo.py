@@ -68,7 +68,7 @@ def test_times_are_positive(result: DemoResult) -> None:
 
 
 def test_the_table_has_a_row_a_run(result: DemoResult) -> None:
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: PTH123
     console.print(demo_table(result))
     text = console.export_text()
     for run in result.runs:
