@@ -116,9 +116,9 @@ class PolicyCache(Cache):
     ) -> None:
         super().__init__(layers=layers)
         self.policy = policy
-        self._config = config
+        self.config = config
         self._any_attention = any_attention
-        self._policy_layers = [layer for layer in layers if isinstance(layer, PolicyLayer)]
+        self.policy_layers = [layer for layer in layers if isinstance(layer, PolicyLayer)]
 
     # -- the contract of a transformers cache --------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class PolicyCache(Cache):
         if not isinstance(layer, PolicyLayer):
             updated: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
             return updated
-        first = self._policy_layers[0]
+        first = self.policy_layers[0]
         if layer is first:
             self._check_attention(key_states.shape[0])
         elif layer.seen + key_states.shape[2] != first.seen:
@@ -144,7 +144,7 @@ class PolicyCache(Cache):
         return keys, values
 
     def _check_attention(self, batch: int) -> None:
-        implementation = self._config._attn_implementation
+        implementation = self.config._attn_implementation
         attended = implementation == NAME
         if not attended and not self._any_attention:
             raise UnsupportedModelError(
@@ -156,12 +156,12 @@ class PolicyCache(Cache):
                 f"batch must be 1 under the attention implementation {implementation!r}, got {batch}: it does not show padding to the cache. "
                 "Use PolicyCache(model, policy)"
             )
-        for layer in self._policy_layers:
+        for layer in self.policy_layers:
             layer.attended = attended
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes from which transformers makes its mask; for a compressed layer in logical coordinates."""
-        if layer_idx == self._policy_layers[0].layer_idx:
+        if layer_idx == self.policy_layers[0].layer_idx:
             self._check_attention(1)
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -178,7 +178,7 @@ class PolicyCache(Cache):
     @property
     def seen_tokens(self) -> int:
         """Tokens seen so far, padding included."""
-        return self._policy_layers[0].seen
+        return self.policy_layers[0].seen
 
     @property
     def nbytes(self) -> int:
@@ -189,7 +189,7 @@ class PolicyCache(Cache):
     def full_nbytes(self) -> int:
         """Bytes that a full cache would hold now: every token seen, keys and values, and the other layers as they are."""
         total = held_bytes(t for layer in self.layers if not isinstance(layer, PolicyLayer) for t in _tensors(layer))
-        return total + sum(layer.full_nbytes for layer in self._policy_layers)
+        return total + sum(layer.full_nbytes for layer in self.policy_layers)
 
     def kept_positions(self, layer_idx: int) -> Tensor:
         """Original positions of the tokens that a layer keeps: `[batch, kv_heads, slots]` int64, ascending, `-1` for empty slots.
@@ -228,7 +228,7 @@ class PolicyCache(Cache):
         return load_cache(Path(directory), model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PolicyCache:
-        memo[id(self._config)] = self._config  # the model's own, whose attention implementation is watched
+        memo[id(self.config)] = self.config  # the model's own, whose attention implementation is watched
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         for name, value in self.__dict__.items():

@@ -37,7 +37,9 @@ def survivors(scores: Tensor, counts: numpy.ndarray) -> Tensor:
     most = int(counts.max())
     best = scores.sort(dim=-1, stable=True).indices[..., scores.shape[-1] - most :]
     if counts.min() != most:
-        surplus = torch.arange(most, device=scores.device) < torch.from_numpy(most - counts).to(scores.device)[..., None]
+        surplus = (
+            torch.arange(most, device=scores.device) < torch.from_numpy(most - counts).to(scores.device)[..., None]
+        )
         best = best.masked_fill(surplus, -1)
     return best.sort(dim=-1).values.clamp(min=0)
 

@@ -203,6 +203,26 @@ class PolicyLayer(CacheLayerMixin):
         if self.is_initialized:
             self.batch_select_indices(torch.arange(len(self.seen_rows)).repeat_interleave(repeats))
 
+    def state(self) -> dict[str, Any]:
+        """Everything from which `load_state` makes an equal layer."""
+        return {
+            "table": self.table.state(),
+            "seen": self.seen,
+            "seen_rows": self.seen_rows,
+            "prompt_rows": self.prompt_rows,
+            "budgets": self.budgets,
+            "evictions": self.evictions,
+            "record_past": self.record_past,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.reset()
+        self.table.load_state(state["table"])
+        self.is_initialized = True
+        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "record_past"):
+            setattr(self, name, state[name])
+
     # -- one forward ---------------------------------------------------------------------------------------------------
 
     def place(self, forward: Forward, mask: Tensor | None, device: torch.device) -> Tokens:

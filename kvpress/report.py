@@ -81,14 +81,13 @@ def make_report(cache: PolicyCache) -> CacheReport:
             rows.append(LayerReport(index, layer.policy.name, kept, mean, held, layer.full_nbytes))
         else:
             rows.append(LayerReport(index, type(layer).__name__, 0, 0.0, held, held))
-    policy_layers = [layer for layer in cache.layers if isinstance(layer, PolicyLayer)]
     return CacheReport(
         policy=cache.policy.to_dict(),
         seen_tokens=cache.seen_tokens,
-        batch=max(policy_layers[0].batch_size, 0),
+        batch=max(cache.policy_layers[0].batch_size, 0),
         nbytes=cache.nbytes,
         full_nbytes=cache.full_nbytes,
-        evictions=sum(layer.evictions for layer in policy_layers),
+        evictions=sum(layer.evictions for layer in cache.policy_layers),
         layers=tuple(rows),
     )
 

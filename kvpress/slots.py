@@ -231,26 +231,34 @@ class SlotTable:
         self.spare = None if self.spare is None else self.spare.index_select(0, index)
         self.held = self.held[rows]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON facts from which `load_state` makes an equal table."""
-        tensors = {f"column.{name}": column for name, column in self.columns.items()}
-        for name in ("keys", "values", "spare"):
-            if getattr(self, name) is not None:
-                tensors[name] = getattr(self, name)
-        facts: dict[str, Any] = {"count": self.count, "held": self.held.tolist()}
-        if self.rows is not None:
-            facts["capacities"] = self.rows.capacities.tolist()
-        return tensors, facts
+    def state(self) -> dict[str, Any]:
+        """Everything from which `load_state` makes an equal table."""
+        capacities = None if self.rows is None else self.rows.capacities
+        return {
+            "keys": self.keys,
+            "values": self.values,
+            "spare": self.spare,
+            "columns": dict(self.columns),
+            "count": self.count,
+            "held": self.held,
+            "capacities": capacities,
+        }
 
-    def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        self.keys, self.values, self.spare = tensors["keys"], tensors["values"], tensors.get("spare")
-        self.columns = {name: tensors[f"column.{name}"] for name in (POSITION, *self.column_names)}
-        self.count = int(facts["count"])
-        self.held = numpy.array(facts["held"], dtype=numpy.int64)
-        self.rows = None
-        if "capacities" in facts:
-            self.rows = RaggedRows(numpy.array(facts["capacities"], dtype=numpy.int64), self.keys.device)
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`.
+
+        Raises:
+            ValueError: columns that are not this table's.
+        """
+        if sorted(state["columns"]) != sorted((POSITION, *self.column_names)):
+            raise ValueError(
+                f"columns must be {sorted((POSITION, *self.column_names))}, got {sorted(state['columns'])}"
+            )
+        self.keys, self.values, self.spare = state["keys"], state["values"], state["spare"]
+        self.columns, self.count, self.held = state["columns"], state["count"], state["held"]
+        capacities = state["capacities"]
+        self.rows = None if capacities is None or self.keys is None else RaggedRows(capacities, self.keys.device)
+        self._owned = True
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
