@@ -7,7 +7,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 
-class GenerationTimer(BaseStreamer):  # type: ignore[misc]
+class GenerationTimer(BaseStreamer):
     """Pass as `model.generate(..., streamer=timer)`; one prompt, no beams. Starts at construction.
 
     Attributes:

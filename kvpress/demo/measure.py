@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from kvpress.cache import layer_nbytes
 from kvpress.demo.passkey import PasskeyTask
 from kvpress.layer import PolicyLayer
 from kvpress.timing import GenerationTimer
@@ -87,7 +88,7 @@ def measure(model: Any, tokenizer: Any, task: PasskeyTask, policy: str, mode: st
 def kept_and_bytes(cache: Any) -> tuple[float, int, int]:
     """(mean tokens kept per KV head of the compressed layers, bytes held, bytes of a full cache), of any cache."""
     if isinstance(cache, DynamicCache):
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        held = sum(layer_nbytes(layer) for layer in cache.layers)
         return float(cache.get_seq_length()), held, held
     compressed = [index for index, layer in enumerate(cache.layers) if isinstance(layer, PolicyLayer)]
     counts = [(cache.kept_positions(index) >= 0).sum(-1).float().mean() for index in compressed]

@@ -30,7 +30,7 @@ def tiny_model(*, max_position_embeddings: int = 4096, seed: int = 0) -> Any:
     )
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).train(False)
     torch.random.set_rng_state(state)
     return model
 
@@ -40,9 +40,8 @@ def tiny_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=byte_vocabulary(), merges=[MERGE], unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, unk_token=UNKNOWN
-    )
+    special = {"bos_token": END, "eos_token": END, "pad_token": END, "unk_token": UNKNOWN}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
 
 
 def byte_vocabulary() -> dict[str, int]:
