@@ -37,10 +37,6 @@ class DemoResult:
     budget: int
     runs: tuple[Measurement, ...]
 
-    def find(self, policy: str, mode: str = QUERY_AWARE) -> Measurement | None:
-        """The run of a policy in a mode, or None if it was not part of the demo."""
-        return next((run for run in self.runs if (run.policy, run.mode) == (policy, mode)), None)
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "key": self.key,
@@ -77,8 +73,8 @@ class DemoPlan:
 
     def runs(self) -> list[tuple[str, str]]:
         """(policy, mode) of each run. The stock cache comes first, before any policy has touched the model."""
-        pairs = [(name, mode) for mode in (QUERY_AWARE, QUERY_AGNOSTIC) for name in self.policies]
-        return [(STOCK, QUERY_AWARE), (FULL, QUERY_AWARE), *pairs]
+        names = (FULL, *self.policies)
+        return [(STOCK, QUERY_AWARE), *((name, mode) for mode in (QUERY_AWARE, QUERY_AGNOSTIC) for name in names)]
 
 
 def plan_demo(

@@ -32,16 +32,15 @@ def demo_table(result: DemoResult) -> Table:
 
 def verdict(result: DemoResult) -> list[str]:
     """What the runs show, in plain sentences."""
-    stock, full = result.find(STOCK), result.find(FULL)
     lines = []
-    if stock is not None and not stock.right:
+    if not all(run.right for run in result.runs if run.policy == STOCK):
         lines.append(
             "The full cache itself does not give the key, so this model and prompt say nothing about the policies."
         )
-    if not full_cache_agrees(result):
+    if full_cache_agrees(result):
+        lines.append("DynamicCache and the `full` policy, in both modes, give the same answer.")
+    else:
         lines.append("The `full` policy answers otherwise than DynamicCache: that is a fault of this package.")
-    if stock is not None and full is not None and full_cache_agrees(result):
-        lines.append("DynamicCache and the `full` policy give the same answer.")
     compressed = [run for run in result.runs if run.policy not in (STOCK, FULL)]
     lines.append("Keep the key: " + listed([run for run in compressed if run.right]) + ".")
     lines.append("Lose the key: " + listed([run for run in compressed if not run.right]) + ".")
@@ -61,6 +60,5 @@ def listed(runs: list[Measurement]) -> str:
 
 
 def full_cache_agrees(result: DemoResult) -> bool:
-    """Whether the `full` policy and transformers' own cache gave the same answer; True when one of them did not run."""
-    stock, full = result.find(STOCK), result.find(FULL)
-    return stock is None or full is None or stock.answer == full.answer
+    """Whether the `full` policy gave the answer of transformers' own cache, in both modes."""
+    return len({run.answer for run in result.runs if run.policy in (STOCK, FULL)}) <= 1

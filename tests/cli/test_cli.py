@@ -116,7 +116,7 @@ def test_demo_as_json(folder: str) -> None:
     result = runner.invoke(app, ["demo", "-m", folder, "-p", "tova", "--tokens", "400", "--device", "cpu", "--json"])
     assert result.exit_code == 0, result.output
     demo = json.loads(result.stdout)
-    assert [run["policy"] for run in demo["runs"]] == ["DynamicCache", "full", "tova", "tova"]
+    assert [run["policy"] for run in demo["runs"]] == ["DynamicCache", "full", "tova", "full", "tova"]
     assert demo["budget"] == -(-demo["prompt_tokens"] // 4)
 
 
