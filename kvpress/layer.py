@@ -308,11 +308,13 @@ class PolicyLayer(CacheLayerMixin):
         if budgets.min() == budgets.max():
             budget = int(budgets.flat[0])
             sinks = min(self.policy.protected_sinks, budget - 1)
-            window = min(self.policy.protected_window, budget - sinks)
+            window = min(self.policy.protected_window(budget), budget - sinks)
         else:
-            per_head = torch.from_numpy(budgets).to(observation.positions.device)[..., None]
+            windows = numpy.vectorize(self.policy.protected_window, otypes=[numpy.int64])(budgets)
+            limits = numpy.stack([budgets, windows])[..., None]
+            per_head, own = torch.from_numpy(limits).to(observation.positions.device)
             sinks = (per_head - 1).clamp(max=self.policy.protected_sinks)
-            window = (per_head - sinks).clamp(max=self.policy.protected_window)
+            window = torch.minimum(per_head - sinks, own)
         scores = self.policy.score(observation)
         return ranked(scores, observation.positions, sinks, observation.newest - window + 1)
 

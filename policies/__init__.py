@@ -16,6 +16,7 @@ from kvpress.policies.registry import (
 
 if TYPE_CHECKING:
     from kvpress.policies.full import Full
+    from kvpress.policies.h2o import H2O
     from kvpress.policies.knorm import KNorm
     from kvpress.policies.random import Random
     from kvpress.policies.snapkv import SnapKV
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kvpress.policies.tova import TOVA
 
 __all__ = [
+    "H2O",
     "TOVA",
     "EvictionPolicy",
     "Full",
