@@ -94,7 +94,9 @@ class BlockLayout:
 
 def memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    # A tensor with one element counts as contiguous whatever its stride, and only stride 1 can be seen as bytes.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 
 

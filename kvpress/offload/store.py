@@ -95,7 +95,7 @@ class FileStore:
 
     def stat(self, name: str) -> os.stat_result:
         """The status of `name` itself, links not followed."""
-        return self.step("stat", os.stat, name, dir_fd=self._handle, follow_symlinks=False)
+        return self.step("stat", os.stat, checked(name), dir_fd=self._handle, follow_symlinks=False)
 
     def names(self) -> list[str]:
         """Names of the blocks and of the temporary files that lie in the directory."""
