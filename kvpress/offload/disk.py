@@ -4,6 +4,7 @@ import errno
 import os
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -58,7 +59,7 @@ class DiskTier:
         """Write a block whose bytes are reserved. After a TierFullError or TierWriteError it is not there."""
         size = self.size(key, layout)
         try:
-            self._sweep()
+            self._remove_stuck()
             write_block(self.store, key.digest, key.description(), layout, tensors)
         except BaseException as error:
             self._forget(key.digest, size)
@@ -110,8 +111,14 @@ class DiskTier:
         else:
             self.ledger.release(size)
 
-    def _sweep(self) -> None:
-        """Try again to remove what could not be removed. Raises OSError when that still fails."""
+    def sweep(self) -> bool:
+        """Try again to remove what could not be removed; True when that gave bytes back."""
+        before = len(self._stuck)
+        with suppress(OSError):
+            self._remove_stuck()
+        return len(self._stuck) < before
+
+    def _remove_stuck(self) -> None:
         with self._lock:
             for name in list(self._stuck):
                 self.store.unlink(name)

@@ -86,6 +86,11 @@ class BlockLayout:
         if found != wanted:
             raise ValueError(f"out must match the block {wanted}, got {found}")
 
+    def copy_out(self, buffer: Tensor, out: Mapping[str, Tensor]) -> None:
+        """Copy the tensors in the flat uint8 `buffer` into those of `out`."""
+        for name, view in self.views(buffer).items():
+            out[name].copy_(view)
+
     def copy_into(self, buffer: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Gather `tensors`, which may be strided views, into the flat uint8 `buffer`."""
         for name, view in self.views(buffer).items():

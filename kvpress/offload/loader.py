@@ -87,18 +87,17 @@ class Loader:
         if buffer is not None:
             if name == "device":
                 mover.transfer.join(buffer)
-            for tensor_name, view in block.layout.views(buffer).items():
-                out[tensor_name].copy_(view)
+                mover.device.launch(lambda: block.layout.copy_out(buffer, out))
+            else:
+                block.layout.copy_out(buffer, out)
             return
         in_place = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in out.values())
         if in_place:
             mover.need_disk().read(block.key, block.layout, out)
             return
         with mover.staging(block) as staged:
-            views = block.layout.views(staged)
-            mover.need_disk().read(block.key, block.layout, views)
-            for tensor_name, view in views.items():
-                out[tensor_name].copy_(view)
+            mover.need_disk().read(block.key, block.layout, block.layout.views(staged))
+            block.layout.copy_out(staged, out)
 
     def withdraw(self, block: Block, error: TierError) -> None:
         """Take a copy that turned out corrupt or vanished out of the disk tier; a passing error leaves it."""

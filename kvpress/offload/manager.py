@@ -4,9 +4,10 @@ A block is an immutable set of named tensors. What a `get` returns is exactly wh
 manager does not hold, or a typed error that says what was lost; never anything else.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -26,6 +27,7 @@ from kvpress.offload.options import Offload
 from kvpress.offload.store import FileStore
 from kvpress.offload.transfer import Device, HostDevice, Transfer
 
+logger = logging.getLogger(__name__)
 THREADS = 2  # reads and writes in the background; more only compete for one disk
 
 
@@ -112,7 +114,10 @@ class TierManager:
             tier.write(block.key, block.layout, tensors)
             return None
         buffer = self._mover.new_buffer(tier.name, block.layout.nbytes)
-        block.layout.copy_into(buffer, tensors)
+        if tier.name == "device":
+            self._mover.device.launch(lambda: block.layout.copy_into(buffer, tensors))
+        else:
+            block.layout.copy_into(buffer, tensors)
         return buffer
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -202,7 +207,7 @@ class TierManager:
     def wait(self) -> None:
         """Return when all background work asked for so far is done."""
         for future in list(self._background):
-            with suppress(BaseException):
+            with suppress(CancelledError):
                 future.result()
 
     # --- pins and owners ---------------------------------------------------------------------------------------
@@ -370,7 +375,12 @@ class TierManager:
             futures = [self._pool.submit(work, key) for key in keys]
             self._background.update(futures)
         for future in futures:
-            future.add_done_callback(self._background.discard)
+            future.add_done_callback(self._finished)
+
+    def _finished(self, future: Future[None]) -> None:
+        self._background.discard(future)
+        if not future.cancelled() and (error := future.exception()) is not None:
+            logger.error("work of the offload threads failed", exc_info=error)
 
     def _prefetch_one(self, key: BlockKey) -> None:
         with suppress(TierClosedError), self._locked() as mover:

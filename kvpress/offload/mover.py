@@ -146,8 +146,10 @@ class Mover:
                 return True
             victim = self._victim(name, only_free, attempt)
             if victim is None:
+                if isinstance(tier, DiskTier) and tier.sweep():
+                    continue
                 return False
-            if len(victim.tiers) > 1:
+            if victim.tiers[0] != name or only_free:
                 self.forget(victim, name)
             elif not self.demote(victim, name, attempt):
                 only_free = True  # what lies below is full or failing; copies that exist twice can still go
@@ -183,15 +185,17 @@ class Mover:
     def demote(self, block: Block, name: str, attempt: Attempt) -> bool:
         """Move the copy in tier `name` to the next tier that takes it; False when none does, and nothing changed."""
         with self.move(block):
-            if block.tiers[-1] != name or self.copy_down(block, name, attempt):
+            if self.copy_down(block, name, attempt):
                 self.forget(block, name, keep_buffer=self.device.is_host and "host" in block.buffers)
                 return True
             return False
 
     def copy_down(self, block: Block, name: str, attempt: Attempt) -> bool:
-        """Make a copy of a busy block in the next tier below `name` that takes it."""
+        """Make a copy of a busy block in the next tier below `name` that takes it, or has one."""
         names = list(self.tiers)
         for lower in names[names.index(name) + 1 :]:
+            if block.holds(lower):
+                return True
             tier = self.tiers[lower]
             size = tier.size(block.key, block.layout)
             if not self.reserve(lower, size, attempt):

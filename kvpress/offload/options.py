@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvpress.policies.budget import parse_bytes
 
@@ -32,7 +31,8 @@ class Offload:
     def __post_init__(self) -> None:
         for name in ("device", "host", "disk_limit"):
             _bytes(name, getattr(self, name))
-        if self.disk is not None and (not isinstance(self.disk, str | Path) or not str(self.disk)):
+        path = os.fspath(self.disk) if isinstance(self.disk, str | os.PathLike) else ""
+        if self.disk is not None and (not isinstance(path, str) or not path or "\0" in path):
             raise ValueError(f"disk must be the path of a directory or None, got {self.disk!r}")
         if self.device is None and self.host is None and self.disk is None:
             raise ValueError("device, host or disk must be given, got None for all three")

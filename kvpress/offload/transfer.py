@@ -8,6 +8,7 @@ Five orders must hold, and each has one line below that keeps it:
 - the host gives the source of a load back only after the copy has run (side stream -> host).
 """
 
+from collections.abc import Callable
 from threading import Lock
 from typing import Any, Protocol
 
@@ -39,6 +40,9 @@ class Device(Protocol):
 
     def free_host(self, buffer: Tensor) -> None:
         """The host buffer may be reused by the host at once."""
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """Run `work` on the computation stream, after what the caller has queued and before what it will."""
 
     def record_compute(self) -> Event:
         """An event that fires when all that is on the computation stream now has run."""
@@ -82,6 +86,9 @@ class HostDevice:
     def free_host(self, buffer: Tensor) -> None:
         pass
 
+    def launch(self, work: Callable[[], object]) -> None:
+        work()
+
     def record_compute(self) -> Event:
         return None
 
@@ -102,7 +109,7 @@ class HostDevice:
 
 
 class CudaDevice:
-    """A CUDA device. The stream current at construction is taken as the one that computes."""
+    """A CUDA device. The stream current at construction is the one that computes, and reads what `get` returns."""
 
     is_host = False
 
@@ -131,6 +138,13 @@ class CudaDevice:
 
     def free_host(self, buffer: Tensor) -> None:
         pass
+
+    def launch(self, work: Callable[[], object]) -> None:
+        current = torch.cuda.current_stream(self._device)
+        self._compute.wait_stream(current)
+        with torch.cuda.stream(self._compute):
+            work()
+        current.wait_stream(self._compute)
 
     def record_compute(self) -> Event:
         return self._compute.record_event()

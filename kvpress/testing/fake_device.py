@@ -30,6 +30,10 @@ class FakeDevice:
 
     Args:
         eager: "compute" or "side" runs that stream ahead whenever it can; None leaves both as late as possible.
+
+    Attributes:
+        poisoned: freed buffers overwritten so far.
+        delayed: pieces of work that did not run when they were put on their stream.
     """
 
     is_host = False
@@ -101,14 +105,13 @@ class FakeDevice:
     def _put(self, stream: str, work: Work) -> None:
         with self._lock:
             self._streams[stream].append(work)
+            self.delayed += stream != self._eager
             if self._eager is None:
-                self.delayed += 1
                 return
             queue = self._streams[self._eager]
             while queue:
                 head = queue[0]
                 if isinstance(head, tuple) and head[0] == "wait" and not head[1].fired:
-                    self.delayed += 1
                     return
                 self._run_one(self._eager)
 
