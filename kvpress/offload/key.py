@@ -26,6 +26,7 @@ class BlockKey:
     generation: int = 0
     context: str = ""
     digest: str = field(init=False, repr=False, compare=False)
+    _description: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("cache", "context"):
@@ -40,10 +41,12 @@ class BlockKey:
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
-        object.__setattr__(self, "digest", hashlib.sha256(self.description().encode()).hexdigest())
+        names = ("cache", "layer", "block", "generation", "context")
+        fields = {name: getattr(self, name) for name in names} | {"format": FORMAT_VERSION}
+        description = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        object.__setattr__(self, "_description", description)
+        object.__setattr__(self, "digest", hashlib.sha256(description.encode()).hexdigest())
 
     def description(self) -> str:
         """The canonical JSON text of the key; its sha256 is `digest`, which names the file."""
-        names = ("cache", "layer", "block", "generation", "context")
-        fields = {name: getattr(self, name) for name in names} | {"format": FORMAT_VERSION}
-        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        return self._description

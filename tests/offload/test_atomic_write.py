@@ -37,6 +37,21 @@ def is_exact(folder: Path, key: BlockKey, tensors: dict[str, Tensor], same: Call
     return same(out, tensors)
 
 
+def child_of(
+    root: Path, kill_at: tuple[str, str, int], old: dict[str, Tensor], key: BlockKey, new: dict[str, Tensor]
+) -> Callable[[], None]:
+    """A child that writes the block OLD, and is killed while it writes `new` under `key`."""
+
+    def work() -> None:
+        store = FaultyStore(Namespace(root).path)
+        write_block(store, OLD.digest, OLD.description(), BlockLayout.of(old), old)
+        store.calls.clear()
+        store.kill_at = kill_at
+        write_block(store, key.digest, key.description(), BlockLayout.of(new), new)
+
+    return work
+
+
 def test_a_process_killed_at_any_step_leaves_no_torn_block(
     tmp_path: Path,
     tensors_of: Callable[..., dict[str, Tensor]],
@@ -45,21 +60,10 @@ def test_a_process_killed_at_any_step_leaves_no_torn_block(
 ) -> None:
     living = Namespace(tmp_path)
     runs = temporaries = visible = 0
-    for seed, ((step, call), moment, overwrite) in enumerate(list(product(POINTS, ("before", "after"), (False, True))) * 7):
+    cases = list(product(POINTS, ("before", "after"), (False, True))) * 7
+    for seed, ((step, call), moment, overwrite) in enumerate(cases):
         old, new = tensors_of(2 * seed), tensors_of(2 * seed + 1)
-        root = tmp_path
-
-        def work(seed: int = seed) -> None:
-            store = FaultyStore(Namespace(root).path)
-            write_block(store, OLD.digest, OLD.description(), BlockLayout.of(old), old)
-            store.calls.clear()
-            store.kill_at = (step, moment, call)
-            if overwrite:
-                write_block(store, OLD.digest, OLD.description(), BlockLayout.of(new), new)
-            else:
-                write_block(store, NEW.digest, NEW.description(), BlockLayout.of(new), new)
-
-        ended_by, text = in_child(work)
+        ended_by, text = in_child(child_of(tmp_path, (step, moment, call), old, OLD if overwrite else NEW, new))
         assert ended_by == signal.SIGKILL, text
         runs += 1
         (folder,) = [path for path in tmp_path.iterdir() if path != living.path]

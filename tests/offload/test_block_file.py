@@ -44,7 +44,8 @@ def every_dtype() -> dict[str, Tensor]:
     for index, dtype in enumerate(DTYPE_NAMES):
         raw = torch.randint(0, 2 if dtype is torch.bool else 256, (24,), generator=generator, dtype=torch.uint8)
         tensors[f"t{index}"] = raw.view(dtype).reshape(-1, 1)
-    return tensors | {"scalar": torch.tensor(3.5), "nothing": torch.empty(2, 0, 5), "odd": torch.arange(3).to(torch.int8)}
+    odd = torch.arange(3).to(torch.int8)
+    return tensors | {"scalar": torch.tensor(3.5), "nothing": torch.empty(2, 0, 5), "odd": odd}
 
 
 def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, same: Callable[..., bool]) -> None:
@@ -60,7 +61,7 @@ def test_the_safetensors_library_reads_the_same(tmp_path: Path, same: Callable[.
     tensors = every_dtype()
     _, _, path = write(tmp_path, tensors)
     with safe_open(path, framework="pt") as file:
-        assert same({name: file.get_tensor(name) for name in file.keys()}, tensors)  # noqa: SIM118 - no mapping
+        assert same({name: file.get_tensor(name) for name in file.keys()}, tensors)
         metadata = file.metadata()
     assert json.loads(metadata["key"]) == json.loads(KEY.description())
     assert metadata["_type"] == "kvpress.block" and metadata["_version"] == "1"
@@ -71,7 +72,8 @@ def test_strided_tensors_are_gathered(tmp_path: Path, same: Callable[..., bool])
     tensors = {"a": base.t(), "b": base[:, ::3], "one": base[1, 1:2][::3]}
     assert not tensors["a"].is_contiguous() and not tensors["b"].is_contiguous()
     store, layout, _ = write(tmp_path, tensors)
-    assert same(read(store, layout, {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}), tensors)
+    packed = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    assert same(read(store, layout, packed), tensors)
 
 
 def test_a_file_of_unknown_contents_is_loaded(tmp_path: Path, same: Callable[..., bool]) -> None:
@@ -228,7 +230,9 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("content", FOREIGN, ids=range(len(FOREIGN)))
-def test_foreign_files_are_refused(content: bytes, tmp_path: Path, tensors_of: Callable[..., dict[str, Tensor]]) -> None:
+def test_foreign_files_are_refused(
+    content: bytes, tmp_path: Path, tensors_of: Callable[..., dict[str, Tensor]]
+) -> None:
     tensors = tensors_of(1)
     store, layout, path = write(tmp_path, tensors)
     path.write_bytes(content)

@@ -122,12 +122,9 @@ if sys.argv[2] == "2":
 
 
 def test_two_processes_with_the_same_keys_do_not_meet(tmp_path: Path) -> None:
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path), number], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for number in ("1", "2")
-    ]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    children = [subprocess.Popen([*command, number], **pipes, text=True) for number in ("1", "2")]
     for child in children:
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
     assert remove_orphans(tmp_path) == []

@@ -182,7 +182,9 @@ def test_a_spilled_block_is_given_up_for_free(tmp_path: Path, same: Callable[...
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 @pytest.mark.parametrize("step", ["open_temporary", "write", "fsync", "rename", "fsync_directory"])
-def test_a_broken_disk_leaves_the_blocks_in_memory(error: int, step: str, tmp_path: Path, same: Callable[..., bool]) -> None:
+def test_a_broken_disk_leaves_the_blocks_in_memory(
+    error: int, step: str, tmp_path: Path, same: Callable[..., bool]
+) -> None:
     manager, store = manager_on(tmp_path)
     with manager:
         store.errors[step] = error

@@ -1,4 +1,4 @@
-"""Copies between device and host wait for what they must: on a device that runs everything as late or as early as it can."""
+"""Copies between device and host wait for what they must, on a device that runs all work as late or early as it can."""
 
 from collections.abc import Callable
 
@@ -97,7 +97,9 @@ def test_every_single_wait_is_needed(wait: str) -> None:
     assert any(outcomes)  # the other waits still hold
 
 
-def work_through(device: FakeDevice, transfer: Transfer, tensors_of: Callable[..., dict[str, Tensor]], disk: object) -> int:
+def work_through(
+    device: FakeDevice, transfer: Transfer, tensors_of: Callable[..., dict[str, Tensor]], disk: object
+) -> int:
     """Blocks go down and up through all tiers, read by kernels only; returns how many were read wrong."""
     wrong = 0
     sources = {BlockKey("cache", 0, index): tensors_of(index) for index in range(12)}
