@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kvpress.kernels.attention import fused, reference
 from kvpress.kernels.dispatch import choose
+from kvpress.kernels.scores import causal_positions
 from kvpress.kernels.shapes import check_query_and_slots
 
 
@@ -20,6 +21,7 @@ def attend(
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
     index: Tensor | None = None,
+    causal: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     impl: str = "auto",
@@ -34,6 +36,7 @@ def attend(
         query_positions: `[batch or 1, rows]` integer; a slot is visible when `0 <= position <= query_position`. `None`: every token is.
         starts, lengths: `[batch, kv_heads]` integer, of the flat layout.
         index: `[batch, kv_heads or 1, n]` integer: attend to these slots only; `-1` is no slot, a slot listed twice counts twice.
+        causal: the query rows are the last slots, in order: row `i` sees the first `slots - rows + i + 1` slots. Excludes `positions`.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: `[query_heads]` logits that take part in the softmax and carry no value (gpt-oss).
         impl: `"auto"` or the name of an implementation.
@@ -47,7 +50,8 @@ def attend(
         ValueError: shapes that do not fit, an unknown `impl`, or an explicit `impl` that cannot serve these arguments.
     """
     check_query_and_slots(query, keys, values, starts, lengths)
-    masked = positions is not None or starts is not None or index is not None
+    if causal and (positions is not None or starts is not None or index is not None):
+        raise ValueError("causal describes dense slots in order: it excludes positions, starts and index")
     chosen = choose(
         "attention",
         impl,
@@ -57,10 +61,12 @@ def attend(
         },
     )
     if chosen == "fused":
-        visible_rows = query_positions if masked else None
-        return fused.attend(
-            query, keys, values, scaling=scaling, positions=positions, query_positions=visible_rows
-        ), None
+        output = fused.attend(
+            query, keys, values, scaling=scaling, positions=positions, query_positions=query_positions, causal=causal
+        )
+        return output, None
+    if causal:
+        positions, query_positions = causal_positions(query, keys)
     return reference.attend(
         query,
         keys,

@@ -20,6 +20,7 @@ def attention_mass(
     lengths: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    row_weights: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Sum over the query rows of the softmax weight that each slot receives: the column sums of the attention matrix, never built whole.
@@ -29,6 +30,7 @@ def attention_mass(
         keys: the slots, dense `[batch, kv_heads, slots, dim]` or flat (see `kvpress.kernels.shapes`).
         scaling, positions, starts, lengths, softcap, sinks: as in `kvpress.kernels.attention.attend`.
         query_positions: `[batch or 1, rows]` integer; a negative one is padding and votes for nothing.
+        row_weights: `[batch or 1, rows]`: factor of each row in the sum; `None` for 1.
         impl: `"auto"` or the name of an implementation.
 
     Returns:
@@ -50,4 +52,5 @@ def attention_mass(
         lengths=lengths,
         softcap=softcap,
         sinks=sinks,
+        row_weights=row_weights,
     )

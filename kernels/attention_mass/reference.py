@@ -21,6 +21,7 @@ def attention_mass(
     lengths: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """See `kvpress.kernels.attention_mass.attention_mass`: `sum_rows exp(s - lse)` with the `s` and `lse` of attention."""
     if starts is not None and lengths is not None:
@@ -37,5 +38,7 @@ def attention_mass(
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.to(kind).view(1, kv_heads, group, 1))
         weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+        if row_weights is not None:
+            weights = weights * row_weights[:, None, None, first : first + ROWS, None].to(kind)
         mass += weights.sum(dim=3)
     return mass.reshape(batch, query_heads, slots)
