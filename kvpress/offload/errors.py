@@ -1,7 +1,9 @@
 """Typed errors of the storage tiers. Each one says what was lost, if anything was."""
 
+from kvpress.errors import KVPressError
 
-class TierError(RuntimeError):
+
+class TierError(KVPressError, RuntimeError):
     """A storage tier could not do what was asked.
 
     Attributes:
