@@ -1,7 +1,7 @@
 """Confidence intervals of mean scores."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -35,13 +35,30 @@ def mean_interval(scores: Sequence[float], *, confidence: float = 0.95, seed: in
     mean = math.fsum(scores) / count
     if all(score in (0, 1) for score in scores):
         return Interval(mean, *wilson(mean, count, confidence), count, "wilson")
-    # Sorted, so that the interval depends on the scores and not on the order in which they were measured.
-    values = np.sort(np.asarray(scores, dtype=np.float64))
-    draws = np.random.default_rng(seed).integers(0, count, size=(10_000, count))
-    means = values[draws].mean(axis=1)
+    return Interval(mean, *_bootstrap([scores], confidence, seed), count, "bootstrap")
+
+
+def stratified_interval(scores: Mapping[str, Sequence[float]], *, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """Mean of the tasks' means, every task weighing the same, with a bootstrap that redraws within each task."""
+    if len(scores) == 1:
+        return mean_interval(*scores.values(), confidence=confidence, seed=seed)
+    means = [math.fsum(values) / len(values) for values in scores.values()]
+    mean = math.fsum(means) / len(means)
+    strata = [scores[task] for task in sorted(scores)]
+    count = sum(len(values) for values in strata)
+    return Interval(mean, *_bootstrap(strata, confidence, seed), count, "bootstrap")
+
+
+def _bootstrap(strata: Sequence[Sequence[float]], confidence: float, seed: int) -> tuple[float, float]:
+    rng = np.random.default_rng(seed)
+    means = np.zeros(10_000)
+    for scores in strata:
+        # Sorted: the interval depends on the scores, not on the order in which they were measured.
+        values = np.sort(np.asarray(scores, dtype=np.float64))
+        means += values[rng.integers(0, len(values), size=(10_000, len(values)))].mean(axis=1) / len(strata)
     tail = (1 - confidence) / 2
     lower, upper = np.quantile(means, [tail, 1 - tail])
-    return Interval(mean, float(lower), float(upper), count, "bootstrap")
+    return float(lower), float(upper)
 
 
 def wilson(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
