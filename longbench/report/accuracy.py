@@ -4,7 +4,7 @@ from typing import Any
 
 from .budgets import budget_axis, lines_of, policies_of, set_budget_axis
 from .load import RunData
-from .style import FULL_COLOUR, colour_of, panels, shared_legend
+from .style import FULL_COLOUR, colour_of, first_in_row, panels, shared_legend
 
 
 def accuracy_groups(run: RunData) -> list[str]:
@@ -15,7 +15,7 @@ def accuracy_groups(run: RunData) -> list[str]:
     tasks = {name for name in names if not name.startswith("average")}
     averages = names - tasks
     # An average over one task says nothing that the task's own panel does not say.
-    if averages and {row["task"] for row in run.rows}.__len__() == 1 and run.benchmark != "needle":
+    if averages and len({row["task"] for row in run.rows}) == 1 and run.benchmark != "needle":
         averages = set()
     return [*sorted(averages, key=_natural), *sorted(tasks, key=_natural)]
 
@@ -45,7 +45,8 @@ def accuracy_figure(run: RunData, groups: list[str]) -> Any:
         counts = sorted({entry["groups"][group]["n"] for entry in methods.values() if group in entry["groups"]})
         axes.set_title(f"{group}   (n = {counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'})", loc="left")
         axes.set_ylim(-3, 103)
-        axes.set_ylabel("Score (%)")
+        if first_in_row(axes):
+            axes.set_ylabel("Score (%)")
         if axis.places:
             set_budget_axis(axes, axis)
         else:

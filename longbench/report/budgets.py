@@ -49,6 +49,7 @@ def set_budget_axis(axes: Any, axis: Axis) -> None:
     places = _apart(sorted(set(axis.places.values())))
     axes.set_xticks(places, [f"{place:g}%" if axis.percent else f"{place:g}" for place in map(_short, places)])
     axes.set_xticks([], minor=True)
+    axes.margins(x=0.08)
     axes.set_xlabel(axis.label)
 
 

@@ -22,7 +22,7 @@ def divergence_figure(run: RunData) -> Any:
             colour, marker = colour_of(policy, policies)
             values += [value for _, value in points]
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4.5, label=policy)
-        if name == "kl" and values and min(values) > 0:
+        if name == "kl" and values and min(values) > 0 and max(values) / min(values) > 30:
             axes.set_yscale("log")
         axes.set_title(title, loc="left")
         if axis.places:

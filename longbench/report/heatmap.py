@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .load import RunData
-from .style import panels
+from .style import first_in_row, panels
 
 
 def heatmap_figure(run: RunData) -> Any:
@@ -30,7 +30,8 @@ def heatmap_figure(run: RunData) -> Any:
         axes.set_yticks(range(len(depths)), [f"{depth:g}%" for depth in depths])
         axes.grid(False)
         axes.set_xlabel("Length (tokens)")
-        axes.set_ylabel("Depth of the needle")
+        if first_in_row(axes):
+            axes.set_ylabel("Depth of the needle")
         if len(lengths) * len(depths) <= 60:
             for (down, across), value in np.ndenumerate(grid):
                 if not np.isnan(value):

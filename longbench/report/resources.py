@@ -35,7 +35,7 @@ def resource_figure(run: RunData) -> Any:
     measures = [("share", "Memory (% of a full cache)"), ("prefill", "Time to first token (s, median)"),
                 ("speed", "Decoding (tokens/s, median)")]
     shown = [(name, title) for name, title in measures if any(entry.get(name) is not None for entry in table)]
-    figure, all_axes = panels(len(shown), height=max(1.6, 0.27 * len(table) + 0.6))
+    figure, all_axes = panels(len(shown), height=max(1.4, 0.22 * len(table) + 0.4))
     policies = policies_of(run)
     labels = [entry["method"] for entry in table]
     for number, (axes, (name, title)) in enumerate(zip(all_axes, shown, strict=True)):
@@ -45,6 +45,7 @@ def resource_figure(run: RunData) -> Any:
         for place, value in enumerate(values):
             axes.text(value, place, f" {value:.3g}", va="center", fontsize=7.5)
         axes.set_yticks(range(len(table)), labels if number == 0 else [""] * len(labels))
+        axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.set_xlim(0, max(values) * 1.18 or 1)
         axes.grid(axis="y", visible=False)

@@ -44,6 +44,11 @@ def panels(count: int, *, width: float = 3.3, height: float = 2.7, columns: int 
     return figure, list(axes[:count])
 
 
+def first_in_row(axes: Any) -> bool:
+    """Whether a panel stands at the left edge; only there the vertical axis needs its name."""
+    return bool(axes.get_subplotspec().is_first_col())
+
+
 def colour_of(policy: str, policies: Sequence[str]) -> tuple[str, str]:
     """Colour and marker of a policy, the same in every figure of a report."""
     number = list(policies).index(policy)
@@ -54,4 +59,4 @@ def shared_legend(figure: Any, axes: Any) -> None:
     """One legend for all panels, under them."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)))
