@@ -64,21 +64,32 @@ class Run:
         for method in self.methods:
             method.make_cache(self.model)  # a refused policy or budget stops the run before its first prompt
         settings = {
-            "benchmark": benchmark, "model": self.model_name, "dtype": str(self.model.dtype).removeprefix("torch."),
-            "seed": self.seed, "query_aware": self.query_aware, "chat": self.chat, "chunk_size": self.chunk_size,
+            "benchmark": benchmark,
+            "model": self.model_name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "seed": self.seed,
+            "query_aware": self.query_aware,
+            "chat": self.chat,
+            "chunk_size": self.chunk_size,
             "data": {name: value for name, value in data.items() if value is not None},
         }
         return ResultStore(self.output, settings, command=self.command)
 
 
 def run_ruler(
-    run: Run, *, tasks: Sequence[str] = tuple(RULER_TASKS), lengths: Sequence[int] = (4096,), samples: int = 100,
+    run: Run,
+    *,
+    tasks: Sequence[str] = tuple(RULER_TASKS),
+    lengths: Sequence[int] = (4096,),
+    samples: int = 100,
     data: RulerData = RulerData(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """RULER: `samples` of each task at each length in tokens; see `ruler_samples` for what is raised."""
     encoder = run.encoder()
     drawn = [
-        sample for length in lengths for task in tasks
+        sample
+        for length in lengths
+        for task in tasks
         for sample in ruler_samples(task, length, samples, encoder, seed=run.seed, data=data)
     ]
     files = {name: str(path) for name, path in vars(data).items() if path is not None}
@@ -86,8 +97,13 @@ def run_ruler(
 
 
 def run_needle(
-    run: Run, *, lengths: Sequence[int] = (1024, 2048, 4096), depths: Sequence[float] = (0, 25, 50, 75, 100),
-    samples: int = 10, haystack: str = "essay", data: RulerData = RulerData(),  # noqa: B008 - frozen
+    run: Run,
+    *,
+    lengths: Sequence[int] = (1024, 2048, 4096),
+    depths: Sequence[float] = (0, 25, 50, 75, 100),
+    samples: int = 10,
+    haystack: str = "essay",
+    data: RulerData = RulerData(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """The needle grid: `samples` in each cell of lengths (tokens) by depths (percent)."""
     encoder = run.encoder()
@@ -97,8 +113,14 @@ def run_needle(
 
 
 def run_longbench(
-    run: Run, source: Source, *, tasks: Sequence[str], extended: bool = False, limit: int | None = None,
-    max_length: int | None = None, prompts: Path | None = None,
+    run: Run,
+    source: Source,
+    *,
+    tasks: Sequence[str],
+    extended: bool = False,
+    limit: int | None = None,
+    max_length: int | None = None,
+    prompts: Path | None = None,
 ) -> dict[str, Any]:
     """LongBench v1, or E with `extended`; `max_length` tokens of prompt, by default the window less `ANSWER_ROOM`."""
     encoder, length = run.encoder(), _prompt_limit(run, max_length)
@@ -106,8 +128,15 @@ def run_longbench(
         source, tasks, encoder, max_length=length, extended=extended, limit=limit, prompts=prompts
     )
     return _evaluate(
-        run, "longbench-e" if extended else "longbench", encoder, samples, skipped, source=str(source.path),
-        revision=source.revision, max_length=length, prompts=str(prompts) if prompts else None,
+        run,
+        "longbench-e" if extended else "longbench",
+        encoder,
+        samples,
+        skipped,
+        source=str(source.path),
+        revision=source.revision,
+        max_length=length,
+        prompts=str(prompts) if prompts else None,
     )
 
 
@@ -118,13 +147,25 @@ def run_longbench_v2(
     encoder, length = run.encoder(), _prompt_limit(run, max_length)
     samples, skipped = longbench_v2_samples(source.path, encoder, max_length=length, limit=limit, prompts=prompts)
     return _evaluate(
-        run, "longbench-v2", encoder, samples, skipped, source=str(source.path), revision=source.revision,
-        max_length=length, prompts=str(prompts) if prompts else None,
+        run,
+        "longbench-v2",
+        encoder,
+        samples,
+        skipped,
+        source=str(source.path),
+        revision=source.revision,
+        max_length=length,
+        prompts=str(prompts) if prompts else None,
     )
 
 
 def run_text_perplexity(
-    run: Run, *, text: Path | None = None, prefix: int = 1024, continuation: int = 256, windows: int = 10,
+    run: Run,
+    *,
+    text: Path | None = None,
+    prefix: int = 1024,
+    continuation: int = 256,
+    windows: int = 10,
     step: int = 1,
 ) -> dict[str, Any]:
     """Perplexity and divergence of `continuation` tokens after `prefix` compressed ones, over windows of a text.
@@ -145,7 +186,12 @@ def run_text_perplexity(
     sizes = {"text": str(text) if text else None, "prefix": prefix, "continuation": continuation, "step": step}
     with run.store("perplexity", **sizes) as store:
         return run_perplexity(
-            run.model, parts, run.methods, store, chunk_size=step, prefill_chunk_size=run.chunk_size,
+            run.model,
+            parts,
+            run.methods,
+            store,
+            chunk_size=step,
+            prefill_chunk_size=run.chunk_size,
             progress=run.progress,
         )
 

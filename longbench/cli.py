@@ -9,6 +9,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_options import (
+    Aware,
+    Budgets,
+    Chat,
+    Chunk,
+    Data,
+    Device,
+    Dtype,
+    Full,
+    Haystack,
+    Json,
+    Lengths,
+    Limit,
+    MaxLength,
+    Model,
+    Output,
+    Policies,
+    Prompts,
+    Revision,
+    Seed,
+    Threads,
+)
 from .errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -17,39 +39,14 @@ if TYPE_CHECKING:
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 
 eval_app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, help="Measure what policies cost in accuracy.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Measure what policies cost in accuracy.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 report_app = typer.Typer(pretty_exceptions_enable=False)
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Evaluation of cache policies.")
 app.add_typer(eval_app, name="eval")
-
-Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a local folder, a .gguf file, or a hub id.")]
-Policies = Annotated[
-    list[str], typer.Option("--policy", "-p", help="Policy, with parameters as name:key=value,…; repeat for more.")
-]
-Budgets = Annotated[
-    list[str], typer.Option("--budget", "-b", help="Tokens (1024), share (0.25) or bytes (256MB); repeat for more.")
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the results; a stopped run goes on there.")]
-Aware = Annotated[
-    bool, typer.Option("--query-aware/--query-agnostic", help="Compress after or before the question is read.")
-]
-Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Wrap prompts in the chat template.")]
-Full = Annotated[bool, typer.Option("--full/--no-full", help="Run the full cache too.")]
-Seed = Annotated[int, typer.Option(help="Seed of generated samples.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out: the checkpoint's.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, …; left out: the first GPU if there is one.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
-Chunk = Annotated[int | None, typer.Option("--chunk-size", min=1, help="Tokens of one forward during prefill.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the totals as JSON and nothing else.")]
-Lengths = Annotated[str, typer.Option("--lengths", "-l", help="Tokens of prompt and answer, separated by commas.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Samples of each task; left out: all.")]
-Data = Annotated[Path | None, typer.Option("--data", help="Folder or archive of the official files; left out: the hub.")]
-Revision = Annotated[str, typer.Option(help="Commit, tag or branch of the hub's data set.")]
-MaxLength = Annotated[int | None, typer.Option(help="Longest prompt in tokens; longer ones lose their middle.")]
-Prompts = Annotated[Path | None, typer.Option(exists=True, help="JSON file that replaces the official prompts.")]
-Haystack = Annotated[Path | None, typer.Option(exists=True, help="Text file instead of generated prose.")]
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,8 @@ class _Common:
     """Options of every benchmark."""
 
     model: str
-    policies: list[str]
-    budgets: list[str]
+    policies: list[str] | None
+    budgets: list[str] | None
     output: Path
     query_aware: bool = False
     chat: bool = False
@@ -74,13 +71,21 @@ class _Common:
         with _refusals():
             from .arguments import parse_methods
 
-            methods = parse_methods(self.policies, self.budgets, full=self.full)
+            methods = parse_methods(self.policies or [], self.budgets or [], full=self.full)
             loaded, tokenizer = _load(self.model, self.dtype, self.device, self.threads)
             from .benchmarks import Run
 
             run = Run(
-                loaded, tokenizer, methods, self.output, self.model, query_aware=self.query_aware, chat=self.chat,
-                seed=self.seed, chunk_size=self.chunk_size, command=["kvpress", *sys.argv[1:]],
+                loaded,
+                tokenizer,
+                methods,
+                self.output,
+                self.model,
+                query_aware=self.query_aware,
+                chat=self.chat,
+                seed=self.seed,
+                chunk_size=self.chunk_size,
+                command=["kvpress", *sys.argv[1:]],
                 progress=not self.as_json,
             )
             totals = benchmark(run)
@@ -89,15 +94,25 @@ class _Common:
 
 @eval_app.command()
 def ruler(
-    model: Model = "smollm2", policy: Policies = [], budget: Budgets = [], output: Output = Path("results/ruler"),  # noqa: B006
+    model: Model = "smollm2",
+    policy: Policies = None,
+    budget: Budgets = None,
+    output: Output = Path("results/ruler"),
     tasks: Annotated[str, typer.Option("--tasks", "-t", help="Names separated by commas, or all.")] = "all",
     lengths: Lengths = "4096",
     samples: Annotated[int, typer.Option("--samples", "--limit", "-n", min=1, help="Of each task and length.")] = 100,
     haystack: Haystack = None,
     squad: Annotated[Path | None, typer.Option(exists=True, help="SQuAD 2.0 JSON for qa_1.")] = None,
     hotpotqa: Annotated[Path | None, typer.Option(exists=True, help="HotpotQA JSON for qa_2.")] = None,
-    query_aware: Aware = False, chat: Chat = False, full: Full = True, seed: Seed = 42, dtype: Dtype = None,
-    device: Device = None, threads: Threads = None, chunk_size: Chunk = None, as_json: Json = False,
+    query_aware: Aware = False,
+    chat: Chat = False,
+    full: Full = True,
+    seed: Seed = 42,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    chunk_size: Chunk = None,
+    as_json: Json = False,
 ) -> None:
     """RULER's 13 tasks; without files, qa_1 and qa_2 ask about synthetic documents."""
 
@@ -117,14 +132,26 @@ def ruler(
 
 @eval_app.command()
 def needle(
-    model: Model = "smollm2", policy: Policies = [], budget: Budgets = [], output: Output = Path("results/needle"),  # noqa: B006
+    model: Model = "smollm2",
+    policy: Policies = None,
+    budget: Budgets = None,
+    output: Output = Path("results/needle"),
     lengths: Lengths = "1024,2048,4096",
-    depths: Annotated[str, typer.Option(help="Percent of the text before the needle, separated by commas.")] = "0,25,50,75,100",
+    depths: Annotated[
+        str, typer.Option(help="Percent of the text before the needle, separated by commas.")
+    ] = "0,25,50,75,100",
     samples: Annotated[int, typer.Option("--samples", "--limit", "-n", min=1, help="Of each cell.")] = 10,
     kind: Annotated[str, typer.Option(help="essay or noise.")] = "essay",
     haystack: Haystack = None,
-    query_aware: Aware = False, chat: Chat = False, full: Full = True, seed: Seed = 42, dtype: Dtype = None,
-    device: Device = None, threads: Threads = None, chunk_size: Chunk = None, as_json: Json = False,
+    query_aware: Aware = False,
+    chat: Chat = False,
+    full: Full = True,
+    seed: Seed = 42,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    chunk_size: Chunk = None,
+    as_json: Json = False,
 ) -> None:
     """One fact at every depth of every length."""
 
@@ -135,9 +162,7 @@ def needle(
 
         sizes = [int(size) for size in parse_numbers(lengths, "lengths")]
         places = parse_numbers(depths, "depths")
-        return run_needle(
-            run, lengths=sizes, depths=places, samples=samples, haystack=kind, data=RulerData(haystack)
-        )
+        return run_needle(run, lengths=sizes, depths=places, samples=samples, haystack=kind, data=RulerData(haystack))
 
     _Common(
         model, policy, budget, output, query_aware, chat, full, seed, dtype, device, threads, chunk_size, as_json
@@ -146,13 +171,26 @@ def needle(
 
 @eval_app.command()
 def longbench(
-    model: Model = "smollm2", policy: Policies = [], budget: Budgets = [], output: Output = Path("results/longbench"),  # noqa: B006
+    model: Model = "smollm2",
+    policy: Policies = None,
+    budget: Budgets = None,
+    output: Output = Path("results/longbench"),
     tasks: Annotated[str, typer.Option("--tasks", "-t", help="Names separated by commas, or all.")] = "all",
-    data: Data = None, revision: Revision = "main", limit: Limit = None, max_length: MaxLength = None,
+    data: Data = None,
+    revision: Revision = "main",
+    limit: Limit = None,
+    max_length: MaxLength = None,
     extended: Annotated[bool, typer.Option("--extended", help="LongBench-E, averaged by length.")] = False,
     prompts: Prompts = None,
-    query_aware: Aware = False, chat: Chat = False, full: Full = True, seed: Seed = 42, dtype: Dtype = None,
-    device: Device = None, threads: Threads = None, chunk_size: Chunk = None, as_json: Json = False,
+    query_aware: Aware = False,
+    chat: Chat = False,
+    full: Full = True,
+    seed: Seed = 42,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    chunk_size: Chunk = None,
+    as_json: Json = False,
 ) -> None:
     """LongBench's 21 tasks, or the 13 of LongBench-E."""
 
@@ -175,12 +213,24 @@ def longbench(
 
 @eval_app.command("longbench-v2")
 def longbench_v2(
-    model: Model = "smollm2", policy: Policies = [], budget: Budgets = [],  # noqa: B006
+    model: Model = "smollm2",
+    policy: Policies = None,
+    budget: Budgets = None,
     output: Output = Path("results/longbench-v2"),
-    data: Data = None, revision: Revision = "main", limit: Limit = None, max_length: MaxLength = None,
+    data: Data = None,
+    revision: Revision = "main",
+    limit: Limit = None,
+    max_length: MaxLength = None,
     prompts: Prompts = None,
-    query_aware: Aware = False, chat: Chat = False, full: Full = True, seed: Seed = 42, dtype: Dtype = None,
-    device: Device = None, threads: Threads = None, chunk_size: Chunk = None, as_json: Json = False,
+    query_aware: Aware = False,
+    chat: Chat = False,
+    full: Full = True,
+    seed: Seed = 42,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    chunk_size: Chunk = None,
+    as_json: Json = False,
 ) -> None:
     """LongBench v2: 503 questions with four choices."""
 
@@ -199,13 +249,20 @@ def longbench_v2(
 
 @eval_app.command()
 def perplexity(
-    model: Model = "smollm2", policy: Policies = [], budget: Budgets = [], output: Output = Path("results/perplexity"),  # noqa: B006
+    model: Model = "smollm2",
+    policy: Policies = None,
+    budget: Budgets = None,
+    output: Output = Path("results/perplexity"),
     text: Annotated[Path | None, typer.Option(exists=True, help="UTF-8 text; left out: generated prose.")] = None,
     prefix: Annotated[int, typer.Option(min=1, help="Tokens that are compressed.")] = 1024,
     continuation: Annotated[int, typer.Option(min=1, help="Tokens that are scored after them.")] = 256,
     windows: Annotated[int, typer.Option("--windows", "--limit", "-n", min=1, help="Windows of the text.")] = 10,
     step: Annotated[int, typer.Option(min=1, help="Tokens of the continuation in one forward; 1 as decoding.")] = 1,
-    seed: Seed = 42, dtype: Dtype = None, device: Device = None, threads: Threads = None, chunk_size: Chunk = None,
+    seed: Seed = 42,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    chunk_size: Chunk = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a text after a compressed prefix, and KL divergence to the full cache's predictions."""
@@ -213,12 +270,18 @@ def perplexity(
     def benchmark(run: "Run") -> dict[str, Any]:
         from .benchmarks import run_text_perplexity
 
-        return run_text_perplexity(
-            run, text=text, prefix=prefix, continuation=continuation, windows=windows, step=step
-        )
+        return run_text_perplexity(run, text=text, prefix=prefix, continuation=continuation, windows=windows, step=step)
 
     _Common(
-        model, policy, budget, output, seed=seed, dtype=dtype, device=device, threads=threads, chunk_size=chunk_size,
+        model,
+        policy,
+        budget,
+        output,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        chunk_size=chunk_size,
         as_json=as_json,
     ).execute(benchmark)
 

@@ -41,7 +41,14 @@ def needle_samples(
             samples += [
                 _placed(sample, length, depth)
                 for sample in fitted_samples(
-                    f"needle/{depth:g}", draw, increment, RULE, length, count, encoder, seed=seed,
+                    f"needle/{depth:g}",
+                    draw,
+                    increment,
+                    RULE,
+                    length,
+                    count,
+                    encoder,
+                    seed=seed,
                     groups=(cell, f"average/{length}"),
                 )
             ]

@@ -1,12 +1,12 @@
 """Scores of a continuation under several caches, in step with the full cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import Cache, PreTrainedModel
 
-from ..runner.generation import cache_bytes
+from ..runner.generation import cache_bytes, chunks_of
 from ..runner.method import FULL, Method
 from .windows import Window
 
@@ -54,10 +54,13 @@ def score_tokens(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     full = _Reader(model, FULL, window, prefill_chunk_size)
-    readers = {method.label: full if method == FULL else _Reader(model, method, window, prefill_chunk_size)
-               for method in methods}
+    readers = {
+        method.label: full if method == FULL else _Reader(model, method, window, prefill_chunk_size)
+        for method in methods
+    }
     sums: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {label: [] for label in readers}
-    for start, targets in _chunks(window.next_ids, chunk_size):
+    start = 0
+    for targets in chunks_of(window.next_ids, chunk_size):
         # The last token of the continuation is only ever a target.
         expected = full.log_probabilities(start, len(targets))
         wanted = torch.tensor(targets, device=expected.device)
@@ -68,16 +71,13 @@ def score_tokens(
             terms = torch.where(expected.isneginf(), 0.0, expected.exp() * (expected - found))
             same = (found.argmax(-1) == expected.argmax(-1)).double()
             sums[label].append((nll.cpu(), terms.sum(-1).clamp_min(0).cpu(), same.cpu()))
-    return {
-        label: TokenScores(*(torch.cat(parts) for parts in zip(*sums[label], strict=True)),
-                           readers[label].held, full.held)
-        for label in readers
-    }
+        start += len(targets)
+    return {label: _joined(sums[label], reader.held, full.held) for label, reader in readers.items()}
 
 
-def _chunks(ids: Sequence[int], size: int) -> Iterator[tuple[int, Sequence[int]]]:
-    for start in range(0, len(ids), size):
-        yield start, ids[start : start + size]
+def _joined(parts: Sequence[tuple[torch.Tensor, ...]], held: int, full: int) -> TokenScores:
+    nll, kl, agreement = (torch.cat(values) for values in zip(*parts, strict=True))
+    return TokenScores(nll, kl, agreement, held, full)
 
 
 class _Reader:
@@ -87,8 +87,7 @@ class _Reader:
         self._model = model
         self._window = window
         self._cache: Cache = method.make_cache(model)
-        ids = torch.tensor([window.prefix_ids], device=model.device)
-        for chunk in ids.split(prefill_chunk_size or ids.shape[1], dim=1):
+        for chunk in chunks_of(window.prefix_ids, prefill_chunk_size):
             self._next = self._forward(chunk, keep=1)
         self.held = cache_bytes(self._cache)
 
@@ -101,9 +100,11 @@ class _Reader:
             rest = self._window.next_ids[start - 1 : start + count - 1]
         if not rest:
             return self._next
-        logits = self._forward(torch.tensor([rest], device=self._model.device), keep=len(rest))
+        logits = self._forward(rest, keep=len(rest))
         return torch.cat([self._next, logits]) if start == 0 else logits
 
-    def _forward(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
-        output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=keep)
-        return output.logits[0, -keep:].double().log_softmax(-1)
+    def _forward(self, ids: Sequence[int], keep: int) -> torch.Tensor:
+        batch = torch.tensor([ids], device=self._model.device)
+        output = self._model(batch, past_key_values=self._cache, use_cache=True, logits_to_keep=keep)
+        logits: torch.Tensor = output.logits
+        return logits[0, -keep:].double().log_softmax(-1)

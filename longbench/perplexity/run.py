@@ -52,11 +52,20 @@ def run_perplexity(
 
 def _row(method: Method, window: Window, scores: TokenScores) -> dict[str, Any]:
     return {
-        "sample": window.name, "task": "perplexity", "method": method.label, "policy": method.policy,
-        "budget": method.budget, "options": dict(method.options), "prefix_tokens": len(window.prefix_ids),
-        "tokens": len(window.next_ids), "nll": scores.nll.sum().item(), "kl": scores.kl.sum().item(),
-        "agreement": scores.agreement.sum().item(), "cache_bytes": scores.cache_bytes,
-        "full_bytes": scores.full_bytes, "buckets": _buckets(scores),
+        "sample": window.name,
+        "task": "perplexity",
+        "method": method.label,
+        "policy": method.policy,
+        "budget": method.budget,
+        "options": dict(method.options),
+        "prefix_tokens": len(window.prefix_ids),
+        "tokens": len(window.next_ids),
+        "nll": scores.nll.sum().item(),
+        "kl": scores.kl.sum().item(),
+        "agreement": scores.agreement.sum().item(),
+        "cache_bytes": scores.cache_bytes,
+        "full_bytes": scores.full_bytes,
+        "buckets": _buckets(scores),
     }
 
 
@@ -76,7 +85,9 @@ def perplexity_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tokens = sum(row["tokens"] for row in own)
         mean = math.fsum(row["nll"] for row in own) / tokens
         entry = {
-            "windows": len(own), "tokens": tokens, "perplexity": round(math.exp(mean), 6),
+            "windows": len(own),
+            "tokens": tokens,
+            "perplexity": round(math.exp(mean), 6),
             "kl": round(math.fsum(row["kl"] for row in own) / tokens, 9),
             "agreement": round(100 * math.fsum(row["agreement"] for row in own) / tokens, 2),
             "memory_share": round(sum(row["cache_bytes"] / row["full_bytes"] for row in own) / len(own), 4),

@@ -39,11 +39,25 @@ def accuracy_figure(run: RunData, groups: list[str]) -> Any:
             shift = 2 ** (0.05 * (number - (len(lines) - 1) / 2))
             places = [place * shift for place, _ in points]
             scores = [entry["score"] for _, entry in points]
-            errors = [[max(0.0, e["score"] - e["lower"]) for _, e in points], [max(0.0, e["upper"] - e["score"]) for _, e in points]]
-            axes.errorbar(places, scores, yerr=errors, color=colour, marker=marker, markersize=4.5, capsize=2,
-                          elinewidth=0.8, label=policy)
+            errors = [
+                [max(0.0, e["score"] - e["lower"]) for _, e in points],
+                [max(0.0, e["upper"] - e["score"]) for _, e in points],
+            ]
+            axes.errorbar(
+                places,
+                scores,
+                yerr=errors,
+                color=colour,
+                marker=marker,
+                markersize=4.5,
+                capsize=2,
+                elinewidth=0.8,
+                label=policy,
+            )
         counts = sorted({entry["groups"][group]["n"] for entry in methods.values() if group in entry["groups"]})
-        axes.set_title(f"{group}   (n = {counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'})", loc="left")
+        axes.set_title(
+            f"{group}   (n = {counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'})", loc="left"
+        )
         axes.set_ylim(-3, 103)
         if first_in_row(axes):
             axes.set_ylabel("Score (%)")

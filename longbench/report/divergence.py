@@ -12,8 +12,11 @@ def divergence_figure(run: RunData) -> Any:
     """Three panels over the budget: perplexity ratio, KL divergence, and agreement of the most likely token."""
     figure, all_axes = panels(3)
     axis, policies, methods = budget_axis(run), policies_of(run), run.totals["methods"]
-    measures = [("ratio", "Perplexity / full cache's", 1), ("kl", "KL(full ‖ policy), nats a token", None),
-                ("agreement", "Same most likely token (%)", 100)]
+    measures = [
+        ("ratio", "Perplexity / full cache's", 1),
+        ("kl", "KL(full ‖ policy), nats a token", None),
+        ("agreement", "Same most likely token (%)", 100),
+    ]
     for axes, (name, title, full) in zip(all_axes, measures, strict=True):
         if full is not None:
             axes.axhline(full, color=FULL_COLOUR, linestyle=(0, (4, 2)), linewidth=1.2, label="full cache")
@@ -41,13 +44,17 @@ def course_figure(run: RunData) -> Any:
             continue
         rows = [row for row in run.rows if row["method"] == label]
         stretches = [
-            sum(row["buckets"][part]["kl"] for row in rows) / max(1, sum(row["buckets"][part]["tokens"] for row in rows))
+            sum(row["buckets"][part]["kl"] for row in rows)
+            / max(1, sum(row["buckets"][part]["tokens"] for row in rows))
             for part in range(len(rows[0]["buckets"]))
         ]
         colour, marker = colour_of(rows[0]["policy"], policies)
         style = ("-", "--", ":", "-.")[seen[rows[0]["policy"]] % 4]
         seen[rows[0]["policy"]] += 1
-        names = [f"{100 * part // len(stretches)} to {100 * (part + 1) // len(stretches)} %" for part in range(len(stretches))]
+        names = [
+            f"{100 * part // len(stretches)} to {100 * (part + 1) // len(stretches)} %"
+            for part in range(len(stretches))
+        ]
         axes.plot(names, stretches, color=colour, marker=marker, markersize=4, linestyle=style, label=label)
     axes.set_title("KL(full ‖ policy) along the continuation, nats a token", loc="left")
     axes.set_xlabel("Stretch of the continuation")

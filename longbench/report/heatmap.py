@@ -26,7 +26,9 @@ def heatmap_figure(run: RunData) -> Any:
             grid[depths.index(depth), lengths.index(length)] = 100 * sum(scores) / len(scores)
         image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
         axes.set_title(method, loc="left")
-        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45 if len(lengths) > 4 else 0)
+        axes.set_xticks(
+            range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45 if len(lengths) > 4 else 0
+        )
         axes.set_yticks(range(len(depths)), [f"{depth:g}%" for depth in depths])
         axes.grid(False)
         axes.set_xlabel("Length (tokens)")

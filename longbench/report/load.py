@@ -32,7 +32,9 @@ class RunData:
     def methods(self) -> list[str]:
         """Labels, the full cache first, then policies by name and budgets from large to small."""
         first = {row["method"]: row for row in reversed(self.rows)}
-        return sorted(first, key=lambda label: (label != "full", first[label]["policy"], -budget_size(first[label]), label))
+        return sorted(
+            first, key=lambda label: (label != "full", first[label]["policy"], -budget_size(first[label]), label)
+        )
 
 
 def budget_size(row: Row) -> float:

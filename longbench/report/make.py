@@ -14,8 +14,12 @@ from .resources import resource_figure, resource_table
 from .style import draw
 
 _TITLES = {
-    "ruler": "RULER", "longbench": "LongBench", "longbench-e": "LongBench-E", "longbench-v2": "LongBench v2",
-    "needle": "Needle grid", "perplexity": "Perplexity",
+    "ruler": "RULER",
+    "longbench": "LongBench",
+    "longbench-e": "LongBench-E",
+    "longbench-v2": "LongBench v2",
+    "needle": "Needle grid",
+    "perplexity": "Perplexity",
 }
 
 
@@ -36,10 +40,15 @@ def make_report(folder: Path | str, output: Path | str | None = None) -> Path:
     runs = load_runs(folder)
     target = Path(output) if output is not None else folder / "report"
     target.mkdir(parents=True, exist_ok=True)
-    sections = [_section(run, target, f"{number}-" if len(runs) > 1 else "") for number, run in enumerate(runs, start=1)]
+    sections = [
+        _section(run, target, f"{number}-" if len(runs) > 1 else "") for number, run in enumerate(runs, start=1)
+    ]
     jinja2 = require("jinja2", "eval", "Writing the report's page")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kvpress.longbench.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("kvpress.longbench.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     page = environment.get_template("page.html.j2").render(sections=sections, name=folder.resolve().name)
     path = target / "report.html"
@@ -52,7 +61,9 @@ def _section(run: RunData, target: Path, prefix: str) -> dict[str, Any]:
     groups = [] if perplexity else accuracy_groups(run)
     figures: list[tuple[str, str, bytes]] = []
     if perplexity:
-        figures.append(("divergence", "Loss against budget; the dashed line is the full cache.", draw(divergence_figure, run)))
+        figures.append(
+            ("divergence", "Loss against budget; the dashed line is the full cache.", draw(divergence_figure, run))
+        )
         if len(run.methods) > 1:
             figures.append(("course", "Divergence along the continuation.", draw(course_figure, run)))
     else:
@@ -67,11 +78,19 @@ def _section(run: RunData, target: Path, prefix: str) -> dict[str, Any]:
     for name, _, png in figures:
         (target / f"{prefix}{name}.png").write_bytes(png)
     return {
-        "title": _TITLES.get(run.benchmark, run.benchmark), "name": run.name, "settings": run.settings,
-        "commands": [shlex.join(command) for command in run.commands], "versions": run.versions,
+        "title": _TITLES.get(run.benchmark, run.benchmark),
+        "name": run.name,
+        "settings": run.settings,
+        "commands": [shlex.join(command) for command in run.commands],
+        "versions": run.versions,
         "figures": [(name, caption, base64.b64encode(png).decode("ascii")) for name, caption, png in figures],
-        "methods": run.methods, "groups": groups, "totals": run.totals["methods"], "perplexity": perplexity,
-        "resources": resource_table(run), "skipped": run.skipped, "rows": len(run.rows),
+        "methods": run.methods,
+        "groups": groups,
+        "totals": run.totals["methods"],
+        "perplexity": perplexity,
+        "resources": resource_table(run),
+        "skipped": run.skipped,
+        "rows": len(run.rows),
     }
 
 

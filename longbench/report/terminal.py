@@ -20,8 +20,12 @@ def print_totals(totals: dict[str, Any]) -> None:
             table.add_column(name, justify="left" if name == "method" else "right")
         for method, entry in methods.items():
             table.add_row(
-                escape(method), f"{entry['perplexity']:.3f}", f"{entry.get('ratio', float('nan')):.4f}",
-                f"{entry['kl']:.5f}", f"{entry['agreement']:.1f}", f"{100 * entry['memory_share']:.1f}",
+                escape(method),
+                f"{entry['perplexity']:.3f}",
+                f"{entry.get('ratio', float('nan')):.4f}",
+                f"{entry['kl']:.5f}",
+                f"{entry['agreement']:.1f}",
+                f"{100 * entry['memory_share']:.1f}",
             )
     else:
         groups = sorted({group for entry in methods.values() for group in entry["groups"]})

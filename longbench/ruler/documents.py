@@ -49,7 +49,9 @@ def read_squad(path: Path) -> DocumentSet:
     index = {text: position for position, text in enumerate(documents)}
     questions = [
         DocumentQuestion(
-            query, answers, (index[context],),
+            query,
+            answers,
+            (index[context],),
             tuple(dict.fromkeys(index[text] for text in paragraphs[number] if text != context)),
         )
         for number, context, query, answers in raw

@@ -1,6 +1,7 @@
 """The text that needles are hidden in: repeated noise, lines of other needles, or prose."""
 
 import re
+from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
@@ -28,6 +29,7 @@ class Prose:
     def __init__(self, path: Path | None = None, *, seed: int = 42) -> None:
         self.name = "generated prose" if path is None else path.name
         self._words: list[str] = []
+        self._source: Iterator[str]
         if path is None:
             self._source = (word for sentence in sentences(seed) for word in sentence.split())
         else:

@@ -38,8 +38,13 @@ def sentences(seed: int) -> Iterator[str]:
         while "{" in pieces:
             start, end = pieces.index("{"), pieces.index("}")
             choices = {
-                "time": _TIMES, "person": _PEOPLE, "place": _PLACES, "link": _LINKS,
-                "noun": nouns, "adjective": adjectives, "verb": verbs,
+                "time": _TIMES,
+                "person": _PEOPLE,
+                "place": _PLACES,
+                "link": _LINKS,
+                "noun": nouns,
+                "adjective": adjectives,
+                "verb": verbs,
             }[pieces[start + 1 : end]]
             pieces = pieces[:start] + rng.choice(choices) + pieces[end + 1 :]
         if pieces not in seen:

@@ -52,7 +52,7 @@ def ruler_samples(
     encoder: PromptEncoder,
     *,
     seed: int = 42,
-    data: RulerData = RulerData(),  # noqa: B008 - frozen
+    data: RulerData = RulerData(),
 ) -> list[Sample]:
     """Draw `count` samples of `task` whose prompt and output limit fit in `max_length` tokens.
 
@@ -69,14 +69,29 @@ def ruler_samples(
     rule = TASKS[task]
     draw, increment = _generator(task, max_length, count, encoder, seed, data)
     return fitted_samples(
-        f"ruler/{task}", draw, increment, rule, max_length, count, encoder, seed=seed,
+        f"ruler/{task}",
+        draw,
+        increment,
+        rule,
+        max_length,
+        count,
+        encoder,
+        seed=seed,
         groups=(f"{task}/{max_length}", f"average/{max_length}"),
     )
 
 
 def fitted_samples(
-    name: str, draw: Draw, increment: int, rule: TaskRule, max_length: int, count: int, encoder: PromptEncoder,
-    *, seed: int, groups: tuple[str, ...],
+    name: str,
+    draw: Draw,
+    increment: int,
+    rule: TaskRule,
+    max_length: int,
+    count: int,
+    encoder: PromptEncoder,
+    *,
+    seed: int,
+    groups: tuple[str, ...],
 ) -> list[Sample]:
     """Apply the length rule: one haystack size for all samples, lowered by an increment where one is too long."""
     task = name.rpartition("/")[2]
@@ -110,8 +125,16 @@ def _sample(
     task: str, sample_id: str, draft: Draft, rule: TaskRule, groups: tuple[str, ...], details: dict[str, object]
 ) -> Sample:
     return Sample(
-        task, sample_id, draft.context, draft.question, draft.answer_prefix, draft.answers, rule.metric,
-        rule.max_new_tokens, groups, {**details, **draft.details},
+        task,
+        sample_id,
+        draft.context,
+        draft.question,
+        draft.answer_prefix,
+        draft.answers,
+        rule.metric,
+        rule.max_new_tokens,
+        groups,
+        {**details, **draft.details},
     )
 
 

@@ -12,8 +12,22 @@ _MIDDLES = ("al", "an", "ar", "el", "en", "er", "il", "in", "ol", "on", "or", "u
 _PERSON_ENDS = ("a", "o", "ia", "us", "ek", "ina")
 _TOWN_ENDS = ("burg", "ford", "haven", "mouth", "stead", "wick")
 _TRADES = (
-    "clockmaker", "glassblower", "surveyor", "botanist", "printer", "cartographer", "weaver", "engraver",
-    "beekeeper", "organist", "shipwright", "locksmith", "chemist", "translator", "mason", "apothecary",
+    "clockmaker",
+    "glassblower",
+    "surveyor",
+    "botanist",
+    "printer",
+    "cartographer",
+    "weaver",
+    "engraver",
+    "beekeeper",
+    "organist",
+    "shipwright",
+    "locksmith",
+    "chemist",
+    "translator",
+    "mason",
+    "apothecary",
 )
 _GOODS = ("salt", "wool", "copper", "cider", "paper", "amber", "rope", "linen", "pottery", "honey", "slate", "tea")
 
@@ -46,8 +60,11 @@ def synthetic_documents(count: int, *, seed: int, hops: int = 1) -> DocumentSet:
             question = DocumentQuestion(f"What is the town where {person} lived known for?", (goods,), gold)
         else:
             query, answer = rng.choice(
-                [(f"What was the trade of {person}?", trade), (f"In which town did {person} live?", town),
-                 (f"In which year was {person} born?", str(born))]
+                [
+                    (f"What was the trade of {person}?", trade),
+                    (f"In which town did {person} live?", town),
+                    (f"In which year was {person} born?", str(born)),
+                ]
             )
             question = DocumentQuestion(query, (answer,), gold[:1], gold[1:])
         questions.append(question)
@@ -57,6 +74,8 @@ def synthetic_documents(count: int, *, seed: int, hops: int = 1) -> DocumentSet:
 def _names(count: int, ends: tuple[str, ...], rng: Random, *, words: int) -> list[str]:
     names: dict[str, None] = {}
     while len(names) < count:
-        parts = [rng.choice(_ONSETS) + rng.choice(_MIDDLES) + rng.choice(_MIDDLES) + rng.choice(ends) for _ in range(words)]
+        parts = [
+            rng.choice(_ONSETS) + rng.choice(_MIDDLES) + rng.choice(_MIDDLES) + rng.choice(ends) for _ in range(words)
+        ]
         names[" ".join(parts)] = None
     return list(names)

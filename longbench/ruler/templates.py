@@ -1,4 +1,4 @@
-"""Prompts of RULER (https://github.com/NVIDIA/RULER, Apache-2.0), each in three parts: context, question, answer prefix.
+"""Prompts of RULER (https://github.com/NVIDIA/RULER, Apache-2.0) in three parts: context, question, answer prefix.
 
 The wording is RULER's own, because scores are comparable only with equal prompts.
 """
@@ -37,8 +37,7 @@ FREQUENT_WORDS = (
     " Answer: According to the coded text above, the three most frequently appeared words are:",
 )
 _QA_INSTRUCTION = (
-    "Answer the question based on the given documents. "
-    "Only give me the answer and do not output any other words."
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 )
 QUESTION_ANSWERING = (
     _QA_INSTRUCTION + "\n\nThe following are given documents.\n\n{context}\n\n",

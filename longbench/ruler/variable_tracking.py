@@ -2,6 +2,7 @@
 
 import string
 from collections.abc import Callable
+from itertools import pairwise
 from random import Random
 
 from .draft import Draft, fill
@@ -52,7 +53,7 @@ def _names(letters: int, rng: Random) -> list[str]:
 
 def _scatter(names: list[str], value: str, lines: int, rng: Random) -> str:
     statements = [f"VAR {names[0]} = {value}"]
-    statements += [f"VAR {name} = VAR {before} " for before, name in zip(names, names[1:], strict=False)]
+    statements += [f"VAR {name} = VAR {before} " for before, name in pairwise(names)]
     text = [NOISE] * max(lines, len(statements))
     positions = sorted(rng.sample(range(len(text)), len(statements)))
     # Later statements are inserted first, so each stands before the noise line that its position named.

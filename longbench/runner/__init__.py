@@ -6,6 +6,14 @@ from .method import FULL, CacheFactory, Method, methods_of
 from .store import ResultStore
 
 __all__ = [
-    "FULL", "Answer", "CacheFactory", "Engine", "Method", "ModelEngine", "ResultStore", "evaluate", "fit_window",
+    "FULL",
+    "Answer",
+    "CacheFactory",
+    "Engine",
+    "Method",
+    "ModelEngine",
+    "ResultStore",
+    "evaluate",
+    "fit_window",
     "methods_of",
 ]

@@ -1,6 +1,6 @@
 """The loop: methods by contexts by questions, each result written before the next is begun."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from ..metrics import score
@@ -19,6 +19,11 @@ class Engine(Protocol):
     def answers(self, method: Method, batch: Sequence[tuple[Sample, EncodedPrompt]]) -> Iterator[Answer]:
         """Answers of samples that share one context, in order."""
         ...
+
+
+# Samples of one context under one method; whoever works on them prefills the context once.
+WorkItem = tuple[Method, Sequence[Sample]]
+Results = Iterator[tuple[Method, Sample, Answer]]
 
 
 def evaluate(
@@ -41,29 +46,47 @@ def evaluate(
     Raises:
         ValueError: two methods or two samples of one name.
     """
+
+    def one_by_one(items: Sequence[WorkItem]) -> Results:
+        for method, pending in items:
+            batch = [(sample, encoder.encode(sample)) for sample in pending]
+            for sample, answer in zip(pending, engine.answers(method, batch), strict=True):
+                yield method, sample, answer
+
+    return evaluate_with(one_by_one, samples, methods, store, skipped=skipped, progress=progress)
+
+
+def evaluate_with(
+    answer_all: Callable[[Sequence[WorkItem]], Results],
+    samples: Sequence[Sample],
+    methods: Sequence[Method],
+    store: ResultStore,
+    *,
+    skipped: Sequence[Skipped] = (),
+    progress: bool = True,
+) -> dict[str, Any]:
+    """As `evaluate`, for any way to work through the items: `answer_all` yields results in any order."""
     _distinct("methods", [method.label for method in methods])
     _distinct("samples", [sample.sample_id for sample in samples])
     store.write_skipped(skipped)
-    contexts = _by_context(samples)
     done = {method.label: store.done(method.label) for method in methods}
-    finished = sum(sample.sample_id in done[method.label] for method in methods for sample in samples)
-    with progress_bar(len(samples) * len(methods), done=finished, enabled=progress) as advance:
-        for method in methods:
-            for group in contexts:
-                pending = [sample for sample in group if sample.sample_id not in done[method.label]]
-                batch = [(sample, encoder.encode(sample)) for sample in pending]
-                if batch:
-                    for sample, answer in zip(pending, engine.answers(method, batch), strict=True):
-                        store.append(result_row(method, sample, answer))
-                        advance(f"{method.label} {sample.task}")
+    items = [
+        (method, pending)
+        for method in methods
+        for group in _by_context(samples)
+        if (pending := [sample for sample in group if sample.sample_id not in done[method.label]])
+    ]
+    total, missing = len(samples) * len(methods), sum(len(pending) for _, pending in items)
+    with progress_bar(total, done=total - missing, enabled=progress) as advance:
+        for method, sample, answer in answer_all(items):
+            store.append(result_row(method, sample, answer))
+            advance(f"{method.label} {sample.task}")
     totals = totals_of(store.rows, skipped)
     store.write_totals(totals)
     return totals
 
 
-def fit_window(
-    samples: Sequence[Sample], encoder: PromptEncoder, window: int
-) -> tuple[list[Sample], list[Skipped]]:
+def fit_window(samples: Sequence[Sample], encoder: PromptEncoder, window: int) -> tuple[list[Sample], list[Skipped]]:
     """Leave out samples whose prompt and answer limit exceed the model's window of `window` tokens."""
     kept, skipped = [], []
     for sample in samples:
@@ -79,11 +102,18 @@ def fit_window(
 def result_row(method: Method, sample: Sample, answer: Answer) -> dict[str, Any]:
     """What is kept of one result."""
     return {
-        "sample": sample.sample_id, "task": sample.task, "groups": list(sample.groups),
-        "method": method.label, "policy": method.policy, "budget": method.budget, "options": dict(method.options),
+        "sample": sample.sample_id,
+        "task": sample.task,
+        "groups": list(sample.groups),
+        "method": method.label,
+        "policy": method.policy,
+        "budget": method.budget,
+        "options": dict(method.options),
         "metric": sample.metric,
         "score": score(sample.metric, answer.prediction, sample.references, sample.details),
-        "references": list(sample.references), **vars(answer), "details": dict(sample.details),
+        "references": list(sample.references),
+        **vars(answer),
+        "details": dict(sample.details),
     }
 
 
@@ -95,6 +125,8 @@ def _by_context(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def _distinct(name: str, values: list[str]) -> None:
-    twice = next((value for value in values if values.count(value) > 1), None) if len(set(values)) < len(values) else None
-    if twice is not None:
-        raise ValueError(f"{name} must be distinct, and {twice!r} comes twice")
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"{name} must be distinct, and {value!r} comes twice")
+        seen.add(value)

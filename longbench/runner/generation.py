@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -39,8 +39,7 @@ class _FirstTokenClock(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         if self.first is None:
             self.first = _now(input_ids.device)
-        never: Any = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        return never
+        return cast(torch.BoolTensor, torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device))
 
 
 class ModelEngine:
@@ -82,26 +81,35 @@ class ModelEngine:
     def prefill(self, method: Method, context_ids: Sequence[int]) -> Cache:
         """A cache that has read the context and nothing else."""
         cache = method.make_cache(self.model)
-        ids = torch.tensor([context_ids], device=self.model.device)
-        for chunk in ids.split(self.chunk_size or ids.shape[1], dim=1):
-            self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for chunk in chunks_of(context_ids, self.chunk_size):
+            ids = torch.tensor([chunk], device=self.model.device)
+            self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache
 
     def _generate(self, cache: Cache, sample: Sample, prompt: EncodedPrompt, prefill_seconds: float) -> Answer:
         ids = torch.tensor([prompt.ids], device=self.model.device)
         clock = _FirstTokenClock()
         start = _now(self.model.device)
-        output: Any = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
-            generation_config=self._configuration(sample), stopping_criteria=StoppingCriteriaList([clock]),
+        generate: Any = self.model.generate
+        output = generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            generation_config=self._configuration(sample),
+            stopping_criteria=StoppingCriteriaList([clock]),
         )
         end = _now(self.model.device)
         first = clock.first if clock.first is not None else end
         new = output[0, ids.shape[1] :]
         held = cache_bytes(cache)
         return Answer(
-            self.tokenizer.decode(new, skip_special_tokens=True), len(prompt), len(new),
-            prefill_seconds + first - start, end - first, held, getattr(cache, "full_nbytes", held),
+            self.tokenizer.decode(new, skip_special_tokens=True),
+            len(prompt),
+            len(new),
+            prefill_seconds + first - start,
+            end - first,
+            held,
+            getattr(cache, "full_nbytes", held),
         )
 
     def _configuration(self, sample: Sample) -> GenerationConfig:
@@ -110,12 +118,24 @@ class ModelEngine:
         if sample.stop_at_newline:
             ends = [*ends, self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]]
         padding = self.tokenizer.pad_token_id
-        return GenerationConfig(
-            max_new_tokens=sample.max_new_tokens, do_sample=False, num_beams=1,
-            min_new_tokens=1 if sample.stop_at_newline else None, eos_token_id=ends or None,
+        make: Any = GenerationConfig
+        configuration: GenerationConfig = make(
+            max_new_tokens=sample.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=1 if sample.stop_at_newline else None,
+            eos_token_id=ends or None,
             pad_token_id=padding if padding is not None else (ends[0] if ends else None),
             prefill_chunk_size=self.chunk_size if self.query_aware else None,
         )
+        return configuration
+
+
+def chunks_of(ids: Sequence[int], size: int | None) -> Iterator[Sequence[int]]:
+    """Consecutive parts of `size` tokens, or all tokens at once."""
+    size = size or len(ids)
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -59,7 +59,7 @@ FULL = Method("full")
 
 
 def methods_of(policies: Iterable[str], budgets: Iterable[Budget], *, full: bool = True) -> list[Method]:
-    """Every policy at every budget, after the full cache (unless `full` is False); without budgets, each policy once."""
+    """Every policy at every budget (without budgets, each once), after the full cache unless `full` is False."""
     chosen = list(budgets) or [None]
     named = [Method(policy, budget) for policy in policies if policy != "full" for budget in chosen]
     return [FULL, *named] if full or not named else named

@@ -13,8 +13,13 @@ def progress_bar(total: int, *, done: int = 0, enabled: bool = True) -> Iterator
     """Yield a function that advances the bar by one and shows what is worked on."""
     console = Console(file=sys.stderr)
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True, disable=not (enabled and console.is_terminal),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not (enabled and console.is_terminal),
     ) as bar:
         task = bar.add_task("evaluating", total=total, completed=done)
         yield lambda description: bar.update(task, advance=1, description=description)

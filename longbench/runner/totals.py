@@ -41,6 +41,9 @@ def _entry(name: str, tasks: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 def percent(interval: Interval) -> dict[str, Any]:
     """An interval in percent, as it stands in `totals.json`."""
     return {
-        "score": round(100 * interval.mean, 2), "lower": round(100 * interval.lower, 2),
-        "upper": round(100 * interval.upper, 2), "n": interval.count, "interval": interval.method,
+        "score": round(100 * interval.mean, 2),
+        "lower": round(100 * interval.lower, 2),
+        "upper": round(100 * interval.upper, 2),
+        "n": interval.count,
+        "interval": interval.method,
     }

@@ -15,7 +15,7 @@ HUB_ARCHIVE = "data.zip"
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of `<task>.jsonl` files (or its parent), or an archive that holds them; `revision` if it is the hub's."""
+    """A folder of `<task>.jsonl` files (or its parent), or an archive of them; `revision` if it is the hub's."""
 
     path: Path
     revision: str | None = None
@@ -23,7 +23,9 @@ class Source:
     def rows(self, name: str) -> Iterator[tuple[int, Row] | Skipped]:
         """Rows of the file `<name>.jsonl`."""
         if self.path.is_dir():
-            found = [path for path in (self.path / f"{name}.jsonl", self.path / "data" / f"{name}.jsonl") if path.is_file()]
+            found = [
+                path for path in (self.path / f"{name}.jsonl", self.path / "data" / f"{name}.jsonl") if path.is_file()
+            ]
             if found:
                 yield from read_rows(found[0])
             else:

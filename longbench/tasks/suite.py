@@ -11,7 +11,7 @@ from .registry import EXTENDED_TASKS, TASKS, TaskRule, length_bucket
 from .rows import problem
 from .source import Source
 
-_FIELDS = {"input": str, "context": str, "answers": list, "length": (int, float)}
+_FIELDS: dict[str, type | tuple[type, ...]] = {"input": str, "context": str, "answers": list, "length": (int, float)}
 
 
 def longbench_samples(
@@ -71,14 +71,25 @@ def _sample(
         question, answer_prefix = question.removesuffix(ending), ending
     bucket = (f"{task}/{length_bucket(row['length'])}",) if extended else ()
     details = {
-        "line": line, "id": row.get("_id"), "length": row["length"],
+        "line": line,
+        "id": row.get("_id"),
+        "length": row["length"],
         **({"first_line": True} if ending else {}),
         **({"all_classes": row["all_classes"]} if rule.metric == "classification" else {}),
     }
     return Sample(
-        task, f"longbench/{name}/{line}", template.context.format(**values), question, answer_prefix,
-        tuple(row["answers"]), rule.metric, rule.max_new_tokens, (task, *bucket, "average"), details,
-        chat=rule.chat, stop_at_newline=rule.stop_at_newline,
+        task,
+        f"longbench/{name}/{line}",
+        template.context.format(**values),
+        question,
+        answer_prefix,
+        tuple(row["answers"]),
+        rule.metric,
+        rule.max_new_tokens,
+        (task, *bucket, "average"),
+        details,
+        chat=rule.chat,
+        stop_at_newline=rule.stop_at_newline,
     )
 
 

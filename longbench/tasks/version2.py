@@ -13,7 +13,18 @@ from .rows import problem, read_rows
 HUB_ID = "THUDM/LongBench-v2"
 HUB_FILE = "data.json"
 MAX_NEW_TOKENS = 128
-_TEXTS = ("_id", "context", "question", "choice_A", "choice_B", "choice_C", "choice_D", "answer", "difficulty", "length")
+_TEXTS = (
+    "_id",
+    "context",
+    "question",
+    "choice_A",
+    "choice_B",
+    "choice_C",
+    "choice_D",
+    "answer",
+    "difficulty",
+    "length",
+)
 _LEVELS = {"difficulty": ("easy", "hard"), "length": ("short", "medium", "long"), "answer": ("A", "B", "C", "D")}
 
 
@@ -76,11 +87,18 @@ def _sample(path: Path, number: int, row: dict[str, Any], template: PromptTempla
         for mark, field in marks.items():
             head, found, tail = text.partition(mark)
             if found:
-                return fill(head) + row[field].strip() + fill(tail)
+                return fill(head) + str(row[field]).strip() + fill(tail)
         return text
 
     return Sample(
-        "longbench-v2", f"longbench-v2/{row['_id']}", fill(template.context), fill(template.question),
-        fill(template.answer_prefix), (row["answer"],), "choice", MAX_NEW_TOKENS,
-        ("overall", row["difficulty"], row["length"]), {"row": number},
+        "longbench-v2",
+        f"longbench-v2/{row['_id']}",
+        fill(template.context),
+        fill(template.question),
+        fill(template.answer_prefix),
+        (row["answer"],),
+        "choice",
+        MAX_NEW_TOKENS,
+        ("overall", row["difficulty"], row["length"]),
+        {"row": number},
     )

@@ -1,4 +1,4 @@
-"""Metrics against values computed with the official formulas and libraries (rouge 1.0.1, fuzzywuzzy 0.18, jieba 0.42.1)."""
+"""Metrics against values of the official formulas and libraries (rouge 1.0.1, fuzzywuzzy 0.18, jieba 0.42.1)."""
 
 import json
 import sys
@@ -51,8 +51,13 @@ def test_long_texts_do_not_exhaust_recursion():
 
 @pytest.mark.parametrize(
     ("answer", "letter"),
-    [("The correct answer is (B).", "B"), ("**The correct answer is C**", "C"), ("I choose D", None),
-     ("The correct answer is E", None), ("The correct answer is B, no: The correct answer is (A)", "A")],
+    [
+        ("The correct answer is (B).", "B"),
+        ("**The correct answer is C**", "C"),
+        ("I choose D", None),
+        ("The correct answer is E", None),
+        ("The correct answer is B, no: The correct answer is (A)", "A"),
+    ],
 )
 def test_choice(answer, letter):
     assert extract_choice(answer) == letter

@@ -15,13 +15,27 @@ from kvpress.longbench.tasks.source import Source, local_source
 
 # First 16 hex digits of the sha256 of each official prompt (dataset2prompt.json).
 FINGERPRINTS = {
-    "narrativeqa": "aada7ed24b06abac", "qasper": "0fbdd123fe7f83d6", "multifieldqa_en": "20b4666a2de8a1f7",
-    "multifieldqa_zh": "344b3a4e557cd547", "hotpotqa": "9ec4ae308865bd0c", "2wikimqa": "9ec4ae308865bd0c",
-    "musique": "9ec4ae308865bd0c", "dureader": "ae53329f51b17908", "gov_report": "91c25d585b189ced",
-    "qmsum": "dca23b678fe0183b", "multi_news": "2af3f28c40b902e6", "vcsum": "3e5d8241bc9b512e",
-    "trec": "0eff8bebdba99d91", "triviaqa": "00a802e6377e72fc", "samsum": "a68d884234907eef",
-    "lsht": "f3edabdf7fae53d6", "passage_count": "986550b6c61009c6", "passage_retrieval_en": "39b96b7fa52bdd2a",
-    "passage_retrieval_zh": "c1e2346e245eb365", "lcc": "6a1f24cf0bb83cd9", "repobench-p": "ee9ec182ea5ffeb7",
+    "narrativeqa": "aada7ed24b06abac",
+    "qasper": "0fbdd123fe7f83d6",
+    "multifieldqa_en": "20b4666a2de8a1f7",
+    "multifieldqa_zh": "344b3a4e557cd547",
+    "hotpotqa": "9ec4ae308865bd0c",
+    "2wikimqa": "9ec4ae308865bd0c",
+    "musique": "9ec4ae308865bd0c",
+    "dureader": "ae53329f51b17908",
+    "gov_report": "91c25d585b189ced",
+    "qmsum": "dca23b678fe0183b",
+    "multi_news": "2af3f28c40b902e6",
+    "vcsum": "3e5d8241bc9b512e",
+    "trec": "0eff8bebdba99d91",
+    "triviaqa": "00a802e6377e72fc",
+    "samsum": "a68d884234907eef",
+    "lsht": "f3edabdf7fae53d6",
+    "passage_count": "986550b6c61009c6",
+    "passage_retrieval_en": "39b96b7fa52bdd2a",
+    "passage_retrieval_zh": "c1e2346e245eb365",
+    "lcc": "6a1f24cf0bb83cd9",
+    "repobench-p": "ee9ec182ea5ffeb7",
 }
 ANSWERS = {"passage_retrieval_en": ["Paragraph 3"], "passage_retrieval_zh": ["段落3"]}
 ENDINGS = {"trec": "Type:", "triviaqa": "Answer:", "samsum": "Summary:", "lsht": "类别："}
@@ -29,9 +43,15 @@ ENDINGS = {"trec": "Type:", "triviaqa": "Answer:", "samsum": "Summary:", "lsht":
 
 def row(task, **changes):
     return {
-        "input": f"input of {task} {{braces}} {ENDINGS.get(task, '')}".strip(), "context": "A {long} text.",
-        "answers": ANSWERS.get(task, ["gold"]), "length": 4500, "dataset": task, "language": "en",
-        "all_classes": ["gold", "other"], "_id": "x", **changes,
+        "input": f"input of {task} {{braces}} {ENDINGS.get(task, '')}".strip(),
+        "context": "A {long} text.",
+        "answers": ANSWERS.get(task, ["gold"]),
+        "length": 4500,
+        "dataset": task,
+        "language": "en",
+        "all_classes": ["gold", "other"],
+        "_id": "x",
+        **changes,
     }
 
 
@@ -52,7 +72,8 @@ def folder(tmp_path):
 def test_prompts_are_the_official_ones():
     found = {
         task: hashlib.sha256(template.text.encode()).hexdigest()[:16]
-        for task, template in load_prompts().items() if task != "v2"
+        for task, template in load_prompts().items()
+        if task != "v2"
     }
     assert found == FINGERPRINTS and set(TASKS) == set(FINGERPRINTS) and len(TASKS) == 21
 
@@ -154,15 +175,27 @@ def test_chat_template_wraps_all_but_the_exceptions(folder, tokenizer):
 
 def v2_row(**changes):
     return {
-        "_id": "a", "domain": "d", "sub_domain": "s", "difficulty": "easy", "length": "short", "question": " Q? ",
-        "choice_A": "one", "choice_B": "two $Q$", "choice_C": "three", "choice_D": "four", "answer": "B",
-        "context": " Text with $C_A$ in it. ", **changes,
+        "_id": "a",
+        "domain": "d",
+        "sub_domain": "s",
+        "difficulty": "easy",
+        "length": "short",
+        "question": " Q? ",
+        "choice_A": "one",
+        "choice_B": "two $Q$",
+        "choice_C": "three",
+        "choice_D": "four",
+        "answer": "B",
+        "context": " Text with $C_A$ in it. ",
+        **changes,
     }
 
 
 def test_version_2(tmp_path, encoder):
     path = tmp_path / "data.json"
-    path.write_text(json.dumps([v2_row(), v2_row(_id="b", answer="E"), v2_row(_id="c", difficulty="hard", context=None)]))
+    path.write_text(
+        json.dumps([v2_row(), v2_row(_id="b", answer="E"), v2_row(_id="c", difficulty="hard", context=None)])
+    )
     (sample,), skipped = longbench_v2_samples(tmp_path, encoder, max_length=5000)
     assert sample.text == (
         "Please read the following text and answer the question below.\n\n<text>\nText with $C_A$ in it.\n</text>\n\n"

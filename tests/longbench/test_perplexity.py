@@ -18,9 +18,7 @@ class ForgetfulCache(DynamicCache):
     def update(self, keys, values, layer_idx, *args, **kwargs):
         full = super().update(keys, values, layer_idx, *args, **kwargs)
         if keys.shape[-2] > 16:
-            self.layers[layer_idx].keys = torch.cat(
-                [torch.zeros_like(keys[..., :-16, :]), keys[..., -16:, :]], dim=-2
-            )
+            self.layers[layer_idx].keys = torch.cat([torch.zeros_like(keys[..., :-16, :]), keys[..., -16:, :]], dim=-2)
         return full
 
 

@@ -18,10 +18,21 @@ from kvpress.longbench.runner import FULL, Method, ResultStore, methods_of
 EVIL = "<script>alert('x')</script>&\""
 
 
-def write_run(folder, *, benchmark="ruler", model="tiny", policies=("knorm", "snapkv"), budgets=(0.5, 0.25, 0.125),
-              tasks=("niah_single_1", "vt"), count=12):
+def write_run(
+    folder,
+    *,
+    benchmark="ruler",
+    model="tiny",
+    policies=("knorm", "snapkv"),
+    budgets=(0.5, 0.25, 0.125),
+    tasks=("niah_single_1", "vt"),
+    count=12,
+):
     rng = random.Random(0)
-    quality = {None: 0.95, **{budget: 0.9 * (number + 1) / len(budgets) for number, budget in enumerate(sorted(budgets, key=str))}}
+    quality = {
+        None: 0.95,
+        **{budget: 0.9 * (number + 1) / len(budgets) for number, budget in enumerate(sorted(budgets, key=str))},
+    }
     settings = {"benchmark": benchmark, "model": model, "seed": 1, "query_aware": False}
     with ResultStore(folder, settings, command=["kvpress", "eval", benchmark, "--model", model]) as store:
         for method in methods_of(policies, budgets):
@@ -29,13 +40,28 @@ def write_run(folder, *, benchmark="ruler", model="tiny", policies=("knorm", "sn
             for task in tasks:
                 for index in range(count):
                     length, depth = (1000, 2000)[index % 2], (0, 50, 100)[index % 3]
-                    groups = [f"{length}/{depth}%", f"average/{length}"] if benchmark == "needle" else [f"{task}/1000", "average/1000"]
-                    store.append({
-                        "sample": f"{task}/{index}", "task": task, "groups": groups, "method": method.label,
-                        "policy": method.policy, "budget": method.budget, "score": float(rng.random() < quality[method.budget]),
-                        "cache_bytes": int(share * 1e6), "full_bytes": 1_000_000, "prefill_seconds": 1.0,
-                        "decode_seconds": 0.5, "new_tokens": 11, "details": {"cell": [length, depth]},
-                    })
+                    groups = (
+                        [f"{length}/{depth}%", f"average/{length}"]
+                        if benchmark == "needle"
+                        else [f"{task}/1000", "average/1000"]
+                    )
+                    store.append(
+                        {
+                            "sample": f"{task}/{index}",
+                            "task": task,
+                            "groups": groups,
+                            "method": method.label,
+                            "policy": method.policy,
+                            "budget": method.budget,
+                            "score": float(rng.random() < quality[method.budget]),
+                            "cache_bytes": int(share * 1e6),
+                            "full_bytes": 1_000_000,
+                            "prefill_seconds": 1.0,
+                            "decode_seconds": 0.5,
+                            "new_tokens": 11,
+                            "details": {"cell": [length, depth]},
+                        }
+                    )
     return folder
 
 
@@ -44,11 +70,22 @@ def write_perplexity(folder, budgets=(0.5, 0.25)):
         for method in methods_of(["knorm", "snapkv"], budgets):
             loss = 0 if method == FULL else 0.2 / method.budget
             for index in range(3):
-                store.append({
-                    "sample": f"w{index}", "task": "perplexity", "method": method.label, "policy": method.policy,
-                    "budget": method.budget, "tokens": 40, "nll": 40 * (2 + loss), "kl": 40 * loss, "agreement": 30.0,
-                    "cache_bytes": 10, "full_bytes": 20, "buckets": [{"tokens": 10, "nll": 1.0, "kl": loss}] * 4,
-                })
+                store.append(
+                    {
+                        "sample": f"w{index}",
+                        "task": "perplexity",
+                        "method": method.label,
+                        "policy": method.policy,
+                        "budget": method.budget,
+                        "tokens": 40,
+                        "nll": 40 * (2 + loss),
+                        "kl": 40 * loss,
+                        "agreement": 30.0,
+                        "cache_bytes": 10,
+                        "full_bytes": 20,
+                        "buckets": [{"tokens": 10, "nll": 1.0, "kl": loss}] * 4,
+                    }
+                )
     return folder
 
 
@@ -89,8 +126,16 @@ def test_many_runs_on_one_page(tmp_path):
     page = path.read_text()
     assert page.count("<h2") == 3
     names = {file.name for file in path.parent.glob("*.png")}
-    assert names == {"1-accuracy.png", "1-resources.png", "2-needle.png", "2-accuracy.png", "2-resources.png",
-                     "3-divergence.png", "3-course.png", "3-resources.png"}
+    assert names == {
+        "1-accuracy.png",
+        "1-resources.png",
+        "2-needle.png",
+        "2-accuracy.png",
+        "2-resources.png",
+        "3-divergence.png",
+        "3-course.png",
+        "3-resources.png",
+    }
 
 
 def test_order_axis_and_tables(tmp_path):
@@ -100,7 +145,9 @@ def test_order_axis_and_tables(tmp_path):
     axis = budget_axis(run)
     assert axis.percent and axis.places["knorm@0.125"] == 12.5
     entry = resource_table(run)[2]
-    assert entry["method"] == "knorm@0.25" and entry["share"] == pytest.approx(25) and entry["speed"] == pytest.approx(20)
+    assert (
+        entry["method"] == "knorm@0.25" and entry["share"] == pytest.approx(25) and entry["speed"] == pytest.approx(20)
+    )
     tokens = budget_axis(load_runs(write_run(tmp_path / "tokens", budgets=(64, 128)))[0])
     assert (tokens.label, tokens.places["knorm@64"]) == ("Budget (tokens)", 64)
     mixed = budget_axis(load_runs(write_run(tmp_path / "mixed", budgets=(64, "1MB")))[0])

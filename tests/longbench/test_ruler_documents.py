@@ -13,19 +13,30 @@ def squad():
     def question(name, *, impossible=False):
         return {"question": f"Who is {name}?", "is_impossible": impossible, "answers": [{"text": name}]}
 
-    return {"data": [
-        {"paragraphs": [
-            {"context": "Ada wrote.", "qas": [question("Ada"), question("Nobody", impossible=True)]},
-            {"context": "Bob sang.", "qas": [question("Bob")]},
-        ]},
-        {"paragraphs": [{"context": f"Filler {number} walked home in the rain.", "qas": []} for number in range(60)]},
-    ]}
+    return {
+        "data": [
+            {
+                "paragraphs": [
+                    {"context": "Ada wrote.", "qas": [question("Ada"), question("Nobody", impossible=True)]},
+                    {"context": "Bob sang.", "qas": [question("Bob")]},
+                ]
+            },
+            {
+                "paragraphs": [
+                    {"context": f"Filler {number} walked home in the rain.", "qas": []} for number in range(60)
+                ]
+            },
+        ]
+    }
 
 
 def hotpotqa():
     return [
-        {"question": f"Q{n}?", "answer": f"answer{n:03}",
-         "context": [[f"T{n}", [f"It was answer{n:03}.", " Truly."]], [f"U{n}", ["Else."]]]}
+        {
+            "question": f"Q{n}?",
+            "answer": f"answer{n:03}",
+            "context": [[f"T{n}", [f"It was answer{n:03}.", " Truly."]], [f"U{n}", ["Else."]]],
+        }
         for n in range(30)
     ]
 
@@ -46,7 +57,10 @@ def test_squad_keeps_answerable_questions_and_knows_the_article(tmp_path):
 
 def test_hotpotqa_keeps_titles_and_all_paragraphs(tmp_path):
     data = read_hotpotqa(write(tmp_path / "hotpot.json", hotpotqa()))
-    assert {data.documents[number] for number in data.questions[3].gold} == {"T3\nIt was answer003. Truly.", "U3\nElse."}
+    assert {data.documents[number] for number in data.questions[3].gold} == {
+        "T3\nIt was answer003. Truly.",
+        "U3\nElse.",
+    }
 
 
 @pytest.mark.parametrize(("task", "field", "content"), [("qa_1", "squad", squad()), ("qa_2", "hotpotqa", hotpotqa())])

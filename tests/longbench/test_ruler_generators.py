@@ -21,9 +21,7 @@ def drawn(encoder):
 def test_thirteen_tasks():
     assert len(TASKS) == 13
     limits = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
-    assert {task: rule.max_new_tokens for task, rule in TASKS.items()} == {
-        **dict.fromkeys(NIAH_TASKS, 128), **limits
-    }
+    assert {task: rule.max_new_tokens for task, rule in TASKS.items()} == {**dict.fromkeys(NIAH_TASKS, 128), **limits}
     assert {task for task, rule in TASKS.items() if rule.metric == "string_match_part"} == {"qa_1", "qa_2"}
 
 
@@ -127,7 +125,9 @@ def test_variable_tracking_chain(drawn):
 
 def test_variable_tracking_example_is_fitted_to_500_tokens(drawn, tokenizer):
     example = drawn["vt"][0].context.split("\n\nMemorize", 1)[0]
-    assert 400 < len(tokenizer(example)["input_ids"]) < 520  # fitted once; other names may cost a few tokens more or less
+    assert (
+        400 < len(tokenizer(example)["input_ids"]) < 520
+    )  # fitted once; other names may cost a few tokens more or less
 
 
 @pytest.mark.parametrize(("length", "common", "uncommon"), [(3000, 6, 1), (6000, 30, 3)])

@@ -15,6 +15,7 @@ from kvpress.longbench.runner import FULL, Answer, Method, ResultStore, evaluate
 from kvpress.longbench.sample import Sample, Skipped
 
 SETTINGS = {"benchmark": "test", "seed": 1}
+METHODS = (FULL, Method("half", 0.5))
 
 
 class ScriptedEngine:
@@ -44,13 +45,23 @@ def mixed(method, sample):
 
 def small_samples(count=6, contexts=3):
     return [
-        Sample("t", f"s{i}", f"context {i % contexts}", f"question {i}?", " A:", (f"x{i}", f"y{i}"),
-               "string_match_all", 8, ("t", "average"), {"line": i})
+        Sample(
+            "t",
+            f"s{i}",
+            f"context {i % contexts}",
+            f"question {i}?",
+            " A:",
+            (f"x{i}", f"y{i}"),
+            "string_match_all",
+            8,
+            ("t", "average"),
+            {"line": i},
+        )
         for i in range(count)
     ]
 
 
-def run(folder, encoder, engine, samples=None, methods=(FULL, Method("half", 0.5)), settings=SETTINGS, skipped=()):
+def run(folder, encoder, engine, samples=None, methods=METHODS, settings=SETTINGS, skipped=()):
     with ResultStore(folder, settings, command=["kvpress", "eval"]) as store:
         return evaluate(samples or small_samples(), methods, engine, encoder, store, skipped=skipped, progress=False)
 
@@ -132,7 +143,8 @@ run(Path({output!r}), encoder, ScriptedEngine(deadly))
 def test_killed_process_resumes_to_equal_totals(tmp_path, encoder, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     script = KILLED.format(
-        folder=str(Path(__file__).parent), tokenizer=str(tmp_path / "tokenizer" / "tokenizer.json"),
+        folder=str(Path(__file__).parent),
+        tokenizer=str(tmp_path / "tokenizer" / "tokenizer.json"),
         output=str(tmp_path / "part"),
     )
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ}, capture_output=True, text=True)

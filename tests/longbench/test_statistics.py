@@ -9,7 +9,12 @@ from kvpress.longbench.statistics import mean_interval, stratified_interval, wil
 
 def test_wilson_textbook_values():
     # Newcombe (1998), table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
-    for count, total, lower, upper in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    for count, total, lower, upper in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert wilson(count / total, total) == pytest.approx((lower, upper), abs=5e-5)
 
 
