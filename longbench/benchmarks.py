@@ -1,6 +1,6 @@
 """The five benchmarks as functions: build the samples, open the folder, run, return the totals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,25 @@ from .ruler import TASKS as RULER_TASKS
 from .ruler import RulerData, ruler_samples
 from .ruler.haystack import Prose
 from .runner import Method, ModelEngine, ResultStore, evaluate, fit_window
+from .runner.evaluate import Results, WorkItem, evaluate_with
 from .sample import Sample, Skipped
 from .tasks import longbench_samples, longbench_v2_samples
 from .tasks.source import Source
 
 # Room for answers (up to 512 tokens) and a chat template, where LongBench's prompts are cut to the model's window.
 ANSWER_ROOM = 600
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """Where workers run: `address` of a cluster ("auto", "ray://host:port") or None for a local one.
+
+    `load` returns (model, tokenizer); it is called in each worker, and sent there, so it must not hold the model.
+    """
+
+    load: Callable[[], tuple[PreTrainedModel, Any]]
+    address: str | None = None
+    workers: int = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class Run:
         chunk_size: tokens of one forward during prefill; None prefills at once.
         command: the command line, for the report.
         progress: show a bar where the terminal can.
+        ray: answer samples on a Ray cluster instead of in this process (not for perplexity).
     """
 
     model: PreTrainedModel
@@ -50,6 +64,7 @@ class Run:
     chunk_size: int | None = None
     command: Sequence[str] = ()
     progress: bool = True
+    ray: RayCluster | None = None
 
     @property
     def window(self) -> int | None:
@@ -202,9 +217,27 @@ def _evaluate(
     if run.window is not None:
         samples, too_long = fit_window(samples, encoder, run.window)
         skipped = [*skipped, *too_long]
-    engine = ModelEngine(run.model, run.tokenizer, query_aware=run.query_aware, chunk_size=run.chunk_size)
     with run.store(benchmark, **data) as store:
+        if run.ray is not None:
+            answer_all = _ray_workers(run, run.ray)
+            return evaluate_with(answer_all, samples, run.methods, store, skipped=skipped, progress=run.progress)
+        engine = ModelEngine(run.model, run.tokenizer, query_aware=run.query_aware, chunk_size=run.chunk_size)
         return evaluate(samples, run.methods, engine, encoder, store, skipped=skipped, progress=run.progress)
+
+
+def _ray_workers(run: Run, cluster: RayCluster) -> Callable[[Sequence[WorkItem]], Results]:
+    from .runner.ray_workers import ray_workers
+
+    # Names of its own: what the workers are sent must not hold this process's model.
+    load, chat, query_aware, chunk_size = cluster.load, run.chat, run.query_aware, run.chunk_size
+
+    def worker() -> tuple[ModelEngine, PromptEncoder]:
+        model, tokenizer = load()
+        engine = ModelEngine(model, tokenizer, query_aware=query_aware, chunk_size=chunk_size)
+        return engine, PromptEncoder(tokenizer, chat=chat)
+
+    gpus = 1 if run.model.device.type == "cuda" else 0
+    return ray_workers(worker, address=cluster.address, workers=cluster.workers, gpus=gpus)
 
 
 def _prompt_limit(run: Run, max_length: int | None) -> int:

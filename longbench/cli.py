@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,9 +28,11 @@ from .cli_options import (
     Output,
     Policies,
     Prompts,
+    Ray,
     Revision,
     Seed,
     Threads,
+    Workers,
 )
 from .errors import MissingExtraError
 
@@ -46,6 +49,10 @@ eval_app = typer.Typer(
 )
 report_app = typer.Typer(pretty_exceptions_enable=False)
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Evaluation of cache policies.")
+# Every argument goes to the harness as it stands, --help included.
+_PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+lm_eval_app = typer.Typer(pretty_exceptions_enable=False)
 app.add_typer(eval_app, name="eval")
 
 
@@ -66,6 +73,8 @@ class _Common:
     threads: int | None = None
     chunk_size: int | None = None
     as_json: bool = False
+    ray: str | None = None
+    workers: int = 2
 
     def execute(self, benchmark: "Callable[[Run], dict[str, Any]]") -> None:
         with _refusals():
@@ -73,8 +82,11 @@ class _Common:
 
             methods = parse_methods(self.policies or [], self.budgets or [], full=self.full)
             loaded, tokenizer = _load(self.model, self.dtype, self.device, self.threads)
-            from .benchmarks import Run
+            from .benchmarks import RayCluster, Run
 
+            load = partial(_load, self.model, self.dtype, self.device, self.threads)
+            address = None if self.ray == "local" else self.ray
+            cluster = RayCluster(load, address, self.workers) if self.ray else None
             run = Run(
                 loaded,
                 tokenizer,
@@ -87,6 +99,7 @@ class _Common:
                 chunk_size=self.chunk_size,
                 command=["kvpress", *sys.argv[1:]],
                 progress=not self.as_json,
+                ray=cluster,
             )
             totals = benchmark(run)
         _show(totals, self.output, as_json=self.as_json)
@@ -113,6 +126,8 @@ def ruler(
     threads: Threads = None,
     chunk_size: Chunk = None,
     as_json: Json = False,
+    ray: Ray = None,
+    workers: Workers = 2,
 ) -> None:
     """RULER's 13 tasks; without files, qa_1 and qa_2 ask about synthetic documents."""
 
@@ -126,7 +141,21 @@ def ruler(
         return run_ruler(run, tasks=names, lengths=sizes, samples=samples, data=RulerData(haystack, squad, hotpotqa))
 
     _Common(
-        model, policy, budget, output, query_aware, chat, full, seed, dtype, device, threads, chunk_size, as_json
+        model,
+        policy,
+        budget,
+        output,
+        query_aware,
+        chat,
+        full,
+        seed,
+        dtype,
+        device,
+        threads,
+        chunk_size,
+        as_json,
+        ray,
+        workers,
     ).execute(benchmark)
 
 
@@ -152,6 +181,8 @@ def needle(
     threads: Threads = None,
     chunk_size: Chunk = None,
     as_json: Json = False,
+    ray: Ray = None,
+    workers: Workers = 2,
 ) -> None:
     """One fact at every depth of every length."""
 
@@ -165,7 +196,21 @@ def needle(
         return run_needle(run, lengths=sizes, depths=places, samples=samples, haystack=kind, data=RulerData(haystack))
 
     _Common(
-        model, policy, budget, output, query_aware, chat, full, seed, dtype, device, threads, chunk_size, as_json
+        model,
+        policy,
+        budget,
+        output,
+        query_aware,
+        chat,
+        full,
+        seed,
+        dtype,
+        device,
+        threads,
+        chunk_size,
+        as_json,
+        ray,
+        workers,
     ).execute(benchmark)
 
 
@@ -191,6 +236,8 @@ def longbench(
     threads: Threads = None,
     chunk_size: Chunk = None,
     as_json: Json = False,
+    ray: Ray = None,
+    workers: Workers = 2,
 ) -> None:
     """LongBench's 21 tasks, or the 13 of LongBench-E."""
 
@@ -207,7 +254,21 @@ def longbench(
         )
 
     _Common(
-        model, policy, budget, output, query_aware, chat, full, seed, dtype, device, threads, chunk_size, as_json
+        model,
+        policy,
+        budget,
+        output,
+        query_aware,
+        chat,
+        full,
+        seed,
+        dtype,
+        device,
+        threads,
+        chunk_size,
+        as_json,
+        ray,
+        workers,
     ).execute(benchmark)
 
 
@@ -231,6 +292,8 @@ def longbench_v2(
     threads: Threads = None,
     chunk_size: Chunk = None,
     as_json: Json = False,
+    ray: Ray = None,
+    workers: Workers = 2,
 ) -> None:
     """LongBench v2: 503 questions with four choices."""
 
@@ -243,7 +306,21 @@ def longbench_v2(
         return run_longbench_v2(run, source, limit=limit, max_length=max_length, prompts=prompts)
 
     _Common(
-        model, policy, budget, output, query_aware, chat, full, seed, dtype, device, threads, chunk_size, as_json
+        model,
+        policy,
+        budget,
+        output,
+        query_aware,
+        chat,
+        full,
+        seed,
+        dtype,
+        device,
+        threads,
+        chunk_size,
+        as_json,
+        ray,
+        workers,
     ).execute(benchmark)
 
 
@@ -298,6 +375,16 @@ def report(
 
         page = make_report(folder, output)
     typer.echo(str(page))
+
+
+@lm_eval_app.command(context_settings=_PASSED_ON)
+@app.command("lm-eval", context_settings=_PASSED_ON)
+def lm_eval(context: typer.Context) -> None:
+    """The command line of lm-evaluation-harness, with the model "kvpress": --model_args policy=snapkv,budget=0.25,…"""
+    with _refusals():
+        from .harness import main
+
+        main(context.args)
 
 
 @contextmanager

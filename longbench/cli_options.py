@@ -35,3 +35,5 @@ Revision = Annotated[str, typer.Option(help="Commit, tag or branch of the hub's 
 MaxLength = Annotated[int | None, typer.Option(help="Longest prompt in tokens; longer ones lose their middle.")]
 Prompts = Annotated[Path | None, typer.Option(exists=True, help="JSON file that replaces the official prompts.")]
 Haystack = Annotated[Path | None, typer.Option(exists=True, help="Text file instead of generated prose.")]
+Ray = Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster (auto, ray://…), or local.")]
+Workers = Annotated[int, typer.Option(min=1, help="Worker processes with --ray; each loads the model.")]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvpress.longbench.benchmarks import RayCluster, Run, run_ruler
 from kvpress.longbench.prompt import EncodedPrompt
 from kvpress.longbench.runner import FULL, Answer, Method, ResultStore
 from kvpress.longbench.runner.evaluate import evaluate, evaluate_with
@@ -96,3 +97,22 @@ def test_worker_that_always_dies_stops_the_run_and_the_rest_is_kept(cluster, tmp
 def test_bad_number_of_workers():
     with pytest.raises(ValueError, match="workers must be at least 1, not 0"):
         ray_workers(lambda: None, workers=0)
+
+
+@pytest.mark.timeout(240)
+def test_a_benchmark_on_two_workers_equals_one_process(cluster, tmp_path, model, tokenizer):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folder = str(tmp_path / "model")
+
+    def load():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    for name, ray_cluster in (("alone", None), ("ray", RayCluster(load, workers=2))):
+        run = Run(
+            *load(), [FULL, Method("streaming_llm", 64)], tmp_path / name, "tiny", progress=False, ray=ray_cluster
+        )
+        run_ruler(run, tasks=["qa_1"], lengths=[600], samples=2)
+    assert totals_bytes(tmp_path / "ray") == totals_bytes(tmp_path / "alone")
