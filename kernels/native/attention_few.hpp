@@ -30,7 +30,8 @@ static void score_quad(const float* query, int64_t dim, const Tile& tile, float*
       const Vec x0 = load(k0 + d), x1 = load(k1 + d);
 #pragma GCC unroll 4
       for (int q = 0; q < QUERIES; ++q) {
-        const Vec y = load(query + q * dim + d);
+        Vec y = load(query + q * dim + d);
+        KEEP_IN_REGISTER(y);
         sum0[q] += x0 * y;
         sum1[q] += x1 * y;
       }
@@ -49,17 +50,34 @@ static void score_quad(const float* query, int64_t dim, const Tile& tile, float*
   }
 }
 
-// accumulator[q][:] += sum over slots of p[slot][q] * value
+struct Fetch {  // asks for the cache lines of a tile's keys one by one, in the order of memory: that is the fast order
+  const Tile& tile;
+  int64_t row_bytes, byte = 0;
+  int row = 0;
+  void step() {
+    __builtin_prefetch(static_cast<const char*>(tile.key[row]) + byte, 0, 2);
+    byte += 64;
+    if (byte >= row_bytes) {
+      byte = 0;
+      row += row < TILE;
+    }
+  }
+};
+
+// accumulator[q][:] += sum over slots of p[slot][q] * value; meanwhile the keys of `next` are fetched
 template <int QUERIES, class T>
-static void add_values(const float* p, const Tile& tile, int64_t dim, float* accumulator) {
+static void add_values(const float* p, const Tile& tile, const Tile& next, int64_t dim, float* accumulator) {
   int64_t d = 0;
   constexpr int WIDE = 2;
+  constexpr int PACE = 64 / int(WIDE * LANES * sizeof(T)) > 0 ? 64 / int(WIDE * LANES * sizeof(T)) : 1;
+  Fetch fetch{next, dim * int64_t(sizeof(T))};
   for (; d + WIDE * LANES <= dim; d += WIDE * LANES) {
     Vec sum[QUERIES][WIDE];
     for (int q = 0; q < QUERIES; ++q)
       for (int w = 0; w < WIDE; ++w) sum[q][w] = load(accumulator + q * dim + d + w * LANES);
     for (int t = 0; t < tile.count; ++t) {
       const T* v = static_cast<const T*>(tile.value[t]) + d;
+      if (t % PACE == 0) fetch.step();
       const Vec v0 = load(v), v1 = load(v + LANES);
 #pragma GCC unroll 4
       for (int q = 0; q < QUERIES; ++q) {
@@ -94,12 +112,13 @@ static void score_queries(int queries, const float* query, int64_t dim, const Ti
   }
 }
 template <class T>
-static void add_queries(int queries, const float* p, const Tile& tile, int64_t dim, float* accumulator) {
+static void add_queries(int queries, const float* p, const Tile& tile, const Tile& next, int64_t dim,
+                        float* accumulator) {
   switch (queries) {
-    case 1: return add_values<1, T>(p, tile, dim, accumulator);
-    case 2: return add_values<2, T>(p, tile, dim, accumulator);
-    case 3: return add_values<3, T>(p, tile, dim, accumulator);
-    default: return add_values<4, T>(p, tile, dim, accumulator);
+    case 1: return add_values<1, T>(p, tile, next, dim, accumulator);
+    case 2: return add_values<2, T>(p, tile, next, dim, accumulator);
+    case 3: return add_values<3, T>(p, tile, next, dim, accumulator);
+    default: return add_values<4, T>(p, tile, next, dim, accumulator);
   }
 }
 
@@ -174,10 +193,12 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
       if (seen_until[r] < earliest) earliest = seen_until[r];
     }
   }
-  Tile tile;
-  for (int64_t entry = begin; entry < end;) {
-    entry = head.collect(tile, entry, end, limit);
-    if (!tile.count) break;
+  Tile tiles[2];
+  int64_t entry = head.collect(tiles[0], begin, end, limit);
+  for (int turn = 0; tiles[turn].count; turn ^= 1) {
+    const Tile& tile = tiles[turn];
+    Tile& next = tiles[turn ^ 1];
+    entry = head.collect(next, entry, end, limit);
     const bool mask = seen_until && s.positions && tile.newest > earliest;
     for (int quad = 0; quad < quads; ++quad) {
       float* scores = few.scores + quad * (TILE + 8) * 4;
@@ -201,7 +222,7 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
       if (s.value_scale)
         for (int t = 0; t < tile.count; ++t)
           for (int q = 0; q < 4; ++q) scores[t * 4 + q] *= tile.value_scale[t];
-      add_queries<T>(here, scores, tile, s.value_dim, accumulator);
+      add_queries<T>(here, scores, tile, next.count ? next : tile, s.value_dim, accumulator);
     }
   }
   std::memcpy(partial, few.maximum, sizeof few.maximum);

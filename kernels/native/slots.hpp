@@ -80,7 +80,7 @@ struct Head {  // the entries of one (batch row, KV head)
     tile.newest = newest;
     tile.oldest = oldest;
     if (n)
-      for (int i = n; i < n + 8; ++i) {
+      for (int i = n; i < TILE + 8; ++i) {
         tile.key[i] = tile.key[n - 1];
         tile.value[i] = tile.value[n - 1];
         tile.key_scale[i] = tile.value_scale[i] = 0;

@@ -7,7 +7,13 @@ typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
 typedef float VecAny __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t VecBitsAny __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-static inline Vec splat(float x) { return Vec{} + x; }
+#if LANES == 8
+static inline Vec splat(float x) { return reinterpret_cast<Vec>(_mm256_set1_ps(x)); }
+#elif LANES == 16
+static inline Vec splat(float x) { return reinterpret_cast<Vec>(_mm512_set1_ps(x)); }
+#else
+static inline Vec splat(float x) { return Vec{x, x, x, x}; }
+#endif
 static inline Vec load(const float* p) { return *reinterpret_cast<const VecAny*>(p); }
 static inline void store(float* p, Vec x) { *reinterpret_cast<VecAny*>(p) = x; }
 static inline Vec as_float(VecInt x) { return reinterpret_cast<Vec>(x); }
@@ -22,6 +28,12 @@ static inline Vec larger(Vec a, Vec b) {
 }
 #else
 static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+#endif
+
+#if defined(__x86_64__) && (LANES == 8 || LANES == 16)
+#define KEEP_IN_REGISTER(x) asm("" : "+v"(x))  // or each use is folded into a load of its own, and loads are the limit
+#else
+#define KEEP_IN_REGISTER(x)
 #endif
 
 // ---- storage types -------------------------------------------------------------------------------------------------
