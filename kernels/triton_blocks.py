@@ -79,3 +79,56 @@ def rotated(tile, tile_base, slot, position, channel, held, stride_s, stride_d, 
     cosine = tl.load(cos + place, mask=mask, other=1.0).to(tl.float32)
     sine = tl.load(sin + place, mask=mask, other=0.0).to(tl.float32)
     return tile.to(tl.float32) * cosine + other * sine
+
+
+@triton.jit
+def query_tile(query_at, channel, row_held, stride_qd, DIM: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """Query rows `[rows, channels]` from `query_at [rows, 1]`."""
+    mask = row_held[:, None] & (channel[None, :] < DIM)
+    return tl.load(query_at + channel[None, :].to(tl.int64) * stride_qd, mask=mask, other=0.0).to(ARITHMETIC)
+
+
+@triton.jit
+def tile_scores(
+    asked, query_at, key_at, row_held, held, stride_qd, stride_kd,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Dot products `[rows, slots]` of the query rows with keys at `key_at [1, slots]`.
+
+    `asked` is the whole `query_tile` where `CHUNK_D == BLOCK_D`. In chunks the query is read anew (from cache) with every tile: held
+    whole it would not fit the registers.
+    """
+    channel = tl.arange(0, CHUNK_D)
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for chunk in tl.static_range(BLOCK_D // CHUNK_D):
+        within = channel + chunk * CHUNK_D
+        key = tl.load(
+            key_at + within[:, None].to(tl.int64) * stride_kd, mask=held[None, :] & (within[:, None] < DIM), other=0
+        )
+        if CHUNK_D == BLOCK_D:
+            part = asked
+        else:
+            part = tl.load(
+                query_at + within[None, :].to(tl.int64) * stride_qd,
+                mask=row_held[:, None] & (within[None, :] < DIM),
+                other=0.0,
+                volatile=True,
+            ).to(ARITHMETIC)
+        scores = tl.dot(part, key.to(ARITHMETIC), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def gumbel(seed, batch, query_head, row, slot, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Standard Gumbel noise `[rows, slots]`: Philox 4x32-10 of (slot, row, query head, batch), whatever the tiling."""
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.uint32)
+    word, _, _, _ = tl.philox(
+        seed,
+        zero + slot[None, :].to(tl.uint32),
+        zero + row[:, None].to(tl.uint32),
+        zero + query_head[:, None].to(tl.uint32),
+        zero + batch.to(tl.uint32),
+    )
+    uniform = ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)  # 23 bits: the greatest is still below 1 in fp32
+    return -tl.log(-tl.log(uniform))

@@ -57,11 +57,19 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def broadcast_strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
-    """Strides of `tensor` with 0 where its size is 1, so that it broadcasts; zeros for `None`."""
+def strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    """Kernel arguments `stride_<letter><axis>`: 0 where the size is 1, so that it broadcasts, and everywhere for `None`."""
     if tensor is None:
-        return (0,) * dimensions
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return {f"stride_{letter}{axis}": 0 for axis in axes}
+    found = zip(axes, tensor.shape, tensor.stride(), strict=True)
+    return {f"stride_{letter}{axis}": 0 if size == 1 else stride for axis, size, stride in found}
+
+
+def slot_strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    """`strides` of slots; the flat layout has neither batch nor head, for which its `starts` stand."""
+    if tensor is not None and tensor.dim() == len(axes) - 2:
+        return {f"stride_{letter}{axis}": 0 for axis in axes[:2]} | strides(letter, tensor, axes[2:])
+    return strides(letter, tensor, axes)
 
 
 def processors(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpress.kernels.attention import triton_kernels
 from kvpress.kernels.triton_blocks import FULL, arithmetic, precision
 from kvpress.kernels import triton_support
-from kvpress.kernels.triton_support import broadcast_strides, on_device, plan_splits, power_of_two
+from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, strides
 
 WEIGHTS_BLOCK = 256  # entries whose weights a program reduces
 
@@ -97,9 +97,9 @@ def attend(
             lengths=None if lengths is None else lengths.contiguous(),
             index=index, sinks=None if parts > 1 else sinks, output=part_output, lse=part_lse, scores_out=scores,
             scaling=scaling, softcap=softcap, rows=rows, entries=entries, splits=parts,
-            **_strides("q", query, "bhrd"), **_slot_strides("k", keys, "bhsd"), **_slot_strides("v", values, "bhsd"),
-            **_slot_strides("x", keys_scale, "bhs"), **_slot_strides("y", values_scale, "bhs"),
-            **_strides("p", positions, "bhs"), **_strides("i", index, "bhs"), **_strides("r", query_positions, "br"),
+            **strides("q", query, "bhrd"), **slot_strides("k", keys, "bhsd"), **slot_strides("v", values, "bhsd"),
+            **slot_strides("x", keys_scale, "bhs"), **slot_strides("y", values_scale, "bhs"),
+            **strides("p", positions, "bhs"), **strides("i", index, "bhs"), **strides("r", query_positions, "br"),
             KV_HEADS=kv_heads, GROUP=group, DIM=dim, VALUE_DIM=value_dim,
             CAUSAL=query_positions is not None, SPLIT=parts > 1, SKIP=query_positions is not None and rows > 1,
             ARITHMETIC=kind, PRECISION=precision(),
@@ -117,15 +117,3 @@ def attend(
                 GROUP=group, REDUCTION=weights, BLOCK_G=power_of_two(group), BLOCK_N=WEIGHTS_BLOCK,
             )  # fmt: skip
     return output, lse, reduced
-
-
-def _strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
-    strides = broadcast_strides(tensor, len(axes))
-    return {f"stride_{letter}{axis}": stride for axis, stride in zip(axes, strides, strict=True)}
-
-
-def _slot_strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
-    """Strides of slots; a flat layout has neither batch nor head, which its `starts` stand for."""
-    if tensor is not None and tensor.dim() == len(axes) - 2:
-        return {f"stride_{letter}b": 0, f"stride_{letter}h": 0} | _strides(letter, tensor, axes[2:])
-    return _strides(letter, tensor, axes)

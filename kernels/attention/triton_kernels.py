@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvpress.kernels.triton_blocks import FAR, LN2, LOG2E, listed_slots, soft_capped
+from kvpress.kernels.triton_blocks import FAR, LN2, LOG2E, listed_slots, query_tile, soft_capped, tile_scores
 from kvpress.kernels.triton_support import timed
 
 SCAN = tl.constexpr(512)  # positions looked at at once to find where a block of rows may stop
@@ -62,16 +62,12 @@ def attend_kernel(
     row = (packed // GROUP).to(tl.int64)
     query_head = head * GROUP + packed % GROUP
     row_held = row < rows
-    channel = tl.arange(0, CHUNK_D)
     value_channel = tl.arange(0, BLOCK_V)
 
     query_at = query + batch * stride_qb + query_head[:, None] * stride_qh + row[:, None] * stride_qr
+    asked = 0
     if BLOCK_D == CHUNK_D:
-        asked = tl.load(
-            query_at + channel[None, :].to(tl.int64) * stride_qd,
-            mask=row_held[:, None] & (channel[None, :] < DIM),
-            other=0.0,
-        ).to(ARITHMETIC)
+        asked = query_tile(query_at, tl.arange(0, BLOCK_D), row_held, stride_qd, DIM, ARITHMETIC)
 
     row_position = tl.full([BLOCK_M], FAR, tl.int32)
     if CAUSAL:
@@ -129,24 +125,10 @@ def attend_kernel(
         visible = held[None, :] & row_held[:, None]
         if CAUSAL:
             visible = visible & (position[None, :] <= row_position[:, None])
-        key_at = keys + slot[None, :] * stride_ks + channel[:, None].to(tl.int64) * stride_kd
-        if BLOCK_D == CHUNK_D:
-            key = tl.load(key_at, mask=held[None, :] & (channel[:, None] < DIM), other=0)
-            scores = tl.dot(asked, key.to(ARITHMETIC), input_precision=PRECISION)
-        else:  # the query is read anew (from cache) with every tile: held whole it would not fit the registers
-            scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for chunk in tl.static_range(BLOCK_D // CHUNK_D):
-                within = channel + chunk * CHUNK_D
-                asked = tl.load(
-                    query_at + within[None, :].to(tl.int64) * stride_qd,
-                    mask=row_held[:, None] & (within[None, :] < DIM),
-                    other=0.0,
-                    volatile=True,
-                ).to(ARITHMETIC)
-                key = tl.load(
-                    key_at + chunk * CHUNK_D * stride_kd, mask=held[None, :] & (within[:, None] < DIM), other=0
-                )
-                scores = tl.dot(asked, key.to(ARITHMETIC), scores, input_precision=PRECISION)
+        scores = tile_scores(
+            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd,
+            DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
+        )  # fmt: skip
         scores = scores * scaling
         if keys_scale is not None:
             scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
