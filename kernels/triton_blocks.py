@@ -66,19 +66,17 @@ def listed_slots(
 
 
 @triton.jit
-def rotated(tile, tile_base, slot, position, channel, held, stride_s, stride_d, cos, sin, HALF: tl.constexpr):
-    """Rotate a `[channels, slots]` tile by its positions: channel `d` is paired with `d + HALF`, as rotate-half does."""
-    in_rotation = channel < 2 * HALF
-    partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
-    mask = held[None, :] & in_rotation[:, None]
-    other = tl.load(
-        tile_base + slot[None, :] * stride_s + partner[:, None].to(tl.int64) * stride_d, mask=mask, other=0.0
-    ).to(tl.float32)
-    other = tl.where(channel[:, None] < HALF, -other, other)
-    place = position[None, :].to(tl.int64) * HALF + (channel % HALF)[:, None]
-    cosine = tl.load(cos + place, mask=mask, other=1.0).to(tl.float32)
-    sine = tl.load(sin + place, mask=mask, other=0.0).to(tl.float32)
-    return tile.to(tl.float32) * cosine + other * sine
+def rotated(key, key_at, channel, held, place, stride_kd, cosine, sine, ROTARY: tl.constexpr):
+    """A `[channels, slots]` tile of keys turned by `place`: channel `d` is paired with `d + ROTARY / 2`, as rotate-half does."""
+    low = channel < ROTARY // 2
+    partner = tl.where(low, channel + ROTARY // 2, channel - ROTARY // 2)
+    mask = held[None, :] & (channel < ROTARY)[:, None]
+    other = tl.load(key_at + partner[:, None].to(tl.int64) * stride_kd, mask=mask, other=0).to(tl.float32)
+    other = tl.where(low[:, None], -other, other)
+    at = place.to(tl.int64)[None, :] * ROTARY + channel[:, None]
+    cos = tl.load(cosine + at, mask=mask, other=1.0).to(tl.float32)
+    sin = tl.load(sine + at, mask=mask, other=0.0).to(tl.float32)
+    return key.to(tl.float32) * cos + other * sin
 
 
 @triton.jit
@@ -90,7 +88,7 @@ def query_tile(query_at, channel, row_held, stride_qd, DIM: tl.constexpr, ARITHM
 
 @triton.jit
 def tile_scores(
-    asked, query_at, key_at, row_held, held, stride_qd, stride_kd,
+    asked, query_at, key_at, row_held, held, stride_qd, stride_kd, place, cosine, sine, ROTARY: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -106,6 +104,8 @@ def tile_scores(
         key = tl.load(
             key_at + within[:, None].to(tl.int64) * stride_kd, mask=held[None, :] & (within[:, None] < DIM), other=0
         )
+        if cosine is not None:
+            key = rotated(key, key_at, within, held, place, stride_kd, cosine, sine, ROTARY)
         if CHUNK_D == BLOCK_D:
             part = asked
         else:

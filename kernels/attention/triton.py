@@ -42,20 +42,26 @@ def attend(
     keys_scale: Tensor | None = None,
     values_scale: Tensor | None = None,
     weights: str | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
+    rotate_by: str = "position",
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `kvpress.kernels.attention.attend`; the third value is that of `attend_with_weights` where `weights` asks for it.
 
     Args:
         weights: `"mean"`, `"sum"` or `"max"` over the query heads of a KV head, for a single row.
+        rotation: cosine and sine tables, each `[places, rotary_dim]` with its two halves alike: keys are stored unrotated and turned
+            as they are read, channel `d` with `d + rotary_dim / 2`. Queries come rotated.
+        rotate_by: the place of a key is its `"position"`, or its `"entry"` in the list that is read.
         splits: parts of the context that programs of their own read; `None`: as many as keep the GPU busy.
 
     Raises:
-        ValueError: `splits` below 1.
+        ValueError: `splits` below 1, an unknown `rotate_by`, or tables that do not fit.
     """
     if splits is not None and splits < 1:
         raise ValueError(f"splits must be at least 1, got {splits}")
     batch, query_heads, rows, dim = query.shape
+    cosine, sine = _tables(rotation, rotate_by, positions, dim)
     kv_heads = starts.shape[1] if starts is not None else keys.shape[1]
     group, value_dim = query_heads // kv_heads, values.shape[-1]
     if positions is None and starts is None and index is None:
@@ -95,11 +101,12 @@ def attend(
             positions=positions, query_positions=query_positions,
             starts=None if starts is None else starts.contiguous(),
             lengths=None if lengths is None else lengths.contiguous(),
-            index=index, sinks=None if parts > 1 else sinks, output=part_output, lse=part_lse, scores_out=scores,
+            index=index, sinks=None if parts > 1 else sinks, cosine=cosine, sine=sine, output=part_output, lse=part_lse, scores_out=scores,
             scaling=scaling, softcap=softcap, rows=rows, entries=entries, splits=parts,
             **strides("q", query, "bhrd"), **slot_strides("k", keys, "bhsd"), **slot_strides("v", values, "bhsd"),
             **slot_strides("x", keys_scale, "bhs"), **slot_strides("y", values_scale, "bhs"),
             **strides("p", positions, "bhs"), **strides("i", index, "bhs"), **strides("r", query_positions, "br"),
+            ROTARY=0 if cosine is None else cosine.shape[-1], BY_ENTRY=rotate_by == "entry",
             KV_HEADS=kv_heads, GROUP=group, DIM=dim, VALUE_DIM=value_dim,
             CAUSAL=query_positions is not None, SPLIT=parts > 1, SKIP=query_positions is not None and rows > 1,
             ARITHMETIC=kind, PRECISION=precision(),
@@ -117,3 +124,21 @@ def attend(
                 GROUP=group, REDUCTION=weights, BLOCK_G=power_of_two(group), BLOCK_N=WEIGHTS_BLOCK,
             )  # fmt: skip
     return output, lse, reduced
+
+
+def _tables(
+    rotation: tuple[Tensor, Tensor] | None, rotate_by: str, positions: Tensor | None, dim: int
+) -> tuple[Tensor | None, Tensor | None]:
+    if rotation is None:
+        return None, None
+    if rotate_by not in ("position", "entry"):
+        raise ValueError(f"rotate_by must be 'position' or 'entry', got {rotate_by!r}")
+    if rotate_by == "position" and positions is None:
+        raise ValueError("positions must be given to rotate keys by their position")
+    cosine, sine = rotation
+    if cosine.dim() != 2 or cosine.shape != sine.shape or cosine.shape[-1] % 2 or cosine.shape[-1] > dim:
+        raise ValueError(
+            f"rotation must be two tables [places, rotary_dim] with an even rotary_dim up to {dim}, "
+            f"got {tuple(cosine.shape)} and {tuple(sine.shape)}"
+        )
+    return cosine.contiguous(), sine.contiguous()

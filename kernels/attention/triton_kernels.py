@@ -37,7 +37,7 @@ def prune(configs, _, **arguments):
 @triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
 @triton.jit(do_not_specialize=["rows", "entries", "splits", "stride_ih", "stride_ph", "stride_rb"])
 def attend_kernel(
-    query, keys, values, keys_scale, values_scale, positions, query_positions, starts, lengths, index, sinks,
+    query, keys, values, keys_scale, values_scale, positions, query_positions, starts, lengths, index, sinks, cosine, sine,
     output, lse, scores_out,
     scaling, softcap, rows, entries, splits,
     stride_qb, stride_qh, stride_qr, stride_qd,
@@ -49,6 +49,7 @@ def attend_kernel(
     stride_ib, stride_ih, stride_is,
     stride_rb, stride_rr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    ROTARY: tl.constexpr, BY_ENTRY: tl.constexpr,
     CAUSAL: tl.constexpr, SPLIT: tl.constexpr, SKIP: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,8 +126,9 @@ def attend_kernel(
         visible = held[None, :] & row_held[:, None]
         if CAUSAL:
             visible = visible & (position[None, :] <= row_position[:, None])
+        place = entry if BY_ENTRY else position
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd,
+            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, place, cosine, sine, ROTARY,
             DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
         scores = scores * scaling

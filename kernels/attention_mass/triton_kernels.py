@@ -59,7 +59,9 @@ def lse_kernel(
         asked = query_tile(query_at, tl.arange(0, BLOCK_D), row_held, stride_qd, DIM, ARITHMETIC)
     row_position = tl.full([BLOCK_M], FAR, tl.int32)
     if CAUSAL:
-        row_position = tl.load(query_positions + batch * stride_rb + row * stride_rr, mask=row_held, other=-1).to(tl.int32)
+        row_position = tl.load(query_positions + batch * stride_rb + row * stride_rr, mask=row_held, other=-1).to(
+            tl.int32
+        )
     last_position = tl.max(row_position, axis=0)
 
     positions_base = batch * stride_pb + head * stride_ph
@@ -97,7 +99,7 @@ def lse_kernel(
         if CAUSAL:
             visible = visible & (position[None, :] <= row_position[:, None])
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd,
+            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
             DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
         scores = scores * scaling
@@ -170,7 +172,9 @@ def column_kernel(
         begin = rows
         for first in range(0, rows, SCAN):
             row = first + tl.arange(0, SCAN)
-            seen = tl.load(query_positions + batch * stride_rb + row.to(tl.int64) * stride_rr, mask=row < rows, other=-1)
+            seen = tl.load(
+                query_positions + batch * stride_rb + row.to(tl.int64) * stride_rr, mask=row < rows, other=-1
+            )
             begin = tl.minimum(begin, tl.min(tl.where(seen >= first_position, row, rows), axis=0))
 
     sums = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
@@ -187,7 +191,7 @@ def column_kernel(
             row_position = tl.load(at, mask=row_held, other=-1).to(tl.int32)
             visible = visible & (position[None, :] <= row_position[:, None])
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd,
+            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
             DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
         scores = scores * scaling
