@@ -15,9 +15,11 @@ from kvpress.policies.registry import (
 )
 
 if TYPE_CHECKING:
+    from kvpress.policies.adakv import AdaKV
     from kvpress.policies.full import Full
     from kvpress.policies.h2o import H2O
     from kvpress.policies.knorm import KNorm
+    from kvpress.policies.pyramidkv import PyramidKV
     from kvpress.policies.random import Random
     from kvpress.policies.snapkv import SnapKV
     from kvpress.policies.streaming_llm import StreamingLLM
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
 __all__ = [
     "H2O",
     "TOVA",
+    "AdaKV",
     "EvictionPolicy",
     "Full",
     "KNorm",
     "Policy",
+    "PyramidKV",
     "Random",
     "SnapKV",
     "StreamingLLM",

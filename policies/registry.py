@@ -13,6 +13,8 @@ _POLICIES: dict[str, str] = {  # name -> module:class
     "full": "kvpress.policies.full:Full",
     "streaming_llm": "kvpress.policies.streaming_llm:StreamingLLM",
     "snapkv": "kvpress.policies.snapkv:SnapKV",
+    "pyramidkv": "kvpress.policies.pyramidkv:PyramidKV",
+    "adakv": "kvpress.policies.adakv:AdaKV",
     "tova": "kvpress.policies.tova:TOVA",
     "h2o": "kvpress.policies.h2o:H2O",
     "knorm": "kvpress.policies.knorm:KNorm",

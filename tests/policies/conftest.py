@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
+
 from kvpress.cache import PolicyCache
 from kvpress.policies import Policy
 from kvpress.testing.families import random_tokens, tiny_model
@@ -49,7 +51,7 @@ def feed() -> Feed:
             mask[0, : prompt // 3], mask[2, :1] = 0, 0
         with KeptSets(model, PolicyCache(model, policy), rule) as sets:
             cuts = [0, 3, 10, 11, prompt] if mode == "chunks" else [0, prompt]
-            for start, stop in zip(cuts, cuts[1:], strict=False):
+            for start, stop in itertools.pairwise(cuts):
                 sets.feed(ids[:, start:stop], mask[:, start:stop])
             for step in range(prompt, prompt + steps):
                 if mode == "beams" and step % 4 == 1:
