@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from kvpress.policies import Policy
 from kvpress.testing.families import random_tokens, tiny_model
 from kvpress.testing.kept_sets import KeptSets, Rule
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # policy_table
 torch.set_num_threads(1)
+logging.getLogger("transformers").setLevel(logging.ERROR)
 
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 MODES = ("plain", "padded", "chunks", "beams", "turns")

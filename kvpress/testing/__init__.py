@@ -1,0 +1,1 @@
+"""Helpers for tests of caches, policies and tiers."""
