@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpress.errors import CacheStateError
-from kvpress.eviction import ranked, survivors, weakest
+from kvpress.eviction import ranked, strongest, survivors, weakest
 from kvpress.forward import Forward
 from kvpress.kernels.attention import attend
 from kvpress.masks import LogicalLength
@@ -289,18 +289,43 @@ class PolicyLayer(CacheLayerMixin):
             self.policy.observe(observation)
         if prompt or self.budgets is None:
             self.budgets = self._allocate(observation)
-        if table.spare is not None:
+        if table.spare is not None and self.policy.interval == 1:
             scores = self._ranked(observation, self.budgets)
             if table.rows is not None:
                 scores = scores.masked_fill(table.rows.outside, torch.inf)
             table.retire(weakest(scores, table.positions))
             self.evictions += 1
-        elif (table.held > self.budgets).any():
-            counts = numpy.minimum(self.budgets, table.count)
-            self.evictions += int((table.held - self.budgets).max())
-            table.keep(survivors(self._ranked(observation, self.budgets), counts), self.budgets, room=1)
         else:
-            table.settle()
+            self._evict_many(observation, self.budgets)
+
+    def _evict_many(self, observation: Observation, budgets: numpy.ndarray) -> None:
+        """Cut the heads that hold more than `interval - 1` tokens above their budget back to it."""
+        table, slack = self.table, self.policy.interval - 1
+        over = table.held > budgets + slack
+        if over.any() and self.policy.recounts:
+            budgets = self.budgets = self._allocate(observation)
+            over = table.held > budgets + slack
+        if not over.any():
+            if table.spare is None:
+                table.settle()
+            else:
+                table.spare = table.empty_slot()
+            return
+        scores = self._ranked(observation, budgets)
+        counts = numpy.where(over, numpy.minimum(budgets, table.held), table.held)
+        goes = self.policy.discards(observation)
+        if goes is not None:
+            goes = goes & torch.from_numpy(over).to(scores.device)[..., None] & (scores < torch.inf)
+            scores = scores.masked_fill(goes, -torch.inf)
+            counts = numpy.minimum(counts, (scores > -torch.inf).sum(dim=-1).cpu().numpy())
+        self.evictions += int((table.held - counts).max())
+        if table.spare is not None:
+            table.vacate(strongest(scores, table.positions, counts), counts)
+        elif goes is None and budgets.min() != budgets.max():
+            table.keep_ragged(survivors(scores, counts), counts, budgets + 1 + slack)
+        else:
+            room = int(budgets.max()) + 1 + slack - int(counts.max())
+            table.keep(survivors(scores, counts), counts, room)
 
     def _ranked(self, observation: Observation, budgets: numpy.ndarray) -> Tensor:
         sinks: int | Tensor
@@ -323,7 +348,8 @@ class PolicyLayer(CacheLayerMixin):
         batch, kv_heads = observation.positions.shape[:2]
         if self.budget is None:
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
-        budgets = self.budget.resolve(self.prompt_rows, self.layers * self.table.bytes_per_token)
+        cost = self.layers * self.table.bytes_per_token
+        budgets = self.budget.resolve(self.prompt_rows, cost, spare=self.policy.interval)
         rows = self.policy.allocate(observation, budgets)
         per_head = [[row] * kv_heads if isinstance(row, int) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)

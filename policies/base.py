@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor
@@ -50,15 +50,20 @@ class EvictionPolicy(Policy):
 
     Args:
         budget: tokens kept per KV head of a layer, sinks and window included (`kvpress.policies.budget`); `None` keeps all.
+        interval: evict in bursts: a head is cut back to its budget when it holds `interval` tokens more, and not before.
+            Between bursts a decoded token costs no ranking; memory for `interval - 1` tokens more is held.
     """
 
     kind: ClassVar[str] = "eviction"
     columns: ClassVar[tuple[str, ...]] = ()  # fp32 columns kept per slot, 0 for a new token
     needs_queries: ClassVar[bool] = False  # the attention function must hand over query rows
+    recounts: ClassVar[bool] = False  # `allocate` counts what is held: ask again when its limit is reached
 
     budget: BudgetValue | None
+    interval: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_integer(self.name, "interval", self.interval, 1)
         if self.budget is None:
             return
         tokens = Budget.parse(self.budget).tokens
@@ -89,6 +94,13 @@ class EvictionPolicy(Policy):
         Sinks and window need no care here, nor do empty slots; NaN counts as the lowest score, ties keep the larger position.
         """
         raise NotImplementedError
+
+    def discards(self, observation: Observation) -> Tensor | None:
+        """`[batch, kv_heads or 1, slots]` bool: tokens that go with the next eviction even where the budget leaves room for them.
+
+        Sinks and window need no care here.
+        """
+        return None
 
     def allocate(self, observation: Observation, budgets: Sequence[int]) -> Sequence[int] | Sequence[Sequence[int]]:
         """Tokens for this layer after a prompt, from the resolved budget of each batch row: one number a row, or one a KV head.
