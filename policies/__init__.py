@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from kvpress.policies.h2o import H2O
     from kvpress.policies.knorm import KNorm
     from kvpress.policies.pyramidkv import PyramidKV
+    from kvpress.policies.quest import Quest
     from kvpress.policies.random import Random
     from kvpress.policies.snapkv import SnapKV
     from kvpress.policies.streaming_llm import StreamingLLM
+    from kvpress.policies.tidaldecode import TidalDecode
+    from kvpress.policies.tokenselect import TokenSelect
     from kvpress.policies.tova import TOVA
 
 __all__ = [
@@ -34,9 +37,12 @@ __all__ = [
     "KNorm",
     "Policy",
     "PyramidKV",
+    "Quest",
     "Random",
     "SnapKV",
     "StreamingLLM",
+    "TidalDecode",
+    "TokenSelect",
     "describe_policies",
     "make_policy",
     "policy_class",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,3 +66,28 @@ EVICTING = tuple(row for row in ROWS if row.budget is not None)
 def row(name: str) -> PolicyRow:
     """The row of a policy."""
     return next(item for item in ROWS if item.name == name)
+
+
+EVERYTHING = os.environ.get("KVPRESS_TEST_EVERYTHING") == "1"
+
+
+def pairs(names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(policy, family, way) such that every policy meets every family, every family every core way, and every policy every way.
+
+    All combinations with `KVPRESS_TEST_EVERYTHING=1`.
+    """
+    from kvpress.testing.families import FAMILIES
+    from kvpress.testing.generation import CORE, ROLLING_BACK, WAYS
+
+    names = list(names)
+    chosen = []
+    for f, family in enumerate(FAMILIES):
+        for w, way in enumerate(WAYS):
+            if family == "qwen3_next" and way in ROLLING_BACK:
+                continue  # recurrent: transformers refuses to roll back
+            for p, policy in enumerate(names):
+                turn = (f + w) % len(names) == p if len(names) <= len(WAYS) else (f + w) % len(WAYS) == p % len(WAYS)
+                mine = (f + p) % len(WAYS) == w  # so that no policy misses a family, however many there are
+                if EVERYTHING or family == "llama" or mine or (turn and way in CORE):
+                    chosen.append((policy, family, way))
+    return chosen

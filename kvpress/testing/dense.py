@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 NAME = "dense_by_explicit_mask"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """The real tokens of one batch row in one forward.
 
@@ -47,7 +47,7 @@ class Block:
     logits: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One batch row: its real tokens, and the forwards that fed them. Immutable, since beams share their beginnings."""
 

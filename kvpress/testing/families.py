@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 97
-_HYBRID = ["sliding_attention", "full_attention"] * 2
+_MIXED = ["full_attention", "sliding_attention", "full_attention"]
 
 
 def _common(layers: int = 2) -> dict[str, Any]:
@@ -40,15 +40,15 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: transformers.MistralConfig(**_common(), sliding_window=None),
     "phi3": lambda: transformers.Phi3Config(**_common()),
     "gemma2": lambda: transformers.Gemma2Config(
-        **_common(4), head_dim=8, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=5.0
+        **_common(3), head_dim=8, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=5.0, layer_types=_MIXED
     ),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**_common(4), head_dim=8, sliding_window=16, layer_types=_HYBRID),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**_common(3), head_dim=8, sliding_window=16, layer_types=_MIXED),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(
         **{key: value for key, value in _common().items() if key != "num_key_value_heads"}
     ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_common(), **_experts(), head_dim=8),
     "gpt_oss": lambda: transformers.GptOssConfig(
-        **_common(4), head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, layer_types=_HYBRID
+        **_common(3), head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, layer_types=_MIXED
     ),
     "deepseek_v3": lambda: transformers.DeepseekV3Config(
         **{**_common(), "num_key_value_heads": 4},
@@ -65,8 +65,9 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         first_k_dense_replace=1,
     ),
     "qwen3_next": lambda: transformers.Qwen3NextConfig(
-        **_common(4),
+        **_common(3),
         **_experts(),
+        layer_types=["linear_attention", "full_attention", "full_attention"],
         head_dim=8,
         shared_expert_intermediate_size=16,
         linear_num_value_heads=4,
