@@ -21,6 +21,7 @@ from kvpress.policies.budget import Budget
 from kvpress.reading import Reader
 from kvpress.rope import Rotation
 from kvpress.slots import SlotTable
+from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock, Tokens
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class PolicyLayer(CacheLayerMixin):
         layers: number of compressed layers.
         clock: shared by the layers of a cache.
         reader: where slots are selected, or positions re-indexed.
+        token_ids: tells the ids of a forward's tokens, for policies that need them.
         expands_keys: the model makes other keys of what `update` returns before it attends (latents): always return all of them.
     """
 
@@ -54,6 +56,7 @@ class PolicyLayer(CacheLayerMixin):
         *,
         expands_keys: bool = False,
         reader: Reader | None = None,
+        token_ids: TokenIds | None = None,
     ) -> None:
         self.policy = policy
         self.layer_idx = layer_idx
@@ -62,6 +65,7 @@ class PolicyLayer(CacheLayerMixin):
         self.clock = clock
         self.expands_keys = expands_keys
         self.reader = reader
+        self.token_ids = token_ids
         self.budget = None if policy.budget is None else Budget.parse(policy.budget)
         self.attended = True  # our attention function follows every update
         self.reset()
@@ -130,6 +134,7 @@ class PolicyLayer(CacheLayerMixin):
                 f"layer {self.layer_idx}: an earlier forward broke off before its attention ended. Call cache.reset() and start again"
             )
         batch, _, rows, _ = key_states.shape
+        ids = None if self.token_ids is None else self.token_ids.read(batch, rows).to(key_states.device)
         if not self.is_initialized:
             self.seen_rows = self.prompt_rows = (0,) * batch
             self.is_initialized = True
@@ -137,7 +142,7 @@ class PolicyLayer(CacheLayerMixin):
             raise ValueError(f"batch size must stay {len(self.seen_rows)}, the cache's, got {batch}")
         new = self.table.append(key_states.detach(), value_states.detach())
         self.seen += rows
-        self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows)
+        self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows, token_ids=ids)
         if self.table.rows is not None and self.attended and not self.expands_keys:
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
@@ -356,6 +361,8 @@ class PolicyLayer(CacheLayerMixin):
             table.keep_ragged(survivors(scores, counts), counts, budgets + 1 + slack)
         else:
             room = int(budgets.max()) + 1 + slack - int(counts.max())
+            if self.policy.recounts:
+                room = max(room, 2)  # not steady: the next count may ask for more slots
             table.keep(survivors(scores, counts), counts, room)
 
     def _ranked(self, observation: Observation, budgets: numpy.ndarray) -> Tensor:
@@ -414,6 +421,7 @@ class PolicyLayer(CacheLayerMixin):
             query_positions=tokens.positions,
             visible=visible,
             arguments=arguments,
+            token_ids=forward.token_ids,
             **layout,
         )
 
@@ -440,6 +448,7 @@ class PolicyLayer(CacheLayerMixin):
                 new_keys=forward.new_keys[:, :, :left],
                 tokens=Tokens(left, counts, self.seen_rows, positions, tokens.newest - removed),
                 visible=None if forward.visible is None else self.table.positions,
+                token_ids=None if forward.token_ids is None else forward.token_ids[:, :left],
             )
             query = None if query is None else query[:, :, :left]
             keys = keys[:, :, : self.table.count]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kvpress.policies.pyramidkv import PyramidKV
     from kvpress.policies.quest import Quest
     from kvpress.policies.random import Random
+    from kvpress.policies.separators import separator_ids
+    from kvpress.policies.sepllm import SepLLM
     from kvpress.policies.snapkv import SnapKV
     from kvpress.policies.streaming_llm import StreamingLLM
     from kvpress.policies.tidaldecode import TidalDecode
@@ -39,6 +41,7 @@ __all__ = [
     "PyramidKV",
     "Quest",
     "Random",
+    "SepLLM",
     "SnapKV",
     "StreamingLLM",
     "TidalDecode",
@@ -48,10 +51,15 @@ __all__ = [
     "policy_class",
     "policy_names",
     "register_policy",
+    "separator_ids",
 ]
 
 
 def __getattr__(attribute: str) -> Any:
+    if attribute == "separator_ids":
+        from kvpress.policies.separators import separator_ids
+
+        return separator_ids
     for name, target in _POLICIES.items():
         if target.endswith(f":{attribute}"):
             return policy_class(name)

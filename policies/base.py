@@ -12,6 +12,8 @@ from torch import Tensor
 from kvpress.policies.budget import Budget, BudgetValue
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from kvpress.observation import Observation
 
 
@@ -27,7 +29,8 @@ class Policy:
 
     def to_dict(self) -> dict[str, Any]:
         """The registered name and the parameters, as JSON types."""
-        return {"name": self.name, **asdict(self)}
+        values = asdict(self)
+        return {"name": self.name, **{field.name: values[field.name] for field in fields(self) if field.init}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -37,7 +40,7 @@ class Policy:
             ValueError: a parameter that the policy does not have.
         """
         given = {key: value for key, value in data.items() if key != "name"}
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in fields(cls) if field.init]
         for key in given:
             if key not in known:
                 raise ValueError(f"{cls.name} has no parameter {key!r}; it has {known}")
@@ -59,6 +62,7 @@ class EvictionPolicy(Policy):
     same_for_all_heads: ClassVar[bool] = False  # KV heads of a layer keep the same tokens
     same_in_all_layers: ClassVar[bool] = False  # and so do layers
     needs_queries: ClassVar[bool] = False  # the attention function must hand over query rows
+    needs_token_ids: ClassVar[bool] = False  # the model must be called with input_ids
     recounts: ClassVar[bool] = False  # `allocate` counts what is held: ask again when its limit is reached
 
     budget: BudgetValue | None
@@ -77,6 +81,10 @@ class EvictionPolicy(Policy):
                 f"budget of {self.name} must be at least {self.protected_sinks + window} "
                 f"(sinks={self.protected_sinks} + window={window}), got {tokens}"
             )
+
+    def for_model(self, model: PreTrainedModel) -> Self:
+        """This policy with what it can learn from the model that it will serve."""
+        return self
 
     @property
     def reindexes(self) -> bool:

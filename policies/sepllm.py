@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from kvpress.policies.base import EvictionPolicy, check_choice, check_integer
 from kvpress.policies.budget import BudgetValue
+from kvpress.policies.separators import separator_ids
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from kvpress.observation import Observation
 
 
@@ -32,8 +36,10 @@ class SepLLM(EvictionPolicy):
             stay, and `capacity` counts what is held beside those that the last cut kept.
         window: last tokens that are never evicted.
         capacity: tokens held at most, larger than `initial + separators + window`.
-        token_ids: the ids of separators: `separator_ids(tokenizer)` finds them. None at all leaves StreamingLLM.
-        positions: `"keep"`; `"reindex"` is not available yet.
+        token_ids: the ids of separators, as `separator_ids(tokenizer)` finds them. `None`: of the tokenizer that lies
+            beside the model's weights. An empty tuple leaves StreamingLLM.
+        positions: `"keep"`: original ones; `"reindex"`: attention runs over positions 0 … n-1 of what is kept, for texts
+            beyond the trained length.
     """
 
     name: ClassVar[str] = "sepllm"
@@ -41,6 +47,8 @@ class SepLLM(EvictionPolicy):
     paper: ClassVar[str] = "arXiv 2412.12094"
     needs: ClassVar[str] = "token ids"
     needs_token_ids: ClassVar[bool] = True
+    same_for_all_heads: ClassVar[bool] = True
+    same_in_all_layers: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("token_id",)  # fp32 holds every id below 2^24
 
     budget: BudgetValue | None = field(default=None, init=False)
@@ -59,12 +67,7 @@ class SepLLM(EvictionPolicy):
         if self.separators is not None:
             check_integer(self.name, "separators", self.separators, 0)
         check_choice(self.name, "positions", self.positions, ["keep", "reindex"])
-        if self.positions == "reindex":
-            raise ValueError(f"positions of {self.name} must be 'keep', got 'reindex': it is not available yet")
-        if self.token_ids is None:
-            raise ValueError(f"token_ids of {self.name} must be the ids of separators: separator_ids(tokenizer) finds them")
-        token_ids = tuple(self.token_ids)
-        for token_id in token_ids:
+        for token_id in self.token_ids or ():
             check_integer(self.name, "token_ids", token_id, 0)
         kept = self.initial + (self.separators or 0) + self.window
         if self.capacity <= kept:
@@ -72,10 +75,32 @@ class SepLLM(EvictionPolicy):
                 f"capacity of {self.name} must be larger than {kept} (initial={self.initial} + "
                 f"separators={self.separators} + window={self.window}), got {self.capacity}"
             )
-        object.__setattr__(self, "token_ids", token_ids)
+        if self.token_ids is not None:
+            object.__setattr__(self, "token_ids", tuple(self.token_ids))
         object.__setattr__(self, "budget", kept)
         object.__setattr__(self, "interval", self.capacity - kept + 1)
         super().__post_init__()
+
+    def for_model(self, model: PreTrainedModel) -> Self:
+        """With the separators of the tokenizer that lies beside the model's weights, where none are given.
+
+        Raises:
+            ValueError: no tokenizer there.
+        """
+        if self.token_ids is not None:
+            return self
+        try:
+            token_ids = _checkpoint_separators(model.name_or_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"token_ids of {self.name} must be given, as separator_ids(tokenizer): "
+                f"no tokenizer lies beside the model's weights at {model.name_or_path!r}"
+            ) from error
+        return replace(self, token_ids=token_ids)
+
+    @property
+    def reindexes(self) -> bool:
+        return self.positions == "reindex"
 
     @property
     def recounts(self) -> bool:  # type: ignore[override]
@@ -110,3 +135,12 @@ class SepLLM(EvictionPolicy):
         """`[batch, 1, slots]` bool; all heads hold the same tokens."""
         ids = observation.columns["token_id"][:, :1]
         return torch.isin(ids, torch.tensor(self.token_ids, dtype=ids.dtype, device=ids.device))
+
+
+@lru_cache(maxsize=8)
+def _checkpoint_separators(name_or_path: str) -> tuple[int, ...]:
+    from transformers import AutoTokenizer
+
+    if not name_or_path:
+        raise ValueError("the model was not loaded from a checkpoint")
+    return separator_ids(AutoTokenizer.from_pretrained(name_or_path, local_files_only=True))

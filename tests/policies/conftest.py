@@ -16,7 +16,7 @@ from kvpress.policies import Policy
 from kvpress.testing.families import random_tokens, tiny_model
 from kvpress.testing.kept_sets import KeptSets, Rule
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # policy_table
+sys.path[:0] = [str(folder) for folder in Path(__file__).parents[:2]]  # vote_rules, policy_table
 torch.set_num_threads(1)
 logging.getLogger("transformers").setLevel(logging.ERROR)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vote_rules import snapkv
 
 from kvpress.cache import PolicyCache
 from kvpress.policies import PyramidKV, SnapKV
 from kvpress.testing.families import random_tokens, tiny_model
-from kvpress.testing.kept_sets import Rule, best, snapkv_votes
 
 
 def published(budget: int, window: int, beta: int, tokens: int, layers: int) -> list[int]:
@@ -27,17 +27,6 @@ def published(budget: int, window: int, beta: int, tokens: int, layers: int) -> 
 
 def budgets(policy: PyramidKV, tokens: int, layers: int) -> list[int]:
     return [policy._layer_budget(policy.budget, tokens, layer, layers) for layer in range(layers)]
-
-
-def snapkv(limit_of_layer, window: int, kernel_size: int, pooling: str = "max", reduce: str = "mean") -> Rule:
-    def rule(step):
-        votes = snapkv_votes(step, window, kernel_size, pooling, reduce)
-        if step.decoded == 0:
-            step.state["limit"] = limit_of_layer(step)
-        recent = range(step.seen - window, step.seen)
-        return [best(votes[head], held, step.state["limit"], recent) for head, held in enumerate(step.held)]
-
-    return rule
 
 
 def pyramid(budget: int, window: int, beta: int, layers: int):
