@@ -1,0 +1,42 @@
+"""StreamingLLM: the first tokens and the last ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from kvpress.policies.base import EvictionPolicy, check_integer
+
+if TYPE_CHECKING:
+    from kvpress.observation import Observation
+
+
+@dataclass(frozen=True)
+class StreamingLLM(EvictionPolicy):
+    """Keeps the first `sinks` tokens, which attract much attention whatever they are, and the last `budget - sinks`.
+
+    Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453. Original positions are kept.
+
+    Args:
+        budget: tokens kept per KV head, sinks included.
+        sinks: first tokens that are never evicted.
+    """
+
+    name: ClassVar[str] = "streaming_llm"
+    summary: ClassVar[str] = "the first tokens and the last ones"
+    paper: ClassVar[str] = "arXiv 2309.17453"
+
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        check_integer(self.name, "sinks", self.sinks, 0)
+        super().__post_init__()
+
+    @property
+    def protected_sinks(self) -> int:
+        return self.sinks
+
+    def score(self, observation: Observation) -> Tensor:
+        return observation.positions.float()
