@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -72,8 +73,12 @@ class Observation:
         """`[batch, kv_heads, slots]` of bool: the slot holds one of the last `window` tokens."""
         return self.positions > self.newest - window
 
-    def attention_mass(self, rows: int) -> Tensor:
+    def attention_mass(self, rows: int, *, row_weights: Tensor | None = None) -> Tensor:
         """`[batch, query_heads, slots]` fp32: softmax weight that each slot received from the last `rows` queries of this forward, summed.
+
+        Args:
+            rows: how many; padding among them adds nothing.
+            row_weights: `[batch or 1, rows]` factor of each row in the sum.
 
         Raises:
             ValueError: no queries at hand (the policy did not declare `needs_queries`).
@@ -95,11 +100,12 @@ class Observation:
             sinks=self.arguments.sinks,
             starts=self.starts,
             lengths=self.lengths,
+            row_weights=row_weights,
         )
 
-    def grouped_mass(self, rows: int, reduce: str) -> Tensor:
+    def grouped_mass(self, rows: int, reduce: str, **arguments: Any) -> Tensor:
         """`attention_mass` reduced over the query heads of each KV head by `"mean"`, `"max"` or `"sum"`: `[batch, kv_heads, slots]`."""
-        mass = self.attention_mass(rows)
+        mass = self.attention_mass(rows, **arguments)
         groups = mass.unflatten(1, (self.positions.shape[1], -1))
         if reduce == "max":
             return groups.amax(dim=2)

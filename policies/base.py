@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -53,6 +54,8 @@ class EvictionPolicy(Policy):
 
     kind: ClassVar[str] = "eviction"
     columns: ClassVar[tuple[str, ...]] = ()  # fp32 columns kept per slot, 0 for a new token
+    same_for_all_heads: ClassVar[bool] = False  # KV heads of a layer keep the same tokens
+    same_in_all_layers: ClassVar[bool] = False  # and so do layers
     needs_queries: ClassVar[bool] = False  # the attention function must hand over query rows
 
     budget: BudgetValue | None
@@ -61,21 +64,27 @@ class EvictionPolicy(Policy):
         if self.budget is None:
             return
         tokens = Budget.parse(self.budget).tokens
-        required = self.protected_sinks + max(self.protected_window, 1)
-        if tokens is not None and tokens < required:
+        if tokens is None:
+            return
+        window = max(self.protected_window(tokens), 1)
+        if tokens < self.protected_sinks + window:
             raise ValueError(
-                f"budget of {self.name} must be at least {required} "
-                f"(sinks={self.protected_sinks} + window={max(self.protected_window, 1)}), got {tokens}"
+                f"budget of {self.name} must be at least {self.protected_sinks + window} "
+                f"(sinks={self.protected_sinks} + window={window}), got {tokens}"
             )
+
+    @property
+    def reindexes(self) -> bool:
+        """Attention runs over positions 0 … n-1 of what is kept."""
+        return False
 
     @property
     def protected_sinks(self) -> int:
         """Tokens at the beginning of a sequence that are never evicted."""
         return 0
 
-    @property
-    def protected_window(self) -> int:
-        """Last tokens of a sequence that are never evicted."""
+    def protected_window(self, budget: int) -> int:
+        """Last tokens of a sequence that are never evicted by a head that keeps `budget` tokens."""
         return 0
 
     def observe(self, observation: Observation) -> None:
@@ -100,6 +109,17 @@ def check_integer(policy: str, field: str, value: object, minimum: int) -> None:
     """Raise `ValueError` unless `value` is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{field} of {policy} must be an integer >= {minimum}, got {value!r}")
+
+
+def check_share(policy: str, field: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:  # also refuses NaN
+        raise ValueError(f"{field} of {policy} must be a share in [0, 1], got {value!r}")
+
+
+def share_of(share: float, tokens: int) -> int:
+    """`share * tokens` rounded down, as exact arithmetic would."""
+    return math.floor(share * tokens + 1e-9)
 
 
 def check_choice(policy: str, field: str, value: object, choices: Sequence[str]) -> None:

@@ -14,8 +14,12 @@ _POLICIES: dict[str, str] = {  # name -> module:class
     "streaming_llm": "kvpress.policies.streaming_llm:StreamingLLM",
     "snapkv": "kvpress.policies.snapkv:SnapKV",
     "tova": "kvpress.policies.tova:TOVA",
+    "h2o": "kvpress.policies.h2o:H2O",
     "knorm": "kvpress.policies.knorm:KNorm",
     "random": "kvpress.policies.random:Random",
+    "tokenselect": "kvpress.policies.tokenselect:TokenSelect",
+    "quest": "kvpress.policies.quest:Quest",
+    "tidaldecode": "kvpress.policies.tidaldecode:TidalDecode",
 }
 
 

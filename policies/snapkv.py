@@ -54,8 +54,7 @@ class SnapKV(EvictionPolicy):
         check_choice(self.name, "group_reduce", self.group_reduce, ["mean", "max", "sum"])
         super().__post_init__()
 
-    @property
-    def protected_window(self) -> int:
+    def protected_window(self, budget: int) -> int:
         return self.window
 
     def observe(self, observation: Observation) -> None:

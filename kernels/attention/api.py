@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -83,18 +84,16 @@ def attend(
         "keys_scale": keys_scale,
         "values_scale": values_scale,
     }
-    chosen = choose(
-        "attention",
-        impl,
-        {
-            "native": lambda: native.refusal(query, keys, values, kv_heads),
-            "flash": lambda: _flash_refusal(query, keys, values, causal, arguments),
-            "triton": lambda: triton_support.refusal(query, keys, values)
-            or triton_support.storage_refusal(keys, values),
-            "fused": lambda: fused.refusal(query, keys, values, **_taken(arguments, FUSED_REFUSAL)),
-            "reference": lambda: None,
-        },
-    )
+    refusals: dict[str, Callable[[], str | None]] = {
+        "native": lambda: native.refusal(query, keys, values, kv_heads),
+        "flash": lambda: _flash_refusal(query, keys, values, causal, arguments),
+        "triton": lambda: triton_support.refusal(query, keys, values) or triton_support.storage_refusal(keys, values),
+        "fused": lambda: fused.refusal(query, keys, values, **_taken(arguments, FUSED_REFUSAL)),
+        "reference": lambda: None,
+    }
+    if causal and query.shape[2] == keys.shape[2] and query.device.type == "cpu":
+        refusals = {"fused": refusals["fused"], **refusals}  # a whole prompt: torch's blocked matrix products win
+    chosen = choose("attention", impl, refusals)
     if chosen == "native":
         return native.attend(query, keys, values, kv_heads=kv_heads, causal=causal, **arguments)[:2]
     if chosen == "fused":

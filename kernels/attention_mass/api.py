@@ -25,6 +25,7 @@ def attention_mass(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     keys_scale: Tensor | None = None,
+    row_weights: Tensor | None = None,
     lse: Tensor | None = None,
     temperature: float = 1.0,
     noise_seed: int | None = None,
@@ -37,6 +38,7 @@ def attention_mass(
         keys: the slots, dense `[batch, kv_heads, slots, dim]` or flat (see `kvpress.kernels.shapes`).
         scaling, positions, starts, lengths, softcap, sinks, keys_scale: as in `kvpress.kernels.attention.attend`.
         query_positions: `[batch or 1, rows]` integer; a negative one is padding and votes for nothing.
+        row_weights: `[batch or 1, rows]`: factor of each row in the sum; `None` for 1.
         lse: `[batch, query_heads, rows]`: the log-sum-exp that `attend` returned for these rows, which spares computing it;
             only without noise and at temperature 1.
         temperature: scores are divided by it, noise included.
@@ -65,12 +67,16 @@ def attention_mass(
         raise ValueError(f"lse must be [batch, query_heads, rows] = {(batch, query_heads, rows)}, got {tuple(lse.shape)}")
     if sinks is not None and sinks.shape != (query_heads,):
         raise ValueError(f"sinks must be [query_heads] = ({query_heads},), got {tuple(sinks.shape)}")
+    if row_weights is not None and (row_weights.shape[0] not in (1, batch) or row_weights.shape[1:] != (rows,)):
+        raise ValueError(f"row_weights must be [batch or 1, rows] = {(batch, rows)}, got {tuple(row_weights.shape)}")
     chosen = choose(
         "attention mass",
         impl,
         {
             "native": lambda: native.refusal(query, keys, kv_heads, temperature=temperature, noise_seed=noise_seed),
-            "triton": lambda: triton_support.refusal(query, keys) or triton_support.storage_refusal(keys),
+            "triton": lambda: triton_support.refusal(query, keys)
+            or triton_support.storage_refusal(keys)
+            or ("the Triton kernel has no row weights" if row_weights is not None else None),
             "reference": lambda: None,
         },
     )
@@ -88,10 +94,10 @@ def attention_mass(
         "noise_seed": noise_seed,
     }
     if chosen == "native":
-        return native.attention_mass(query, keys, kv_heads=kv_heads, **arguments)
+        return native.attention_mass(query, keys, kv_heads=kv_heads, row_weights=row_weights, **arguments)
     if chosen == "triton":
         launched: Tensor = import_module("kvpress.kernels.attention_mass.triton").attention_mass(
             query, keys, **arguments
         )
         return launched
-    return reference.attention_mass(query, keys, **arguments)
+    return reference.attention_mass(query, keys, row_weights=row_weights, **arguments)

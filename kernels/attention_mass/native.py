@@ -35,6 +35,7 @@ def attention_mass(
     softcap: float | None,
     sinks: Tensor | None,
     keys_scale: Tensor | None,
+    row_weights: Tensor | None,
     lse: Tensor | None,
     temperature: float,
     noise_seed: int | None,
@@ -66,8 +67,12 @@ def attention_mass(
         reduction=0,
         entries=entries,
     )
+    factors = (0, 0)
+    if row_weights is not None:
+        row_weights = row_weights.float().contiguous()
+        factors = (row_weights.data_ptr(), row_weights.stride(0) if row_weights.shape[0] == query.shape[0] else 0)
     seed = 0 if noise_seed is None else (noise_seed & 0xFFFFFFFFFFFFFFFF)
     signed = seed - (1 << 64) if seed >> 63 else seed
-    native.built().attention_mass(*fields, temperature, int(noise_seed is not None), signed)
+    native.built().attention_mass(*fields, temperature, int(noise_seed is not None), signed, *factors)
     del owners
     return mass

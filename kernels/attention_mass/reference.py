@@ -23,6 +23,7 @@ def attention_mass(
     softcap: float | None,
     sinks: Tensor | None,
     keys_scale: Tensor | None = None,
+    row_weights: Tensor | None = None,
     lse: Tensor | None = None,
     temperature: float = 1.0,
     noise_seed: int | None = None,
@@ -51,6 +52,8 @@ def attention_mass(
         else:
             total = lse[:, :, first:last].to(kind).view(batch, kv_heads, group, last - first)
         weights = torch.exp(scores - total.masked_fill(total == -torch.inf, 0)[..., None])
+        if row_weights is not None:
+            weights = weights * row_weights[:, None, None, first:last, None].to(kind)
         mass += weights.sum(dim=3)
     return mass.reshape(batch, query_heads, slots)
 

@@ -53,6 +53,8 @@ struct Mass {
   Attention attention;   // lse: given, or null; weights: the mass [batch, query_heads, weights_entries]; no output
   double temperature;
   int64_t noise, seed;   // noise not 0: Gumbel noise from `seed`
+  const float* row_weights;  // [batch or 1, rows], or null
+  int64_t row_weights_batch;
 };
 
 struct Vote {

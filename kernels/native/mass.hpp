@@ -112,6 +112,7 @@ static void score_strip(const Mass& m, const Rows& rows, const int64_t* noise_po
     float sum = sum_lanes(total);
     if (a.sinks) sum += expf((a.sinks[query_head] - shift) * coolness);
     inverse[q] = a.lse ? 1.f : (sum == 0 ? 0.f : 1.f / sum);
+    if (m.row_weights) inverse[q] *= m.row_weights[rows.b * m.row_weights_batch + rows.first + r];
   }
   for (int64_t k = 0; k < panels.tiles; ++k) {
     if (panels.oldest[k] > rows.latest) continue;

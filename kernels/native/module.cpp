@@ -99,7 +99,7 @@ static_assert(sizeof(SLOTS) - 1 == sizeof(Slots) / 8, "one letter a field of Slo
 #define ATTENTION "iiiii" "iiiii" SLOTS "iii" "dd" "iiii" "ii"
 
 OPERATION(attention, Attention, ATTENTION, used->level->attention)
-OPERATION(attention_mass, Mass, ATTENTION "dii", used->level->attention_mass)
+OPERATION(attention_mass, Mass, ATTENTION "dii" "ii", used->level->attention_mass)
 OPERATION(head_vote, Vote, ATTENTION, used->level->head_vote)
 OPERATION(page_bounds, PageBounds, "iiiiii" "iiiii" "iiii" "ii", used->level->page_bounds)
 OPERATION(page_scores, PageScores, "iiiiii" "iiii" "ii" "iiiiiii" "i", used->level->page_scores)
