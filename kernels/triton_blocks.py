@@ -10,7 +10,6 @@ from torch import Tensor
 from kvpress.kernels.triton_support import interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 FULL = tl.float32  # the arithmetic in which products are fp32
 FAR = tl.constexpr(2**31 - 1)
 

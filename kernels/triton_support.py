@@ -1,4 +1,4 @@
-"""What the Triton implementations share on the host side: when they can serve, tile sizes, strides, the share of the context a program reads.
+"""The host side of the Triton implementations: when they can serve, strides, and how the context is split over programs.
 
 This module does not import `triton`, so that a refusal can be worded on a machine without it.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+MOST_DIM = 256
 PROGRAMS_A_PROCESSOR = 2  # programs wanted on every multiprocessor before the context is split no further
 ENTRIES_A_SPLIT = 256  # a split shorter than this costs more in its merge than it gains
 MOST_SPLITS = 64
@@ -25,25 +26,32 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def refusal(query: Tensor, *others: Tensor | None) -> str | None:
-    """Why a Triton kernel cannot serve these tensors, or `None`."""
+def machine_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
+    """Why no Triton kernel can run on these tensors, or `None`."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    if not query.is_cuda and not interpreted():
-        return f"Triton runs on GPUs, and query is on {query.device} (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
-    for tensor in others:
-        if tensor is not None and tensor.device != query.device:
-            return f"all tensors must be on {query.device}, one is on {tensor.device}"
-    if query.dtype not in STORAGE[:3]:
-        return f"query must be fp32, fp16 or bf16, got {query.dtype}"
+    if not tensor.is_cuda and not interpreted():
+        return f"Triton runs on GPUs, not on {tensor.device} (but for its interpreter: TRITON_INTERPRET=1)"
+    for other in others:
+        if other is not None and other.device != tensor.device:
+            return f"all tensors must be on {tensor.device}, one is on {other.device}"
     return None
 
 
-def storage_refusal(*stored: Tensor) -> str | None:
-    """Why slots stored like this cannot be read, or `None`."""
+def slots_refusal(query: Tensor, *stored: Tensor) -> str | None:
+    """Why no Triton kernel can serve this query over slots stored like this, or `None`."""
+    reason = machine_refusal(query, *stored)
+    if reason is not None:
+        return reason
+    if query.dtype not in STORAGE[:3]:
+        return f"query must be fp32, fp16 or bf16, got {query.dtype}"
     for tensor in stored:
         if tensor.dtype not in STORAGE:
             return f"slots must be stored in fp32, fp16, bf16 or int8, got {tensor.dtype}"
+        if tensor.shape[-1] > MOST_DIM:
+            return f"head sizes go up to {MOST_DIM}, got {tensor.shape[-1]}"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *stored)):
+        return "the Triton kernels have no gradient"
     return None
 
 
@@ -84,6 +92,6 @@ def plan_splits(tensor: Tensor, programs: int, entries: int) -> int:
 
 
 def timed(configs: list[Any]) -> list[Any]:
-    """What the autotuner is to time; the first configuration alone is taken untimed: in the interpreter, or by the switch."""
+    """What the autotuner is to time: in the interpreter, or where the switch says so, the first alone, which is not timed."""
     untimed = interpreted() or os.environ.get(AUTOTUNE_SWITCH, "1") == "0"
     return configs[:1] if untimed else configs

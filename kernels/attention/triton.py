@@ -9,15 +9,9 @@ from torch import Tensor
 
 from kvpress.kernels.attention import triton_kernels
 from kvpress.kernels.triton_blocks import FULL, arithmetic, precision
-from kvpress.kernels import triton_support
 from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, strides
 
 WEIGHTS_BLOCK = 256  # entries whose weights a program reduces
-
-
-def refusal(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
-    return triton_support.refusal(query, keys, values) or triton_support.storage_refusal(keys, values)
 
 
 def block_rows(packed: int, block_d: int, block_v: int, full: bool) -> int:

@@ -5,15 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
 from kvpress.kernels.attention_mass import triton_kernels
 from kvpress.kernels.triton_blocks import FULL, arithmetic, precision
 from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, strides
-
-
-def refusal(query: Tensor, keys: Tensor) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
-    return triton_support.refusal(query, keys) or triton_support.storage_refusal(keys)
 
 
 def block_rows(packed: int, full: bool) -> int:

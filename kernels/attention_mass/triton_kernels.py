@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvpress.kernels.triton_blocks import FAR, LN2, LOG2E, gumbel, listed_slots, query_tile, soft_capped, tile_scores
+from kvpress.kernels.triton_blocks import FAR, LOG2E, gumbel, listed_slots, query_tile, soft_capped, tile_scores
 from kvpress.kernels.triton_support import timed
 
 SCAN = tl.constexpr(512)  # positions looked at at once to find where the visible rows begin, or the visible slots end
@@ -116,13 +116,12 @@ def lse_kernel(
                 scores,
                 mask=row_held[:, None] & (entry < end)[None, :],
             )
-        scores = scores * LOG2E
         peak = tl.maximum(highest, tl.max(scores, axis=1))
         anchor = tl.where(peak == -float("inf"), 0.0, peak)
-        total = total * tl.exp2(highest - anchor) + tl.sum(tl.exp2(scores - anchor[:, None]), axis=1)
+        total = total * tl.exp2((highest - anchor) * LOG2E) + tl.sum(tl.exp2((scores - anchor[:, None]) * LOG2E), axis=1)
         highest = peak
     some = total > 0
-    log_sum = tl.where(some, highest * LN2 + tl.log(tl.where(some, total, 1.0)), -float("inf"))
+    log_sum = tl.where(some, highest + tl.log(tl.where(some, total, 1.0)), -float("inf"))
     batches = tl.num_programs(1) // KV_HEADS
     tl.store(lse + ((part * batches + batch) * (KV_HEADS * GROUP) + query_head) * rows + row, log_sum, mask=row_held)
 

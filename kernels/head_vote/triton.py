@@ -5,18 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
 from kvpress.kernels.attention_mass.triton import row_sums
 from kvpress.kernels.head_vote import triton_kernels
 from kvpress.kernels.triton_support import on_device
 
 BLOCK_HEADS = 16
 BLOCK_SLOTS = 256
-
-
-def refusal(query: Tensor, keys: Tensor) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
-    return triton_support.refusal(query, keys) or triton_support.storage_refusal(keys)
 
 
 def head_vote(

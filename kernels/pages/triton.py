@@ -5,17 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
 from kvpress.kernels.pages import triton_kernels
 from kvpress.kernels.triton_support import on_device, power_of_two, strides
 
 BLOCK_PAGES = 32
 MOST_PAGE = 128  # slots of a page that a program holds in registers
-
-
-def refusal(query: Tensor, *others: Tensor | None) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
-    return triton_support.refusal(query, *others)
 
 
 def page_bounds(keys: Tensor, *, page_size: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:

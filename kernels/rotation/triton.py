@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvpress.kernels import triton_support
 from kvpress.kernels.rotation import triton_kernels
 from kvpress.kernels.triton_support import on_device, power_of_two, strides
 
 BLOCK_ELEMENTS = 4096  # elements of a tile
-
-
-def refusal(slots: Tensor, cosine: Tensor, sine: Tensor) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
-    return triton_support.refusal(slots, cosine, sine)
 
 
 def rotate(slots: Tensor, cosine: Tensor, sine: Tensor, *, inverse: bool = False) -> Tensor:

@@ -154,7 +154,7 @@ def configurations(launch: Launch, device: Device) -> list[triton.Config]:
     full, amd = arguments["ARITHMETIC"] == tl.float32, device.target.backend == "hip"
     module = importlib.import_module(launch.function.__module__)
     if "BLOCK_V" in arguments:
-        return module.choices(arguments["BLOCK_D"], arguments["BLOCK_V"], full, amd)
+        return module.choices(arguments["BLOCK_M"], arguments["BLOCK_D"], arguments["BLOCK_V"], full, amd)
     return module.choices(arguments["BLOCK_D"], full, amd)
 
 
