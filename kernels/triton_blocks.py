@@ -119,15 +119,27 @@ def tile_scores(
 
 
 @triton.jit
-def gumbel(seed, batch, query_head, row, slot, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Standard Gumbel noise `[rows, slots]`: Philox 4x32-10 of (slot, row, query head, batch), whatever the tiling."""
-    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.uint32)
-    word, _, _, _ = tl.philox(
-        seed,
-        zero + slot[None, :].to(tl.uint32),
-        zero + row[:, None].to(tl.uint32),
-        zero + query_head[:, None].to(tl.uint32),
-        zero + batch.to(tl.uint32),
-    )
-    uniform = ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)  # 23 bits: the greatest is still below 1 in fp32
+def mixed(x):
+    """The finalizer of MurmurHash3 (Appleby, public domain) over uint32."""
+    x = x ^ (x >> 16)
+    x = tl.mul(x, 0x85EBCA6B, sanitize_overflow=False)
+    x = x ^ (x >> 13)
+    x = tl.mul(x, 0xC2B2AE35, sanitize_overflow=False)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def gumbel(base, query_head, row_place, key_place):
+    """Standard Gumbel noise `[rows, slots]`, a hash of seed (`base`), query head and the places of row and key, whatever the tiling.
+
+    23 bits a number: with 24 the greatest one rounds to 1 in fp32, whose noise is infinite.
+    """
+    head = mixed(tl.add(base, tl.mul(query_head + 1, 0x9E3779B9, sanitize_overflow=False), sanitize_overflow=False))
+    first = mixed(head ^ tl.mul(row_place, 0xC2B2AE3D, sanitize_overflow=False))
+    second = mixed(tl.add(first, 0x27D4EB2F, sanitize_overflow=False))
+    spread = tl.mul(key_place, 0x9E3779B9, sanitize_overflow=False)
+    word = mixed(tl.add(spread[None, :], first[:, None], sanitize_overflow=False)) ^ second[:, None]
+    word = tl.mul(word, 0x9E3779B1, sanitize_overflow=False)
+    word = word ^ (word >> 15)
+    uniform = ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
     return -tl.log(-tl.log(uniform))

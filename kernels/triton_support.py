@@ -26,8 +26,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def machine_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
-    """Why no Triton kernel can run on these tensors, or `None`."""
+def refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
+    """Why no Triton kernel can run on these tensors, or `None`. What they store is the business of `storage_refusal`."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if not tensor.is_cuda and not interpreted():
@@ -35,23 +35,20 @@ def machine_refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
     for other in others:
         if other is not None and other.device != tensor.device:
             return f"all tensors must be on {tensor.device}, one is on {other.device}"
+    if tensor.dtype == torch.float64:
+        return "the Triton kernels compute in fp32, and query is fp64"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (tensor, *others)):
+        return "the Triton kernels have no gradient"
     return None
 
 
-def slots_refusal(query: Tensor, *stored: Tensor) -> str | None:
-    """Why no Triton kernel can serve this query over slots stored like this, or `None`."""
-    reason = machine_refusal(query, *stored)
-    if reason is not None:
-        return reason
-    if query.dtype not in STORAGE[:3]:
-        return f"query must be fp32, fp16 or bf16, got {query.dtype}"
+def storage_refusal(*stored: Tensor) -> str | None:
+    """Why slots stored like this cannot be read, or `None`."""
     for tensor in stored:
         if tensor.dtype not in STORAGE:
             return f"slots must be stored in fp32, fp16, bf16 or int8, got {tensor.dtype}"
         if tensor.shape[-1] > MOST_DIM:
             return f"head sizes go up to {MOST_DIM}, got {tensor.shape[-1]}"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *stored)):
-        return "the Triton kernels have no gradient"
     return None
 
 

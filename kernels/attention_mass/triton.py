@@ -10,6 +10,9 @@ from kvpress.kernels.triton_blocks import FULL, arithmetic, precision
 from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, strides
 
 
+LOW = 0xFFFFFFFF
+
+
 def block_rows(packed: int, full: bool) -> int:
     """Packed query rows a program holds at once: at least the tensor cores' 16."""
     return min(16 if full else 64, max(16, power_of_two(packed)))
@@ -71,6 +74,18 @@ def attention_mass(
     return mass
 
 
+def noise_base(seed: int) -> int:
+    """What the noise takes of a 64-bit seed: its two halves hashed into 32 bits, as `kvpress.kernels.attention_mass.noise` does."""
+    return _mixed(_mixed(seed & LOW) ^ ((seed >> 32) & LOW))
+
+
+def _mixed(x: int) -> int:
+    """The finalizer of MurmurHash3."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * factor & LOW
+    return x ^ (x >> 16)
+
+
 def row_sums(
     query: Tensor, keys: Tensor, *, splits: int | None, store: bool, slots: int, **options: object
 ) -> tuple[Tensor, Tensor | None]:
@@ -112,18 +127,18 @@ def _shared(
     noise_seed: int | None,
 ) -> dict[str, object]:
     """The arguments that both kernels take."""
-    if positions is None and starts is None:
-        query_positions = None  # nothing is masked: every slot holds a token that every row sees
+    # without positions in the dense layout every row sees every slot, and the rows' positions serve the noise alone
+    causal = query_positions is not None and (positions is not None or starts is not None)
     kv_heads = starts.shape[1] if starts is not None else keys.shape[1]
     kind = arithmetic(query, keys)
     block_d = max(16, power_of_two(query.shape[-1]))
     return dict(
         query=query, keys=keys, keys_scale=keys_scale, positions=positions, query_positions=query_positions,
         starts=None if starts is None else starts.contiguous(), lengths=None if lengths is None else lengths.contiguous(),
-        scaling=scaling, softcap=softcap, seed=noise_seed, coolness=1.0 / temperature, rows=query.shape[2], entries=slots,
+        scaling=scaling, softcap=softcap, noise_base=None if noise_seed is None else noise_base(noise_seed), coolness=1.0 / temperature, rows=query.shape[2], entries=slots,
         **strides("q", query, "bhrd"), **slot_strides("k", keys, "bhsd"), **slot_strides("x", keys_scale, "bhs"),
         **strides("p", positions, "bhs"), **strides("r", query_positions, "br"),
-        KV_HEADS=kv_heads, GROUP=query.shape[1] // kv_heads, DIM=query.shape[-1], CAUSAL=query_positions is not None,
+        KV_HEADS=kv_heads, GROUP=query.shape[1] // kv_heads, DIM=query.shape[-1], CAUSAL=causal,
         ARITHMETIC=kind, PRECISION=precision(),
         BLOCK_D=block_d, CHUNK_D=min(block_d, 64) if kind == FULL and block_d > 128 else block_d,
     )  # fmt: skip
