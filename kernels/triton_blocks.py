@@ -15,9 +15,11 @@ FAR = tl.constexpr(2**31 - 1)
 
 
 def arithmetic(query: Tensor, *stored: Tensor) -> tl.dtype:
-    """The type that products are taken in: fp32 if query or storage is fp32, else that of the query (int8 fits in it exactly).
+    """The type that products are taken in: fp32 if query or storage is fp32, else that of the query (int8 fits in it
+    exactly).
 
-    Sums are fp32 always. The interpreter multiplies the bit patterns of bf16, so there it is fp32, in which bf16 products are exact.
+    Sums are fp32 always. The interpreter multiplies the bit patterns of bf16, so there it is fp32, in which bf16
+    products are exact.
     """
     if torch.float32 in (query.dtype, *(tensor.dtype for tensor in stored)):
         return FULL
@@ -27,7 +29,9 @@ def arithmetic(query: Tensor, *stored: Tensor) -> tl.dtype:
 
 
 def precision() -> str:
-    """How fp32 products are taken: in three tf32 parts on NVIDIA's tensor cores (plain FMA spills), natively on AMD's."""
+    """How fp32 products are taken: in three tf32 parts on NVIDIA's tensor cores (plain FMA spills), natively on
+    AMD's.
+    """
     return "ieee" if interpreted() or torch.version.hip else "tf32x3"
 
 
@@ -47,7 +51,9 @@ def soft_capped(scores, softcap):
 def listed_slots(
     index, positions, entry, end, length, index_base, positions_base, stride_is, stride_ps, RAGGED: tl.constexpr
 ):
-    """Slot and position of each entry of a list (or of the slots themselves); position -1 where there is nothing to see."""
+    """Slot and position of each entry of a list (or of the slots themselves); position -1 where there is nothing to
+    see.
+    """
     listed = entry < end
     if index is not None:
         slot = tl.load(index + index_base + entry.to(tl.int64) * stride_is, mask=listed, other=-1).to(tl.int64)
@@ -66,7 +72,9 @@ def listed_slots(
 
 @triton.jit
 def rotated(key, key_at, channel, held, place, stride_kd, cosine, sine, ROTARY: tl.constexpr):
-    """A `[channels, slots]` tile of keys turned by `place`: channel `d` is paired with `d + ROTARY / 2`, as rotate-half does."""
+    """A `[channels, slots]` tile of keys turned by `place`: channel `d` is paired with `d + ROTARY / 2`, as
+    rotate-half does.
+    """
     low = channel < ROTARY // 2
     partner = tl.where(low, channel + ROTARY // 2, channel - ROTARY // 2)
     mask = held[None, :] & (channel < ROTARY)[:, None]
@@ -93,7 +101,8 @@ def tile_scores(
 ):  # fmt: skip
     """Dot products `[rows, slots]` of the query rows with keys at `key_at [1, slots]`.
 
-    `asked` is the whole `query_tile` where `CHUNK_D == BLOCK_D`. In chunks the query is read anew (from cache) with every tile: held
+    `asked` is the whole `query_tile` where `CHUNK_D == BLOCK_D`. In chunks the query is read anew (from cache) with
+    every tile: held
     whole it would not fit the registers.
     """
     channel = tl.arange(0, CHUNK_D)
@@ -130,7 +139,8 @@ def mixed(x):
 
 @triton.jit
 def gumbel(base, query_head, row_place, key_place):
-    """Standard Gumbel noise `[rows, slots]`, a hash of seed (`base`), query head and the places of row and key, whatever the tiling.
+    """Standard Gumbel noise `[rows, slots]`, a hash of seed (`base`), query head and the places of row and key,
+    whatever the tiling.
 
     23 bits a number: with 24 the greatest one rounds to 1 in fp32, whose noise is infinite.
     """

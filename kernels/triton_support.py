@@ -1,4 +1,5 @@
-"""The host side of the Triton implementations: when they can serve, strides, and how the context is split over programs.
+"""The host side of the Triton implementations: when they can serve, strides, and how the context is split over
+programs.
 
 This module does not import `triton`, so that a refusal can be worded on a machine without it.
 """
@@ -27,7 +28,7 @@ def interpreted() -> bool:
 
 
 def refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
-    """Why no Triton kernel can run on these tensors, or `None`. What they store is the business of `storage_refusal`."""
+    """Why no Triton kernel can run on these tensors, or `None`. Storage is checked by `storage_refusal`."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if not tensor.is_cuda and not interpreted():
@@ -63,7 +64,9 @@ def power_of_two(size: int) -> int:
 
 
 def strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
-    """Kernel arguments `stride_<letter><axis>`: 0 where the size is 1, so that it broadcasts, and everywhere for `None`."""
+    """Kernel arguments `stride_<letter><axis>`: 0 where the size is 1, so that it broadcasts, and everywhere for
+    `None`.
+    """
     if tensor is None:
         return {f"stride_{letter}{axis}": 0 for axis in axes}
     found = zip(axes, tensor.shape, tensor.stride(), strict=True)
@@ -89,6 +92,8 @@ def plan_splits(tensor: Tensor, programs: int, entries: int) -> int:
 
 
 def timed(configs: list[Any]) -> list[Any]:
-    """What the autotuner is to time: in the interpreter, or where the switch says so, the first alone, which is not timed."""
+    """What the autotuner is to time: in the interpreter, or where the switch says so, the first alone, which is not
+    timed.
+    """
     untimed = interpreted() or os.environ.get(AUTOTUNE_SWITCH, "1") == "0"
     return configs[:1] if untimed else configs

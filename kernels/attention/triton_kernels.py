@@ -38,8 +38,8 @@ def prune(configs, _, **arguments):
 @triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
 @triton.jit(do_not_specialize=["rows", "entries", "splits", "stride_ih", "stride_ph", "stride_rb"])
 def attend_kernel(
-    query, keys, values, keys_scale, values_scale, positions, query_positions, starts, lengths, index, sinks, cosine, sine,
-    output, lse, scores_out,
+    query, keys, values, keys_scale, values_scale, positions, query_positions, starts, lengths, index, sinks,
+    cosine, sine, output, lse, scores_out,
     scaling, softcap, rows, entries, splits,
     stride_qb, stride_qh, stride_qr, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
@@ -55,7 +55,9 @@ def attend_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: `BLOCK_M` of the rows of the query heads of one KV head, packed as `row * GROUP + head`, and one split of its slots."""
+    """One program: `BLOCK_M` of the rows of the query heads of one KV head, packed as `row * GROUP + head`, and one
+    split of its slots.
+    """
     part = tl.program_id(2)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
@@ -129,8 +131,8 @@ def attend_kernel(
             visible = visible & (position[None, :] <= row_position[:, None])
         place = entry if BY_ENTRY else position
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, place, cosine, sine, ROTARY,
-            DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
+            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd,
+            place, cosine, sine, ROTARY, DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
         scores = scores * scaling
         if keys_scale is not None:

@@ -122,7 +122,8 @@ def lse_kernel(
             )
         peak = tl.maximum(highest, tl.max(scores, axis=1))
         anchor = tl.where(peak == -float("inf"), 0.0, peak)
-        total = total * tl.exp2((highest - anchor) * LOG2E) + tl.sum(tl.exp2((scores - anchor[:, None]) * LOG2E), axis=1)
+        fade = tl.exp2((highest - anchor) * LOG2E)
+        total = total * fade + tl.sum(tl.exp2((scores - anchor[:, None]) * LOG2E), axis=1)
         highest = peak
     some = total > 0
     log_sum = tl.where(some, highest + tl.log(tl.where(some, total, 1.0)), -float("inf"))
@@ -144,7 +145,9 @@ def column_kernel(
     ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: the sums of `BLOCK_N` slots of one KV head, over all rows, for each head of its group (padded to `BLOCK_G`)."""
+    """One program: the sums of `BLOCK_N` slots of one KV head, over all rows, for each head of its group (padded to
+    `BLOCK_G`).
+    """
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     ROWS: tl.constexpr = BLOCK_M // BLOCK_G

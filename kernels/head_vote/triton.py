@@ -1,4 +1,6 @@
-"""Head vote on GPUs: one pass over the keys stores scores and their log-sum-exp, a second one over the scores sums the votes."""
+"""Head vote on GPUs: one pass over the keys stores scores and their log-sum-exp, a second one over the scores sums
+the votes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def head_vote(
     keys_scale: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Votes `[batch, slots]` in fp32: the softmax over the visible slots of each query head, summed over heads (arXiv 2411.02886).
+    """Votes `[batch, slots]` in fp32: the softmax over the visible slots of each query head, summed over heads (arXiv
+    2411.02886).
 
     Args:
         query: `[batch, query_heads, 1, dim]`; query head `h` belongs to KV head `h // (query_heads // kv_heads)`.

@@ -11,11 +11,13 @@ BLOCK_ELEMENTS = 4096  # elements of a tile
 
 
 def rotate(slots: Tensor, cosine: Tensor, sine: Tensor, *, inverse: bool = False) -> Tensor:
-    """`slots * cosine + rotate_half(slots) * sine` over the first `rotary_dim` channels, in the type of `slots` (fp32 arithmetic).
+    """`slots * cosine + rotate_half(slots) * sine` over the first `rotary_dim` channels, in the type of `slots` (fp32
+    arithmetic).
 
     Args:
         slots: `[batch, heads, slots, dim]`.
-        cosine, sine: `[batch or 1, heads or 1, slots, rotary_dim]`, the two halves alike, scaled as the model scales them.
+        cosine, sine: `[batch or 1, heads or 1, slots, rotary_dim]`, the two halves alike, scaled as the model scales
+            them.
         inverse: rotate the other way, which undoes a rotation by unscaled tables.
 
     Raises:

@@ -1,4 +1,6 @@
-"""The flash-attn path with a fake package: it checks the arguments as the real one does, and computes what the real one promises."""
+"""The flash-attn path with a fake package: it checks the arguments as the real one does, and computes what the real
+one promises.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from kvpress.kernels.attention import flash, reference
 ABSENT = dict.fromkeys(("positions", "query_positions", "starts", "lengths", "index", "softcap", "sinks"))
 
 
-def sequence(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, softcap: float) -> tuple[Tensor, Tensor]:
+def sequence(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, softcap: float
+) -> tuple[Tensor, Tensor]:
     """One sequence `[rows, heads, dim]`, causal from the bottom right corner; `+inf` marks a row that saw nothing."""
     group = query.shape[1] // keys.shape[1]
     scores = torch.einsum("qhd,khd->hqk", query.float(), keys.float().repeat_interleave(group, 1)) * scale
@@ -75,7 +79,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def compare(query: Tensor, keys: Tensor, values: Tensor, **options: object) -> None:
     options = ABSENT | {"scaling": 0.3} | options
-    taken = {name: options[name] for name in ("scaling", "positions", "query_positions", "starts", "lengths", "softcap")}
+    names = ("scaling", "positions", "query_positions", "starts", "lengths", "softcap")
+    taken = {name: options[name] for name in names}
     output, lse = flash.attend(query, keys, values, **taken)
     expected, expected_lse, _ = reference.attend(query, keys, values, **options)
     assert not output.isnan().any() and (output != 0).any()
@@ -105,7 +110,8 @@ def ragged() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     query, _, _ = make(rows=1)
     lengths = torch.tensor([[3, 0], [20, 7]])
     starts = lengths.flatten().cumsum(0).view(2, 2) - lengths
-    rows = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(1)).bfloat16()  # capacity beyond the last head
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(2, 40, 16, generator=generator).bfloat16()  # more rows than the heads have
     return query, *rows.unbind(), {"starts": starts, "lengths": lengths}
 
 
@@ -115,7 +121,8 @@ def test_ragged_decoding(calls: list[str], softcap: float | None) -> None:
     assert flash.unfit(query, keys, values, layout["starts"], None, None) is None
     assert flash.hidden(query, keys, None, None, **layout) is None
     compare(query, keys, values, **layout, softcap=softcap)
-    output, lse = flash.attend(query, keys, values, scaling=0.3, positions=None, query_positions=None, **layout, softcap=softcap)
+    absent = {"positions": None, "query_positions": None}
+    output, lse = flash.attend(query, keys, values, scaling=0.3, **absent, **layout, softcap=softcap)
     assert (output[0, 3:] == 0).all() and (lse[0, 3:] == -torch.inf).all()  # the head without a slot
     assert calls == ["ragged", "ragged"]
 
@@ -139,7 +146,7 @@ def test_what_it_cannot_show() -> None:
     positions = torch.arange(20).expand(2, 2, 20)
     assert flash.hidden(query, keys, positions, torch.tensor([[19]]), **layout) is None
     assert "some are hidden" in flash.hidden(query, keys, positions, torch.tensor([[18]]), **layout)
-    assert flash.hidden(query, keys, positions, torch.tensor([[18], [19]]), **layout) is None  # only lengths up to 3 there
+    assert flash.hidden(query, keys, positions, torch.tensor([[18], [19]]), **layout) is None
     assert "row sees none" in flash.hidden(query, keys, None, torch.tensor([[-1]]), **layout)
 
 

@@ -1,4 +1,6 @@
-"""The Triton kernels run by Triton's interpreter on CPU tensors, in a process of their own: the switch is read at import."""
+"""The Triton kernels run by Triton's interpreter on CPU tensors, in a process of their own: the switch is read at
+import.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).parent / "triton_interpreted"
-FILES = {"attention": 80, "attention_mass": 45, "selection": 15, "storage": 18}  # each with the least number of its tests
+FILES = {"attention": 80, "attention_mass": 45, "selection": 15, "storage": 18}  # and the least number of tests in each
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -11,7 +11,7 @@ from kvpress.kernels.pages.triton import page_bounds, page_scores
 
 def softmax_votes(query, keys, positions=None):
     """TokenSelect's soft vote in the type of `query`: no scaling, `h // group`."""
-    batch, query_heads, _, dim = query.shape
+    batch, _, _, dim = query.shape
     kv_heads = keys.shape[1]
     scores = torch.einsum("bhgd,bhsd->bhgs", query.view(batch, kv_heads, -1, dim), keys)
     if positions is not None:
@@ -38,7 +38,8 @@ def test_int8_index_of_keys(generator, within_budget):
     scale = torch.rand(1, 2, 70, generator=generator) * 0.02
     votes = head_vote(query, keys, keys_scale=scale)
     whole = keys * scale[..., None]
-    within_budget(votes, softmax_votes(query.double(), keys.double() * scale[..., None].double()), softmax_votes(query, whole))
+    exact = softmax_votes(query.double(), keys.double() * scale[..., None].double())
+    within_budget(votes, exact, softmax_votes(query, whole))
 
 
 def test_nobody_votes_for_nothing(generator):
