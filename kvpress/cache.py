@@ -106,7 +106,8 @@ class PolicyCache(Cache):
                 f"policy {taken.policies.eviction.name!r} needs the ids of all tokens, the given cache has none: feed the text again"
             )
         padding = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        for index, (layer, source) in enumerate(zip(taken.layers, cache.layers, strict=True)):
+        sources: list[Any] = cache.layers  # type: ignore[assignment]
+        for index, (layer, source) in enumerate(zip(taken.layers, sources, strict=True)):
             if not isinstance(layer, PolicyLayer):
                 taken.layers[index] = copy.deepcopy(source)
                 continue
@@ -134,7 +135,7 @@ class PolicyCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append a forward's keys and values `[batch, kv_heads, tokens, dim]`; returns what attention shall read."""
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         if not isinstance(layer, PolicyLayer):
             updated: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
             return updated
