@@ -103,6 +103,8 @@ def assert_within_budget(found: Tensor, low_precision: Tensor, exact: Tensor) ->
     if not torch.equal(torch.isfinite(found), finite) or not torch.equal(found.double()[~finite], exact[~finite]):
         raise AssertionError("infinities or NaN differ")
     budget = error_budget(low_precision, exact, found.dtype)
+    if budget > 0.05 * (1 + (exact[finite].abs().max().item() if finite.any() else 0.0)):
+        raise AssertionError(f"the low-precision run is itself wrong: it gives a budget of {budget:.3g}")
     off = (found.double() - exact)[finite].abs()
     worst = off.max().item() if off.numel() else 0.0
     if worst > budget:
