@@ -1,4 +1,5 @@
-"""Attention over slots in fp64, one slot at a time: what the kernels are measured against, and how far they may be off."""
+"""Attention over slots in fp64, one slot at a time: what the kernels are measured against, and how far they may be
+off."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from torch import Tensor
 def listed_slots(
     batch: int, head: int, slots: int, positions: Tensor | None, index: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots, positions and places in the list of the entries of one head that hold a token; without positions all are 0."""
+    """Slots, positions and places in the list of the entries of one head that hold a token; without positions all are
+    0."""
     slot = torch.arange(slots) if index is None else index[batch % len(index), head % index.shape[1]].long()
     place = torch.arange(len(slot))
     keep = (slot >= 0) & (slot < slots)
@@ -84,7 +86,8 @@ def oracle(
 
 
 def error_budget(low_precision: Tensor, exact: Tensor, of: torch.dtype) -> float:
-    """Twice (the error of a readable low-precision run, and the rounding of results to `of`): never a number of our own."""
+    """Twice (the error of a readable low-precision run, and the rounding of results to `of`): never a number of our
+    own."""
     finite = torch.isfinite(exact)
     off = (low_precision.double() - exact)[finite]
     band = torch.finfo(of).eps * (1 + exact[finite].abs().amax().item() if finite.any() else 1.0)

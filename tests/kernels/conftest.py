@@ -32,7 +32,8 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """`torch.empty` gives NaN (or the largest integer): what a kernel forgets to write is seen. Returns the counted calls."""
+    """`torch.empty` gives NaN (or the largest integer): what a kernel forgets to write is seen. Returns the counted
+    calls."""
     plain, calls = torch.empty, [0]
 
     def filled(*sizes: Any, **options: Any) -> torch.Tensor:

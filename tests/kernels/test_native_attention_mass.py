@@ -1,4 +1,5 @@
-"""Native attention mass against an fp64 oracle: windows, whole prompts, noise, temperature, given log-sum-exp, row weights."""
+"""Native attention mass against an fp64 oracle: windows, whole prompts, noise, temperature, given log-sum-exp, row
+weights."""
 
 from __future__ import annotations
 
@@ -38,9 +39,7 @@ def check(query: Tensor, keys: Tensor, **options: Any) -> None:
     assert_within_budget(found, low, exact)
 
 
-def noisy_oracle(
-    query: Tensor, keys: Tensor, positions: Tensor, seen: Tensor, seed: int, temperature: float
-) -> Tensor:
+def noisy_oracle(query: Tensor, keys: Tensor, positions: Tensor, seen: Tensor, seed: int, temperature: float) -> Tensor:
     """Column sums of softmax((s + noise) / temperature) for one batch row, fp64, from the published formula."""
     heads, rows = query.shape[1:3]
     group = heads // keys.shape[1]
@@ -153,7 +152,11 @@ def test_noise_goes_by_position_not_by_place(impl: str) -> None:
     whole = attention_mass(query, keys, positions=slot[None, None], query_positions=slot[None, 60:], **options)
     single = sum(
         attention_mass(
-            query[:, :, r : r + 1], keys, positions=slot[None, None], query_positions=slot[None, 60 + r : 61 + r], **options
+            query[:, :, r : r + 1],
+            keys,
+            positions=slot[None, None],
+            query_positions=slot[None, 60 + r : 61 + r],
+            **options,
         )
         for r in range(20)
     )

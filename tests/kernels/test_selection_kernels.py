@@ -61,9 +61,7 @@ def test_top_slots() -> None:
 @pytest.mark.parametrize("impl", ["reference", "native"])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("slots", "page_size"), [(1, 16), (63, 16), (64, 16), (65, 8), (200, 128)])
-def test_page_bounds(
-    level: str, impl: str, kind: torch.dtype, slots: int, page_size: int, poisoned: list[int]
-) -> None:
+def test_page_bounds(level: str, impl: str, kind: torch.dtype, slots: int, page_size: int, poisoned: list[int]) -> None:
     keys = made(2, 3, slots, 72).to(kind).transpose(1, 2).contiguous().transpose(1, 2)
     positions = torch.arange(slots).expand(2, 3, slots).clone()
     positions[:, 1, 2::3] = -1
@@ -78,7 +76,9 @@ def test_page_bounds(
                 inside = slice(page * page_size, (page + 1) * page_size)
                 own = keys[b, h, inside][positions[b, h, inside] >= 0]
                 if len(own):
-                    assert torch.equal(lowest[b, h, page], own.amin(0)) and torch.equal(highest[b, h, page], own.amax(0))
+                    assert torch.equal(lowest[b, h, page], own.amin(0)) and torch.equal(
+                        highest[b, h, page], own.amax(0)
+                    )
                 else:
                     assert (lowest[b, h, page] == torch.inf).all() and (highest[b, h, page] == -torch.inf).all()
 
@@ -122,7 +122,9 @@ def test_rotation(level: str, impl: str, dim: int, rotary: int, poisoned: list[i
     found = rotate(slots, cosine, sine, positions=positions, impl=impl)
     assert_within_budget(found, low, exact)
     back = rotate(found, cosine, sine, positions=positions, inverse=True, impl=impl)
-    assert_within_budget(back, rotate(low, cosine, sine, positions=positions, inverse=True, impl="reference"), slots.double())
+    assert_within_budget(
+        back, rotate(low, cosine, sine, positions=positions, inverse=True, impl="reference"), slots.double()
+    )
     held = positions.clamp(min=0)
     plain = rotate(slots, cosine[held], sine[held], impl=impl)
     assert torch.equal(plain[positions >= 0], found[positions >= 0])
