@@ -72,3 +72,9 @@ def visible_slots(positions: Tensor | None, query_positions: Tensor | None) -> T
     if query_positions is None:
         return held
     return held & (positions[:, :, None, :] <= query_positions[:, None, :, None])
+
+
+def causal_positions(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions `[1, 1, slots]` and query positions `[1, rows]` under which the rows are the last slots, in order."""
+    slots = torch.arange(keys.shape[2], device=keys.device)
+    return slots[None, None], slots[None, keys.shape[2] - query.shape[2] :]

@@ -1,1 +1,54 @@
-"""Policies: one method a file."""
+"""Policies: one method a file. Classes are imported when they are first named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvpress.policies.base import EvictionPolicy, Policy
+from kvpress.policies.registry import (
+    _POLICIES,
+    describe_policies,
+    make_policy,
+    policy_class,
+    policy_names,
+    register_policy,
+)
+
+if TYPE_CHECKING:
+    from kvpress.policies.full import Full
+    from kvpress.policies.h2o import H2O
+    from kvpress.policies.knorm import KNorm
+    from kvpress.policies.quest import Quest
+    from kvpress.policies.random import Random
+    from kvpress.policies.snapkv import SnapKV
+    from kvpress.policies.streaming_llm import StreamingLLM
+    from kvpress.policies.tidaldecode import TidalDecode
+    from kvpress.policies.tokenselect import TokenSelect
+    from kvpress.policies.tova import TOVA
+
+__all__ = [
+    "H2O",
+    "TOVA",
+    "EvictionPolicy",
+    "Full",
+    "KNorm",
+    "Policy",
+    "Quest",
+    "Random",
+    "SnapKV",
+    "StreamingLLM",
+    "TidalDecode",
+    "TokenSelect",
+    "describe_policies",
+    "make_policy",
+    "policy_class",
+    "policy_names",
+    "register_policy",
+]
+
+
+def __getattr__(attribute: str) -> Any:
+    for name, target in _POLICIES.items():
+        if target.endswith(f":{attribute}"):
+            return policy_class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvpress.kernels.scores import visible_slots
+from kvpress.kernels.scores import causal_positions, visible_slots
 
 ROWS = 1024  # query rows whose mask is held at once
 PACK_BYTES = 8 << 20  # CPU: for larger keys, reading them once a group wins over spreading query heads on threads
@@ -40,9 +40,15 @@ def attend(
     scaling: float,
     positions: Tensor | None,
     query_positions: Tensor | None,
+    causal: bool,
 ) -> Tensor:
     """Attention as `kvpress.kernels.attention.attend` describes it, without the log-sum-exp."""
     rows = query.shape[2]
+    if causal and rows == keys.shape[2]:
+        grouped = query.shape[1] != keys.shape[1]
+        return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+    if causal:
+        positions, query_positions = causal_positions(query, keys)
     if positions is None:
         return _unmasked(query, keys, values, scaling)
     outputs = []

@@ -1,0 +1,91 @@
+"""The attention function registered under the name "kvpress"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kvpress.delegates import NAME, original_attention
+from kvpress.errors import UnsupportedModelError
+from kvpress.forward import Forward, take_over
+from kvpress.masks import padding_mask
+from kvpress.observation import AttentionArguments
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend over the slots of the layer whose `update` returned `key`; hand anything else to the model's own attention.
+
+    Args:
+        query: `[batch, query_heads, rows, dim]`, rotated.
+        key, value: what `PolicyCache.update` returned, or what the model made of it.
+        attention_mask: from `padding_mask`.
+        kwargs: `softcap`, `s_aux` (sinks), `position_ids`, … as the model passes them.
+
+    Returns:
+        `[batch, rows, query_heads, value_dim]`, and no weights.
+    """
+    forward = take_over(key, getattr(module, "layer_idx", -1))
+    layer = None if forward is None else forward.layer()
+    if forward is None or layer is None:
+        original = original_attention(module)
+        result: tuple[Tensor, Tensor | None] = original(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return result
+    owner = layer.layer_idx == module.layer_idx  # else a layer that shares the keys of an earlier one
+    if owner:
+        check_call(forward, attention_mask, dropout if module.training else 0.0, kwargs)
+        tokens = layer.place(forward, attention_mask, query.device, kwargs.get("position_ids"))
+        layer.clock.check_positions(tokens, layer.seen, kwargs.get("position_ids"))
+    arguments = AttentionArguments(
+        query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux")
+    )
+    output = layer.attend(forward, query, key, value, arguments)
+    if owner:
+        layer.finish(forward, query, key, arguments)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def check_call(forward: Forward, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Refuse what would be silently wrong.
+
+    Raises:
+        UnsupportedModelError: a mask that is not ours, a sliding window or a bias on a full-attention layer, attention that is not causal,
+            dropout, `use_cache=False`.
+    """
+    if mask is not None and (mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.dtype != torch.bool):
+        raise UnsupportedModelError(
+            f"attention_mask must be 2-D padding [batch, tokens seen] with a PolicyCache, got {tuple(mask.shape)} of {mask.dtype}"
+        )
+    if kwargs.get("use_cache") is False:
+        raise UnsupportedModelError(
+            "use_cache must be True with a PolicyCache, got False: every step would feed all tokens again"
+        )
+    if kwargs.get("sliding_window") is not None:
+        raise UnsupportedModelError(
+            f"sliding_window must be None on a compressed layer, got {kwargs['sliding_window']}: its layer type says full attention"
+        )
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError(
+            "position_bias must be None with a PolicyCache: models that bias scores by distance are not served"
+        )
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedModelError("is_causal must be True with a PolicyCache, got False")
+    if dropout:
+        raise UnsupportedModelError(f"attention dropout must be 0 with a PolicyCache, got {dropout}: call model.eval()")
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, padding_mask)

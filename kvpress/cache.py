@@ -1,0 +1,273 @@
+"""PolicyCache: a transformers cache that keeps what a policy says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+import kvpress.attention  # noqa: F401  registers the attention and mask functions under their name
+from kvpress.assembly import Policies, make_layers, use_our_attention
+from kvpress.choice import choose_policies
+from kvpress.delegates import NAME
+from kvpress.errors import CacheStateError, UnsupportedModelError
+from kvpress.forward import hand_over
+from kvpress.layer import PolicyLayer
+from kvpress.memory import held_bytes
+from kvpress.policies.base import Policy
+from kvpress.report import CacheReport, make_report
+
+PolicyChoice = Policy | str | Sequence[Policy]
+
+
+class PolicyCache(Cache):
+    """A key-value cache for `model.generate(..., past_key_values=cache)` that keeps in memory only what its policy keeps.
+
+    Making one sets the model's attention implementation to `"kvpress"` (once, by the public `set_attn_implementation`); the model goes on
+    to serve any other cache through its former implementation.
+
+    Args:
+        model: a decoder model of transformers. It must have been loaded before; weights are not touched.
+        policy: an instance, a registered name with its parameters, or a list with at most one eviction and one selection policy.
+        parameters: of a policy given by name.
+
+    Raises:
+        ValueError: an unknown policy or parameter, or a value that breaks a rule.
+        UnsupportedModelError: a model that cannot be served rightly.
+
+    Example:
+        cache = PolicyCache(model, "snapkv", budget=1024)
+        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=256)
+        print(cache.report())
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: PolicyChoice, **parameters: Any) -> None:
+        policies = choose_policies(policy, parameters)
+        config = model.config.get_text_config(decoder=True)
+        layers = make_layers(config, policies, model)
+        if config._attn_implementation != NAME:
+            use_our_attention(model, config)
+        self._fill(config, policies, layers)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, policy: PolicyChoice, **parameters: Any) -> Self:
+        """A cache made without a model, for policies that need no queries.
+
+        The model's attention is left as it is. Under a stock implementation (`"sdpa"`, `"eager"`, …) an evicting cache serves one row
+        without padding, since a stock attention shows the cache no padding mask; under `"kvpress"` there is no such limit.
+
+        Raises:
+            ValueError: as the constructor; also a policy that needs queries while the configuration names a stock attention.
+        """
+        policies = choose_policies(policy, parameters)
+        text_config = config.get_text_config(decoder=True)
+        if policies.reindex:
+            raise ValueError("positions='reindex' needs the model's rotary module: use PolicyCache(model, policy)")
+        if policies.need_queries and text_config._attn_implementation != NAME:
+            raise ValueError(
+                f"policy {policies!r} needs queries, which only the attention implementation {NAME!r} hands over, "
+                f"got {text_config._attn_implementation!r}: use PolicyCache(model, policy)"
+            )
+        cache = cls.__new__(cls)
+        cache._fill(text_config, policies, make_layers(text_config, policies, None), any_attention=True)
+        return cache
+
+    @classmethod
+    def from_cache(
+        cls,
+        model: PreTrainedModel,
+        policy: PolicyChoice,
+        cache: Cache,
+        attention_mask: Tensor | None = None,
+        **parameters: Any,
+    ) -> Self:
+        """A cache that takes over the keys and values of a filled stock cache.
+
+        A policy that needs no queries evicts at once; one that needs queries starts to score with the next forward, and evicts at its end.
+
+        Args:
+            cache: a `DynamicCache` or alike that holds every token it has seen.
+            attention_mask: `[batch, tokens]`, where the batch was padded.
+
+        Raises:
+            ValueError: a layer of another type, or one that does not hold all tokens it has seen.
+        """
+        taken = cls(model, policy, **parameters)
+        padding = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        for index, (layer, source) in enumerate(zip(taken.layers, cache.layers, strict=True)):
+            if not isinstance(layer, PolicyLayer):
+                taken.layers[index] = copy.deepcopy(source)
+                continue
+            keys, values = source.keys, source.values
+            if keys is None or keys.shape[2] != source.get_seq_length():
+                held = 0 if keys is None else keys.shape[2]
+                raise ValueError(
+                    f"layer {index} of the cache must hold all {source.get_seq_length()} tokens it has seen, it holds {held}"
+                )
+            layer.take_in(keys, values, padding)
+        return taken
+
+    def _fill(
+        self, config: PreTrainedConfig, policies: Policies, layers: list[Any], any_attention: bool = False
+    ) -> None:
+        super().__init__(layers=layers)
+        self.policies = policies
+        self.config = config
+        self._any_attention = any_attention
+        self.policy_layers = [layer for layer in layers if isinstance(layer, PolicyLayer)]
+
+    # -- the contract of a transformers cache --------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append a forward's keys and values `[batch, kv_heads, tokens, dim]`; returns what attention shall read."""
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PolicyLayer):
+            updated: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+            return updated
+        first = self.policy_layers[0]
+        if layer is first:
+            self._check_attention(key_states.shape[0])
+        elif layer.seen + key_states.shape[2] != first.seen:
+            raise CacheStateError(
+                f"layer {layer_idx} has seen {layer.seen} tokens where layer {first.layer_idx} had seen {first.seen - key_states.shape[2]}: "
+                "an earlier forward broke off. Call cache.reset() and start again"
+            )
+        keys, values = layer.update(key_states, value_states)
+        if layer.forward is not None:
+            hand_over(layer.forward, keys)
+        return keys, values
+
+    def _check_attention(self, batch: int) -> None:
+        implementation = self.config._attn_implementation
+        attended = implementation == NAME
+        if not attended and not self._any_attention:
+            raise UnsupportedModelError(
+                f"attention implementation must stay {NAME!r} while a PolicyCache is in use, it was changed to {implementation!r}: "
+                f"call model.set_attn_implementation({NAME!r})"
+            )
+        if not attended and batch > 1 and self.policies.eviction.budget is not None:
+            raise UnsupportedModelError(
+                f"batch must be 1 under the attention implementation {implementation!r}, got {batch}: it does not show padding to the cache. "
+                "Use PolicyCache(model, policy)"
+            )
+        for layer in self.policy_layers:
+            layer.attended = attended
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Sizes from which transformers makes its mask; for a compressed layer in logical coordinates."""
+        if layer_idx == self.policy_layers[0].layer_idx:
+            self._check_attention(1)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens of every layer, exactly.
+
+        Raises:
+            CacheStateError: tokens that were evicted for them are gone; `activate_past_recording()` first.
+        """
+        super().crop(tokens_to_remove)
+
+    # -- inspection ----------------------------------------------------------------------------------------------------
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens seen so far, padding included."""
+        return self.policy_layers[0].seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages really held, all layers."""
+        return held_bytes(tensor for layer in self.layers for tensor in _tensors(layer))
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that a full cache would hold now: every token seen, keys and values, and the other layers as they are."""
+        total = held_bytes(t for layer in self.layers if not isinstance(layer, PolicyLayer) for t in _tensors(layer))
+        return total + sum(layer.full_nbytes for layer in self.policy_layers)
+
+    def kept_positions(self, layer_idx: int) -> Tensor:
+        """Original positions of the tokens that a layer keeps: `[batch, kv_heads, slots]` int64, ascending, `-1` for empty slots.
+
+        A position counts the tokens of its own row, padding excluded.
+
+        Raises:
+            ValueError: a layer that is not compressed.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PolicyLayer):
+            raise ValueError(f"layer_idx must name a compressed layer, {layer_idx} is a {type(layer).__name__}")
+        return layer.table.kept_positions()
+
+    def selected_positions(self, layer_idx: int) -> Tensor:
+        """Original positions that the last rows of the last forward attended to, sinks and local window included.
+
+        `[batch, n]` where all KV heads attend to the same tokens, else `[batch, kv_heads, n]`; int64, ascending, `-1` for empty.
+
+        Raises:
+            ValueError: a layer that is not compressed, or a cache without a selection policy.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PolicyLayer) or layer.reader is None:
+            raise ValueError(f"layer_idx must name a layer with a selection policy, {layer_idx} has none")
+        return layer.reader.read_positions()
+
+    def report(self) -> CacheReport:
+        """What was seen, kept and evicted, and the bytes of it; prints as a table, `.to_dict()` gives JSON types."""
+        return make_report(self)
+
+    # -- keeping it ----------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Write the cache to a new or empty directory (`kvpress.storage` describes the files)."""
+        from kvpress.storage import save_cache
+
+        save_cache(self, Path(directory))
+
+    @classmethod
+    def load(cls, directory: str | Path, model: PreTrainedModel) -> PolicyCache:
+        """Read a saved cache for `model`.
+
+        Raises:
+            CacheFormatError: damaged files, another format, or a model of another configuration; names the field.
+        """
+        from kvpress.storage import load_cache
+
+        return load_cache(Path(directory), model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PolicyCache:
+        memo[id(self.config)] = self.config  # the model's own, whose attention implementation is watched
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        for name, value in self.__dict__.items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a PolicyCache is not pickled: use cache.save(directory) and PolicyCache.load(directory, model)"
+        )
+
+    def __repr__(self) -> str:
+        return f"PolicyCache({self.policies}, seen={self.seen_tokens}, bytes={self.nbytes})"
+
+
+def layer_nbytes(layer: Any) -> int:
+    """Bytes of the storages that a layer holds, of any class."""
+    return held_bytes(_tensors(layer))
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    """Every tensor that a layer holds."""
+    if isinstance(layer, PolicyLayer):
+        return [tensor for tensor in layer.table.tensors() if tensor is not None]
+    found: list[Tensor] = []
+    for value in vars(layer).values():
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found.extend(item for item in items if isinstance(item, Tensor))
+    return found

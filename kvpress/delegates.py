@@ -1,0 +1,36 @@
+"""Which attention implementation a model had before ours: it still serves stock caches and sliding layers."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "kvpress"
+_originals: dict[int, str] = {}  # id of a living configuration -> implementation
+
+
+def remember(config: PreTrainedConfig, implementation: str) -> None:
+    """Note the implementation that `config`'s model had."""
+    if implementation == NAME:
+        return
+    if id(config) not in _originals:
+        weakref.finalize(config, _originals.pop, id(config), None)
+    _originals[id(config)] = implementation
+
+
+def original_implementation(config: PreTrainedConfig) -> str:
+    """The remembered implementation, `"sdpa"` where none is."""
+    return _originals.get(id(config), "sdpa")
+
+
+def original_attention(module: torch.nn.Module) -> Callable[..., Any]:
+    """The attention function that `module` would use without us."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(original_implementation(module.config), eager)
+    return function

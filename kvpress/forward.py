@@ -1,0 +1,84 @@
+"""A forward through one layer, and how the attention function finds it."""
+
+from __future__ import annotations
+
+import weakref
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kvpress.errors import CacheStateError
+from kvpress.tokens import Tokens
+
+if TYPE_CHECKING:
+    from kvpress.layer import PolicyLayer
+
+_ATTRIBUTE = "_kvpress_forward"
+
+
+@dataclass
+class Forward:
+    """One forward through one layer, from `update` to the end of its attention.
+
+    Attributes:
+        layer: whose keys these are.
+        rows: tokens, padding included.
+        new: slots of the new tokens: a slice, or `[batch, kv_heads, 1]` overwritten ones.
+        new_keys: `[batch, kv_heads, rows, dim]` as stored.
+        before: real tokens of each batch row before this forward.
+        tokens: set once the mask is known.
+        visible: `[batch, kv_heads, slots]` positions where some slot is empty, `None` where all hold tokens.
+        rotated_to: where positions are re-indexed, those to which the model rotated.
+    """
+
+    layer: weakref.ref[PolicyLayer]
+    rows: int
+    new: slice | Tensor
+    new_keys: Tensor
+    before: tuple[int, ...]
+    tokens: Tokens | None = None
+    visible: Tensor | None = None
+    rotated_to: Tensor | None = None
+
+    @property
+    def rotated(self) -> Tensor:
+        """Positions `[batch or 1, rows]` to which the model rotated this forward's keys and queries."""
+        if self.rotated_to is None:
+            raise CacheStateError("the attention of this forward did not run")
+        return self.rotated_to
+
+    @property
+    def placed(self) -> Tokens:
+        """The tokens with their positions.
+
+        Raises:
+            CacheStateError: attention did not run.
+        """
+        if self.tokens is None:
+            raise CacheStateError("the attention of this forward did not run")
+        return self.tokens
+
+
+# Models that expand keys between `update` and attention (latents, repeated heads) lose the attribute of the tensor
+_latest: ContextVar[weakref.ref[Forward] | None] = ContextVar("kvpress_forward", default=None)
+
+
+def hand_over(forward: Forward, keys: Tensor) -> None:
+    """Leave `forward` for the attention function that will get `keys`, or something made of them."""
+    setattr(keys, _ATTRIBUTE, forward)
+    _latest.set(weakref.ref(forward))
+
+
+def take_over(keys: Tensor, layer_idx: int) -> Forward | None:
+    """The forward left for these keys; `None` when they are not from a `PolicyCache`."""
+    forward: Forward | None = getattr(keys, _ATTRIBUTE, None)
+    if forward is not None:
+        return forward
+    reference = _latest.get()
+    latest = None if reference is None else reference()
+    if latest is None or latest.tokens is not None:  # served once
+        return None
+    layer = latest.layer()
+    return latest if layer is not None and layer.layer_idx == layer_idx else None

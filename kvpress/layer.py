@@ -1,0 +1,432 @@
+"""PolicyLayer: one layer's way through a forward: append, attend, observe, evict."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpress.errors import CacheStateError
+from kvpress.eviction import ranked, survivors, weakest
+from kvpress.forward import Forward
+from kvpress.kernels.attention import attend
+from kvpress.masks import LogicalLength
+from kvpress.observation import AttentionArguments, Observation
+from kvpress.policies.budget import Budget
+from kvpress.reading import Reader
+from kvpress.rope import Rotation
+from kvpress.slots import SlotTable
+from kvpress.tokens import TokenClock, Tokens
+
+if TYPE_CHECKING:
+    from kvpress.policies.base import EvictionPolicy
+
+
+class PolicyLayer(CacheLayerMixin):
+    """The slots of one full-attention layer under an eviction policy.
+
+    Args:
+        policy: what stays.
+        layer_idx: index of the layer in the model.
+        ordinal: index among the compressed layers.
+        layers: number of compressed layers.
+        clock: shared by the layers of a cache.
+        reader: where slots are selected, or positions re-indexed.
+        expands_keys: the model makes other keys of what `update` returns before it attends (latents): always return all of them.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        layer_idx: int,
+        ordinal: int,
+        layers: int,
+        clock: TokenClock,
+        *,
+        expands_keys: bool = False,
+        reader: Reader | None = None,
+    ) -> None:
+        self.policy = policy
+        self.layer_idx = layer_idx
+        self.ordinal = ordinal
+        self.layers = layers
+        self.clock = clock
+        self.expands_keys = expands_keys
+        self.reader = reader
+        self.budget = None if policy.budget is None else Budget.parse(policy.budget)
+        self.attended = True  # our attention function follows every update
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the parameters."""
+        self.table = SlotTable(self.policy.columns)
+        self.is_initialized = False
+        self.seen = 0
+        self.evictions = 0  # tokens that left the KV head that lost most
+        self.seen_rows: tuple[int, ...] = ()  # real tokens of each batch row
+        self.prompt_rows: tuple[int, ...] = ()  # those among them that came in prompts
+        self.budgets: numpy.ndarray | None = None  # tokens to keep, [batch, kv_heads]
+        self.record_past = False
+        self.forward: Forward | None = None  # appended, not yet attended to
+        self._waiting: tuple[Forward, Tensor | None, Tensor, AttentionArguments] | None = None  # for `crop`
+        if self.reader is not None:
+            self.reader.reset()
+
+    # -- the contract of a transformers layer --------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the first tokens bring their sizes."""
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """For our mask function the logical length; for a stock one the slots that `update` will return, and the offset that makes the
+        last of them the newest."""
+        if self.attended:
+            return LogicalLength(self.seen + query_length), 0
+        held = int(self.table.held.max(initial=0))
+        return held + query_length, self.seen - held
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys of the slots in use, or `None`."""
+        return self.table.dense()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values of the slots in use, or `None`."""
+        return self.table.dense()[1] if self.is_initialized else None
+
+    @property
+    def batch_size(self) -> int:
+        """Batch rows, -1 before the first tokens."""
+        return len(self.seen_rows) if self.is_initialized else -1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append tokens `[batch, kv_heads, rows, dim]`, and return what attention shall read.
+
+        Raises:
+            CacheStateError: an earlier forward broke off before its attention ended.
+            ValueError: another batch size than the cache's.
+        """
+        self.commit()
+        if self.forward is not None:
+            raise CacheStateError(
+                f"layer {self.layer_idx}: an earlier forward broke off before its attention ended. Call cache.reset() and start again"
+            )
+        batch, _, rows, _ = key_states.shape
+        if not self.is_initialized:
+            self.seen_rows = self.prompt_rows = (0,) * batch
+            self.is_initialized = True
+        elif batch != len(self.seen_rows):
+            raise ValueError(f"batch size must stay {len(self.seen_rows)}, the cache's, got {batch}")
+        new = self.table.append(key_states.detach(), value_states.detach())
+        self.seen += rows
+        self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows)
+        if self.table.rows is not None and self.attended and not self.expands_keys:
+            return key_states, value_states  # attention reads the table itself
+        keys, values = self.table.dense()
+        if not self.attended:
+            self.place(self.forward, None, keys.device)
+            self.finish(self.forward, None, keys, AttentionArguments(1.0))
+        return keys, values
+
+    def take_in(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+        """Fill an empty layer with tokens `[batch, kv_heads, tokens, dim]` that another cache has seen, without their queries."""
+        self.update(keys, values)
+        forward, self.forward = self.forward, None
+        if forward is None:
+            return
+        self.place(forward, mask, keys.device)
+        if self.policy.needs_queries:
+            self.prompt_rows = self.seen_rows
+            self.table.settle()
+        else:
+            self._evict(forward, None, self.table.dense()[0], AttentionArguments(1.0))
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that keys and values of every token seen would take."""
+        return self.seen * self.table.kv_bytes_per_token
+
+    def activate_past_recording(self) -> None:
+        """From now on eviction waits for the `crop` that follows each forward, so that `crop` is exact."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens, as if they had never come.
+
+        Raises:
+            ValueError: a positive number.
+            CacheStateError: more than can be taken back exactly.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be <= 0 (minus the tokens to take back), got {tokens_to_remove}")
+        removed = -tokens_to_remove
+        if self._waiting is not None:
+            self._crop_waiting(removed)
+        elif removed:
+            if self.evictions or self.table.column_names:
+                raise CacheStateError(
+                    f"crop({tokens_to_remove}) would need evicted tokens or earlier scores back: call activate_past_recording() "
+                    "before the forward that may be taken back"
+                )
+            self._take_back(removed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row `i` becomes what row `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices`."""
+        self.commit()
+        if not self.is_initialized:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().view(-1)
+        self.table.select_batch(indices)
+        if self.reader is not None and self.reader.selector is not None:
+            self.reader.selector.select_batch(indices)
+        rows = indices.tolist()
+        self.seen_rows = tuple(self.seen_rows[row] for row in rows)
+        self.prompt_rows = tuple(self.prompt_rows[row] for row in rows)
+        self.budgets = None if self.budgets is None else self.budgets[rows]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row `repeats` times."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(len(self.seen_rows)).repeat_interleave(repeats))
+
+    def state(self) -> dict[str, Any]:
+        """Everything from which `load_state` makes an equal layer."""
+        return {
+            "table": self.table.state(),
+            "seen": self.seen,
+            "seen_rows": self.seen_rows,
+            "prompt_rows": self.prompt_rows,
+            "budgets": self.budgets,
+            "evictions": self.evictions,
+            "record_past": self.record_past,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.reset()
+        self.table.load_state(state["table"])
+        self.is_initialized = True
+        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "record_past"):
+            setattr(self, name, state[name])
+
+    # -- one forward ---------------------------------------------------------------------------------------------------
+
+    def place(self, forward: Forward, mask: Tensor | None, device: torch.device, ids: Tensor | None = None) -> Tokens:
+        """Give the tokens of a forward their positions, now that the padding mask is known.
+
+        Args:
+            mask: `[batch, 1, 1, tokens seen]` bool, `False` for padding.
+            ids: `[batch or 1, rows]` positions to which the model rotated the new keys.
+        """
+        tokens = self.clock.read(forward.before, forward.rows, mask, device)
+        alike = isinstance(tokens.newest, int) and forward.rows == 1
+        self.table.place(forward.new, tokens.newest if alike else tokens.positions, tokens.counts)
+        forward.tokens = tokens
+        if self.table.has_empty or (self.reader is not None and self.table.rows is not None):
+            forward.visible = self.table.positions
+        self.seen_rows = tokens.seen
+        if self.rotation is not None:
+            forward.rotated_to = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
+            self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
+        return tokens
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """Where keys are stored before rotation: what undoes and does it."""
+        return None if self.reader is None else self.reader.rotation
+
+    def attend(
+        self, forward: Forward, query: Tensor, keys: Tensor, values: Tensor, arguments: AttentionArguments
+    ) -> Tensor:
+        """Attention of a forward's rows over the slots: `[batch, query_heads, rows, value_dim]`."""
+        if self.reader is not None:
+            if self.rotation is not None:
+                query = self.rotation.undo(query, forward.rotated)
+            if not self.expands_keys:
+                keys, values = self.table.dense()
+            return self.reader.read(self.table, forward, query, keys, values, arguments)
+        several, visible = forward.rows > 1, forward.visible
+        layout: dict[str, Any] = {}
+        if self.table.rows is not None:
+            if self.expands_keys:
+                visible = self.table.positions  # past a short head's slots there is nothing
+            else:
+                keys, values, layout = self.table.flat()
+        output, _ = attend(
+            query,
+            keys,
+            values,
+            positions=visible,
+            query_positions=forward.placed.positions if several else None,
+            causal=several and visible is None,
+            scaling=arguments.scaling,
+            softcap=arguments.softcap,
+            sinks=arguments.sinks,
+            **layout,
+        )
+        return output
+
+    def finish(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
+        """The end of a forward: the policy observes, and evicts what exceeds the budget; while past is recorded, at `crop`."""
+        self.forward = None
+        if self.record_past and self.budget is not None:
+            self._waiting = (forward, query, keys, arguments)
+        else:
+            self._evict(forward, query, keys, arguments)
+
+    def commit(self) -> None:
+        """End a forward that waited for a `crop` which did not come."""
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self._evict(*waiting)
+
+    def _evict(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
+        table, tokens = self.table, forward.placed
+        prompt = self.budgets is None or (forward.rows > 1 and not self.record_past)
+        if prompt:
+            self.prompt_rows = tuple(past + new for past, new in zip(self.prompt_rows, tokens.counts, strict=True))
+        if self.budget is None and not self.policy.columns:
+            self.budgets = table.held
+            table.settle()
+            return
+        observation = self._observation(forward, query, keys, arguments)
+        if self.policy.columns:
+            self.policy.observe(observation)
+        if prompt or self.budgets is None:
+            self.budgets = self._allocate(observation)
+        if table.spare is not None:
+            scores = self._ranked(observation, self.budgets)
+            if table.rows is not None:
+                scores = scores.masked_fill(table.rows.outside, torch.inf)
+            table.retire(weakest(scores, table.positions))
+            self.evictions += 1
+        elif (table.held > self.budgets).any():
+            counts = numpy.minimum(self.budgets, table.count)
+            self.evictions += int((table.held - self.budgets).max())
+            if self.reader is not None and self.reader.selector is not None:
+                self.reader.selector.rearrange()
+            table.keep(survivors(self._ranked(observation, self.budgets), counts), self.budgets, room=1)
+        else:
+            table.settle()
+
+    def _ranked(self, observation: Observation, budgets: numpy.ndarray) -> Tensor:
+        sinks: int | Tensor
+        window: int | Tensor
+        if budgets.min() == budgets.max():
+            budget = int(budgets.flat[0])
+            sinks = min(self.policy.protected_sinks, budget - 1)
+            window = min(self.policy.protected_window(budget), budget - sinks)
+        else:
+            windows = numpy.vectorize(self.policy.protected_window, otypes=[numpy.int64])(budgets)
+            limits = numpy.stack([budgets, windows])[..., None]
+            per_head, own = torch.from_numpy(limits).to(observation.positions.device)
+            sinks = (per_head - 1).clamp(max=self.policy.protected_sinks)
+            window = torch.minimum(per_head - sinks, own)
+        scores = self.policy.score(observation)
+        return ranked(scores, observation.positions, sinks, observation.newest - window + 1)
+
+    def _allocate(self, observation: Observation) -> numpy.ndarray:
+        """`[batch, kv_heads]` tokens to keep."""
+        batch, kv_heads = observation.positions.shape[:2]
+        if self.budget is None:
+            return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
+        budgets = self.budget.resolve(self.prompt_rows, self.layers * self.table.bytes_per_token)
+        rows = self.policy.allocate(observation, budgets)
+        per_head = [[row] * kv_heads if isinstance(row, int) else list(row) for row in rows]
+        return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
+
+    def _observation(
+        self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments
+    ) -> Observation:
+        table, tokens, layout = self.table, forward.placed, {}
+        visible = forward.visible
+        if table.rows is not None:
+            if self.expands_keys:
+                visible = table.positions
+            else:
+                keys, _, layout = table.flat()
+        if self.rotation is not None and self.policy.needs_queries:  # scores are made at the tokens' own positions
+            stored, layout, visible = table.dense()[0], {}, table.positions
+            keys = self.rotation.rotate(stored, table.positions)
+        return Observation(
+            layer=self.layer_idx,
+            layers=self.layers,
+            ordinal=self.ordinal,
+            rows=forward.rows,
+            positions=table.positions,
+            columns=table.policy_columns,
+            newest=tokens.newest,
+            seen=tokens.seen,
+            new_keys=forward.new_keys,
+            new_slots=forward.new,
+            query=query,
+            keys=keys,
+            query_positions=tokens.positions,
+            visible=visible,
+            arguments=arguments,
+            **layout,
+        )
+
+    # -- taking back ---------------------------------------------------------------------------------------------------
+
+    def _crop_waiting(self, removed: int) -> None:
+        """The forward that waits loses its last tokens; what is left of it is observed and evicted from."""
+        forward, query, keys, arguments = self._waiting  # type: ignore[misc]
+        if removed > forward.rows:
+            raise CacheStateError(f"cannot take back {removed} tokens, the last forward had {forward.rows}")
+        self._waiting = None
+        self._take_back(removed)
+        left = forward.rows - removed
+        if left == 0:
+            return
+        if removed:
+            tokens = forward.placed
+            positions = tokens.positions[:, :left]
+            counts = tuple(now - past for now, past in zip(self.seen_rows, forward.before, strict=True))
+            forward = dataclasses.replace(
+                forward,
+                rows=left,
+                new=slice(self.table.count - left, self.table.count),
+                new_keys=forward.new_keys[:, :, :left],
+                tokens=Tokens(left, counts, self.seen_rows, positions, tokens.newest - removed),
+                visible=None if forward.visible is None else self.table.positions,
+            )
+            query = None if query is None else query[:, :, :left]
+            keys = keys[:, :, : self.table.count]
+        self._evict(forward, query, keys, arguments)
+
+    def _take_back(self, removed: int) -> None:
+        if removed and self.reader is not None and self.reader.selector is not None:
+            self.reader.selector.rearrange()
+        before = self.table.held[:, 0].copy()
+        self.table.drop_last(removed)
+        lost = before - self.table.held[:, 0]
+        self.seen -= removed
+        self.seen_rows = tuple(seen - int(gone) for seen, gone in zip(self.seen_rows, lost, strict=True))
+        if self.seen == 0:
+            recording = self.record_past
+            self.reset()
+            self.record_past = recording

@@ -1,0 +1,112 @@
+"""What a policy sees of one forward through one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from kvpress.kernels.attention_mass import attention_mass
+from kvpress.kernels.scores import causal_positions
+
+
+@dataclass
+class AttentionArguments:
+    """How the model attends in this layer: scores are `scaling * q . k`, capped, with per-head sinks in the softmax."""
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass
+class Observation:
+    """The slots of a layer after a forward attended to them, and the queries that did.
+
+    After a forward of several tokens the slots are in ascending order of position, empty ones first; after a decoded token they are in
+    no order. Scores are made of `positions`, `columns`, `new_keys` and `attention_mass`.
+
+    Attributes:
+        layer: index of the layer in the model.
+        layers: number of layers of the model that are compressed.
+        ordinal: index of this layer among those.
+        rows: tokens of this forward, padding included.
+        positions: `[batch, kv_heads, slots]` int32, `-1` for an empty slot.
+        columns: the policy's own columns, `[batch, kv_heads, slots]` fp32 each; change them in place.
+        newest: position of the last token of each batch row: an int when equal, else `[batch, 1, 1]`.
+        seen: tokens of each batch row so far, padding excluded.
+        new_keys: `[batch, kv_heads, rows, dim]` keys of this forward's tokens, as stored.
+        new_slots: where they lie: a slice of the slots, or `[batch, kv_heads, 1]` indices.
+        query: `[batch, query_heads, rows, dim]`, `None` for a policy that needs none.
+        keys: `[batch, heads, slots, dim]` as attention saw them, or `[rows, dim]` with `starts` and `lengths` where heads are ragged.
+        query_positions: `[batch or 1, rows]`.
+        visible: `[batch or 1, kv_heads or 1, slots]` positions for causality in `attention_mass`, `None` when every slot is visible.
+    """
+
+    layer: int
+    layers: int
+    ordinal: int
+    rows: int
+    positions: Tensor
+    columns: dict[str, Tensor]
+    newest: int | Tensor
+    seen: tuple[int, ...]
+    new_keys: Tensor
+    new_slots: slice | Tensor
+    query: Tensor | None = None
+    keys: Tensor | None = None
+    query_positions: Tensor | None = None
+    visible: Tensor | None = None
+    arguments: AttentionArguments = field(default_factory=lambda: AttentionArguments(1.0))
+    starts: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def set_new(self, column: str, values: Tensor) -> None:
+        """Write `values [batch, kv_heads, rows]` into `column` at this forward's slots."""
+        if isinstance(self.new_slots, slice):
+            self.columns[column][:, :, self.new_slots] = values
+        else:
+            self.columns[column].scatter_(-1, self.new_slots, values)
+
+    def in_window(self, window: int) -> Tensor:
+        """`[batch, kv_heads, slots]` of bool: the slot holds one of the last `window` tokens."""
+        return self.positions > self.newest - window
+
+    def attention_mass(self, rows: int, *, row_weights: Tensor | None = None) -> Tensor:
+        """`[batch, query_heads, slots]` fp32: softmax weight that each slot received from the last `rows` queries of this forward, summed.
+
+        Args:
+            rows: how many; padding among them adds nothing.
+            row_weights: `[batch or 1, rows]` factor of each row in the sum.
+
+        Raises:
+            ValueError: no queries at hand (the policy did not declare `needs_queries`).
+        """
+        if self.query is None or self.keys is None:
+            raise ValueError("attention_mass needs query rows: the policy must set needs_queries = True")
+        positions, query_positions = self.visible, self.query_positions
+        if rows == 1:
+            query_positions = None  # the newest token sees every slot
+        elif positions is None:
+            positions, query_positions = causal_positions(self.query, self.keys)
+        return attention_mass(
+            self.query[:, :, -rows:],
+            self.keys,
+            scaling=self.arguments.scaling,
+            positions=positions,
+            query_positions=None if query_positions is None else query_positions[:, -rows:],
+            softcap=self.arguments.softcap,
+            sinks=self.arguments.sinks,
+            starts=self.starts,
+            lengths=self.lengths,
+            row_weights=row_weights,
+        )
+
+    def grouped_mass(self, rows: int, reduce: str, **arguments: Any) -> Tensor:
+        """`attention_mass` reduced over the query heads of each KV head by `"mean"`, `"max"` or `"sum"`: `[batch, kv_heads, slots]`."""
+        mass = self.attention_mass(rows, **arguments)
+        groups = mass.unflatten(1, (self.positions.shape[1], -1))
+        if reduce == "max":
+            return groups.amax(dim=2)
+        return groups.sum(dim=2) if reduce == "sum" else groups.mean(dim=2)

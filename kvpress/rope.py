@@ -1,0 +1,152 @@
+"""Rotation of keys and queries by the model's own rotary module: undone, and done again at other positions."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from kvpress.errors import UnsupportedModelError
+
+TABLE = 4096  # positions of the first table; a longer one has a power of two of them
+
+
+class Rotation:
+    """The rotary embedding of one model.
+
+    Two private copies of the model's module are used, so that a module whose frequencies follow the sequence length (dynamic NTK) is not
+    disturbed: one sees what the model sees, and undoes its rotations; the other only ever sees re-indexed positions.
+
+    Args:
+        model: whose rotary module and `apply_rotary_pos_emb` are the source of truth.
+
+    Raises:
+        UnsupportedModelError: no such module, or one whose rotation could not be undone in a trial on two tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        module = getattr(decoder, "rotary_emb", None)
+        apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
+        if module is None or apply is None:
+            raise UnsupportedModelError(
+                f"model type {model.config.model_type!r} has no rotary module to undo: positions='reindex' cannot serve it"
+            )
+        self._apply: Callable[..., tuple[Tensor, Tensor]] = apply
+        self._as_seen = copy.deepcopy(module)
+        self._reindexed = copy.deepcopy(module)
+        typed = "layer_type" in inspect.signature(module.forward).parameters
+        self._arguments: dict[str, Any] = {"layer_type": "full_attention"} if typed else {}
+        self._table: tuple[Tensor, Tensor] | None = None
+        config = model.config.get_text_config(decoder=True)
+        parameters = getattr(config, "rope_parameters", None) or {}
+        self._follows_length = parameters.get("rope_type") in ("dynamic", "longrope")
+        self._trained = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # position ids of this forward, their cosines and sines
+        self._halves = False  # whether cosines are given once for both halves of a head
+        self._check(model)
+
+    def undo(self, rotated: Tensor, position_ids: Tensor) -> Tensor:
+        """What `rotated [batch, heads, tokens, dim]` was before the model rotated it to `position_ids [batch or 1, tokens]`."""
+        wide = rotated.to(torch.promote_types(rotated.dtype, torch.float32))
+        if self._seen is None or self._seen[0] is not position_ids or self._seen[1].dtype != wide.dtype:
+            cos, sin = self._as_seen(wide, position_ids.to(rotated.device), **self._arguments)
+            self._seen = (position_ids, cos, sin)
+        _, cos, sin = self._seen
+        cos, sin = cos.expand(rotated.shape[0], -1, -1), sin.expand(rotated.shape[0], -1, -1)
+        scale = (cos[..., :1].square() + sin[..., :1].square()).unsqueeze(
+            1
+        )  # the module may scale (YaRN), and does so again later
+        plain = self._rotate(wide, cos, -sin)
+        width = cos.shape[-1] * (2 if self._halves else 1)
+        return torch.cat([plain[..., :width] / scale, plain[..., width:]], dim=-1).to(rotated.dtype)
+
+    def rotate(self, plain: Tensor, positions: Tensor) -> Tensor:
+        """`plain [batch, heads, tokens, dim]` rotated to `positions [batch, heads or 1, tokens]`; negative ones count as 0."""
+        batch, heads, tokens, dim = plain.shape
+        cos, sin = self._lookup(plain, positions.clamp(min=0).long())
+        wide = plain.to(cos.dtype)
+        if positions.shape[1] == 1:
+            return self._rotate(wide, cos[:, 0], sin[:, 0]).to(plain.dtype)
+        cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
+        turned = self._rotate(wide.reshape(batch * heads, 1, tokens, dim), cos, sin)
+        return turned.view(batch, heads, tokens, dim).to(plain.dtype)
+
+    def _lookup(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        needed = int(positions.max()) + 1
+        if self._follows_length:  # frequencies as for a text of just this length
+            size = needed if needed > self._trained else min(TABLE, self._trained)
+        else:
+            size = max(TABLE, 1 << (needed - 1).bit_length())
+        kind = torch.promote_types(like.dtype, torch.float32)
+        table = self._table
+        known = table is not None and table[0].device == like.device and table[0].dtype == kind
+        if (
+            table is None
+            or not known
+            or table[0].shape[0] < size
+            or (self._follows_length and table[0].shape[0] != size)
+        ):
+            probe = torch.empty(0, dtype=kind, device=like.device)
+            cos, sin = self._reindexed(probe, torch.arange(size, device=like.device)[None], **self._arguments)
+            table = self._table = (cos[0], sin[0])
+        return table[0][positions], table[1][positions]
+
+    def _rotate(self, plain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        width = cos.shape[-1] * (2 if self._halves else 1)  # partial rotary: the rest passes
+        part = plain[..., :width]
+        turned, _ = self._apply(part, part, cos, sin)
+        return turned if width == plain.shape[-1] else torch.cat([turned, plain[..., width:]], dim=-1)
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """A key depends on its token's hidden state and its rotation alone: equal states at three positions must give equal keys once the
+        rotation is undone, and the model's own keys when it is done again."""
+        module = _first_attention(model)
+        weight = next(module.parameters())
+        state = torch.randn(
+            1, 1, model.config.get_text_config(decoder=True).hidden_size, generator=torch.Generator().manual_seed(0)
+        )
+        states = state.expand(1, 3, -1).to(weight)
+        ids = torch.arange(3, device=weight.device)[None]
+        trial = copy.deepcopy(self._as_seen)
+        cos, sin = trial(states, ids, **self._arguments)
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        with torch.no_grad():
+            name = "layer_past" if "layer_past" in inspect.signature(module.forward).parameters else "past_key_values"
+            module(hidden_states=states, position_embeddings=(cos, sin), attention_mask=None, **{name: cache})
+        keys = cache.layers[module.layer_idx].keys
+        error = torch.inf
+        for self._halves in (False, True):
+            if cos.shape[-1] * (2 if self._halves else 1) > keys.shape[-1]:
+                continue
+            try:
+                plain = self.undo(keys.double(), ids)
+                again = self.rotate(plain, ids[:, None]) - keys.double()
+            except RuntimeError:  # cosines of another width than this trial takes
+                continue
+            error = max(float((plain - plain[:, :, :1]).abs().max()), float(again.abs().max())) / float(
+                keys.abs().max()
+            )
+            if error < 50 * torch.finfo(keys.dtype).eps:
+                return
+        raise UnsupportedModelError(
+            f"the rotation of model type {model.config.model_type!r} could not be undone (relative error {error:.1e}): "
+            "positions='reindex' cannot serve it"
+        )
+
+
+def _first_attention(model: PreTrainedModel) -> torch.nn.Module:
+    """The attention of the first full-attention layer."""
+    config = model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    wanted = types.index("full_attention")
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) == wanted and "attention" in type(module).__name__.lower():
+            return module
+    raise UnsupportedModelError(f"model type {model.config.model_type!r} has no attention module for layer {wanted}")

@@ -1,0 +1,364 @@
+"""SlotTable: the slots of one layer, every column of them in step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from kvpress.memory import allocate, filled, held_bytes
+from kvpress.ragged import RaggedRows
+
+POSITION = "position"
+GROWTH = 128  # a growing table gets one part in so many of spare room, so that it never holds much more than it keeps
+
+
+class SlotTable:
+    """Keys, values, positions and a policy's columns of one layer, one slot per kept token and KV head.
+
+    Three states:
+
+    - *growing*: dense buffers `[batch, kv_heads, capacity, …]`, slots `0 … count - 1` in use, in ascending order of position with empty
+      slots first; tokens are appended at `count`;
+    - *steady*: all slots in use but one, `spare [batch, kv_heads, 1]`, which the next token overwrites. The order of slots carries no
+      meaning. What the spare slot holds is the last evicted token, still readable until it is overwritten;
+    - *steady and ragged*: as steady, with heads of unequal capacity. Keys and values are flat `[rows, dim]` (`RaggedRows`), the small
+      columns stay `[batch, kv_heads, longest]` with `-1` positions past a head's capacity.
+
+    An empty slot (padding, or never filled) has position `-1`. `held [batch, kv_heads]` counts the real tokens, on the host.
+    """
+
+    def __init__(self, columns: tuple[str, ...] = ()) -> None:
+        self.column_names = columns
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.columns: dict[str, Tensor] = {}
+        self.count = 0
+        self.held = numpy.zeros((0, 0), dtype=numpy.int64)
+        self.spare: Tensor | None = None
+        self.rows: RaggedRows | None = None
+        self._owned = (
+            True  # keys and values are this table's own buffers, not a model's tensors taken in for one forward
+        )
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    @property
+    def positions(self) -> Tensor:
+        """`[batch, kv_heads, slots in use]` int32."""
+        return self.columns[POSITION][:, :, : self.count]
+
+    @property
+    def policy_columns(self) -> dict[str, Tensor]:
+        """The policy's columns, `[batch, kv_heads, slots in use]`."""
+        return {name: self.columns[name][:, :, : self.count] for name in self.column_names}
+
+    @property
+    def has_empty(self) -> bool:
+        """Whether a slot that attention reads is empty; asked between `place` and the end of a forward."""
+        limit = self.count if self.rows is None else self.rows.capacities
+        return bool((self.held < limit).any())
+
+    def kept_positions(self) -> Tensor:
+        """Positions of the kept tokens, ascending with `-1` last: `[batch, kv_heads, most tokens of a head]` int64."""
+        if self.keys is None:
+            return torch.empty(0, 0, 0, dtype=torch.long)
+        kept = self.positions.long()
+        if self.spare is not None:
+            kept = kept.scatter(-1, self.spare, -1)
+        last = torch.iinfo(torch.long).max
+        kept = kept.masked_fill(kept < 0, last).sort(dim=-1).values
+        kept = kept[..., : int(self.held.max(initial=0))]
+        return kept.masked_fill(kept == last, -1)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[batch, kv_heads, slots in use, dim]`: views, or a padded copy where heads are ragged."""
+        if self.keys is None or self.values is None:
+            raise RuntimeError("the slot table is empty")
+        if self.rows is not None:
+            return self.rows.padded(self.keys), self.rows.padded(self.values)
+        return self.keys[:, :, : self.count], self.values[:, :, : self.count]
+
+    def flat(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Ragged keys and values `[rows, dim]`, and the `starts` and `lengths` that attention needs to read them."""
+        if self.keys is None or self.values is None or self.rows is None:
+            raise RuntimeError("the slot table is not ragged")
+        return self.keys, self.values, {"starts": self.rows.starts, "lengths": self.rows.lengths}
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token of every KV head and batch row."""
+        if self.keys is None or self.values is None:
+            return 0
+        batch, kv_heads = self.columns[POSITION].shape[:2]
+        item = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
+        return batch * kv_heads * item
+
+    @property
+    def bytes_per_token(self) -> int:
+        """As `kv_bytes_per_token`, with the columns."""
+        batch, kv_heads = self.columns[POSITION].shape[:2]
+        return self.kv_bytes_per_token + batch * kv_heads * sum(
+            column.element_size() for column in self.columns.values()
+        )
+
+    def tensors(self) -> Iterator[Tensor | None]:
+        """Every tensor held."""
+        yield from (self.keys, self.values, self.spare, *self.columns.values())
+        if self.rows is not None:
+            yield from (self.rows.starts, self.rows.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages held."""
+        return held_bytes(self.tensors())
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def append(self, keys: Tensor, values: Tensor) -> slice | Tensor:
+        """Add tokens `[batch, kv_heads, tokens, dim]`; their positions come with `place`.
+
+        Returns the new slots: a slice, or the overwritten ones `[batch, kv_heads, 1]`.
+        """
+        tokens = keys.shape[2]
+        if self.keys is None:
+            return self._adopt(keys, values)
+        if self.spare is not None and tokens == 1:
+            self._overwrite(keys, values)
+            return self.spare
+        if self.spare is not None:
+            self._resume_growing(room=tokens)
+        first = self.count
+        self._reserve(first + tokens)
+        self.keys[:, :, first : first + tokens] = keys
+        self.values[:, :, first : first + tokens] = values  # type: ignore[index]
+        self.count += tokens
+        new = slice(first, self.count)
+        for column in self.columns.values():
+            column[:, :, new] = 0
+        return new
+
+    def place(self, new: slice | Tensor, positions: Tensor | int, counts: tuple[int, ...]) -> None:
+        """Write the positions of appended tokens.
+
+        Args:
+            new: what `append` returned.
+            positions: `[batch or 1, tokens]` int32, `-1` for padding, or the one position of a single token of every row.
+            counts: real tokens among them, for each batch row.
+        """
+        column = self.columns[POSITION]
+        if isinstance(new, slice):
+            column[:, :, new] = positions if isinstance(positions, int) else positions[:, None]
+        elif isinstance(positions, int):
+            column.scatter_(-1, new, positions)
+        else:
+            column.scatter_(-1, new, positions[:, None].expand(-1, column.shape[1], -1))
+        self.held += numpy.array(counts, dtype=numpy.int64)[:, None]
+
+    def write_keys(self, new: slice | Tensor, keys: Tensor) -> None:
+        """Put `keys [batch, kv_heads, tokens, dim]` in the place of those just appended."""
+        if self.keys is None:
+            raise RuntimeError("the slot table is empty")
+        if not isinstance(new, slice):
+            self.keys.view(-1, keys.shape[-1]).index_copy_(0, self._rows_of(new), keys.reshape(-1, keys.shape[-1]))
+        elif self._owned:
+            self.keys[:, :, new] = keys
+        else:
+            self.keys = keys  # the model's own tensor is left as it is
+
+    def settle(self) -> None:
+        """Keep everything: tensors taken in from the model are copied into own buffers."""
+        if not self._owned:
+            self._reserve(self.count + growth(self.count))
+
+    def keep(self, index: Tensor, capacities: numpy.ndarray, room: int) -> None:
+        """Drop all but the slots `index [batch, kv_heads, n]`, in that order, and free the memory of the rest.
+
+        Args:
+            index: slots to keep; of head `[b, h]` the last `capacities[b, h]` of them.
+            capacities: `[batch, kv_heads]` tokens that each head may hold. Equal ones give a dense table, unequal ones a ragged one.
+            room: spare slots for coming tokens; with 1 the table is steady from now on.
+        """
+        keys, values = self.dense()
+        if capacities.min() != capacities.max():
+            self._keep_ragged(keys, values, index, capacities)
+            return
+        batch, kv_heads, kept = index.shape
+        self.held = numpy.minimum(self.held, kept)
+        self.keys = _take(keys, index, kept + room)
+        self.values = _take(values, index, kept + room)
+        for name, column in self.columns.items():
+            fresh = filled((batch, kv_heads, kept + room), -1 if name == POSITION else 0, column, column.dtype)
+            fresh[:, :, :kept] = column[:, :, : self.count].gather(-1, index)
+            self.columns[name] = fresh
+        self.rows, self._owned = None, True
+        self.spare = filled((batch, kv_heads, 1), kept, keys, torch.long) if room == 1 else None
+        self.count = kept + 1 if room == 1 else kept
+
+    def retire(self, slot: Tensor) -> None:
+        """Evict one token per head: `slot [batch, kv_heads, 1]` becomes the spare one."""
+        self.spare = slot
+        limit = self.count - 1 if self.rows is None else self.rows.capacities - 1
+        self.held = numpy.minimum(self.held, limit)
+
+    def drop_last(self, tokens: int) -> None:
+        """Undo the last `tokens` appended tokens; only before anything was evicted after them.
+
+        Raises:
+            RuntimeError: more tokens than can be undone exactly.
+        """
+        if tokens == 0:
+            return
+        if self.spare is not None:
+            if tokens != 1:
+                raise RuntimeError(f"cannot take back {tokens} tokens from a cache that has evicted since")
+            self.held = self.held - 1
+            return
+        if tokens > self.count:
+            raise RuntimeError(f"cannot take back {tokens} tokens, the cache holds {self.count}")
+        dropped = self.columns[POSITION][:, :, self.count - tokens : self.count] >= 0
+        self.held = self.held - dropped.sum(dim=-1).cpu().numpy()
+        self.count -= tokens
+
+    def select_batch(self, index: Tensor) -> None:
+        """Row `i` becomes what row `index[i]` was, in every column."""
+        if self.keys is None or self.values is None:
+            return
+        index = index.to(self.keys.device)
+        rows = index.tolist()
+        with torch.inference_mode(False), torch.no_grad():
+            self._select_batch(index, rows)
+
+    def _select_batch(self, index: Tensor, rows: list[int]) -> None:
+        if self.rows is not None:
+            self.rows, order = self.rows.select_batch(rows, self.keys.device)
+            self.keys, self.values = self.keys[order], self.values[order]
+        else:
+            self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        self.columns = {name: column.index_select(0, index) for name, column in self.columns.items()}
+        self.spare = None if self.spare is None else self.spare.index_select(0, index)
+        self.held = self.held[rows]
+
+    def state(self) -> dict[str, Any]:
+        """Everything from which `load_state` makes an equal table."""
+        capacities = None if self.rows is None else self.rows.capacities
+        return {
+            "keys": self.keys,
+            "values": self.values,
+            "spare": self.spare,
+            "columns": dict(self.columns),
+            "count": self.count,
+            "held": self.held,
+            "capacities": capacities,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`.
+
+        Raises:
+            ValueError: columns that are not this table's.
+        """
+        if sorted(state["columns"]) != sorted((POSITION, *self.column_names)):
+            raise ValueError(
+                f"columns must be {sorted((POSITION, *self.column_names))}, got {sorted(state['columns'])}"
+            )
+        self.keys, self.values, self.spare = state["keys"], state["values"], state["spare"]
+        self.columns, self.count, self.held = state["columns"], state["count"], state["held"]
+        capacities = state["capacities"]
+        self.rows = None if capacities is None or self.keys is None else RaggedRows(capacities, self.keys.device)
+        self._owned = True
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _adopt(self, keys: Tensor, values: Tensor) -> slice:
+        """The first tokens: the model's own tensors serve until the end of the forward, nothing is copied."""
+        batch, kv_heads, tokens, _ = keys.shape
+        self.keys, self.values, self._owned = keys, values, False
+        self.count = tokens
+        self.held = numpy.zeros((batch, kv_heads), dtype=numpy.int64)
+        shape = (batch, kv_heads, tokens)
+        self.columns = {name: filled(shape, 0, keys, torch.float32) for name in self.column_names}
+        self.columns[POSITION] = filled(shape, -1, keys, torch.int32)
+        return slice(0, tokens)
+
+    def _overwrite(self, keys: Tensor, values: Tensor) -> None:
+        rows = self._rows_of(self.spare)
+        self.keys.view(-1, keys.shape[-1]).index_copy_(0, rows, keys.reshape(-1, keys.shape[-1]))
+        self.values.view(-1, values.shape[-1]).index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
+        for name in self.column_names:
+            self.columns[name].scatter_(-1, self.spare, 0.0)
+
+    def _rows_of(self, slot: Tensor) -> Tensor:
+        """Rows of the buffers, seen as `[rows, dim]`, of one slot per head: `[batch, kv_heads, 1]` to `[batch * kv_heads]`."""
+        if self.rows is not None:
+            return self.rows.row_of(slot)
+        batch, kv_heads, slots = self.columns[POSITION].shape
+        first = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device)
+        return slot.view(-1) + first
+
+    def _resume_growing(self, room: int) -> None:
+        """From steady to growing: slots sorted by position, the spare one gone, `room` slots for coming tokens."""
+        keys, values = self.dense()
+        positions = self.positions.scatter(-1, self.spare, -1)
+        kept = int(self.held.max(initial=0))
+        order = positions.argsort(dim=-1, stable=True)[..., self.count - kept :]
+        self.columns[POSITION] = self.columns[POSITION].scatter(-1, self.spare, -1)
+        self.keys, self.values = _take(keys, order, kept + room), _take(values, order, kept + room)
+        for name, column in self.columns.items():
+            fresh = filled((*column.shape[:2], kept + room), 0, column, column.dtype)
+            fresh[:, :, :kept] = column[:, :, : self.count].gather(-1, order)
+            self.columns[name] = fresh
+        self.count, self.spare, self.rows = kept, None, None
+
+    def _reserve(self, capacity: int) -> None:
+        """Make room for `capacity` slots, with some to spare."""
+        if self._owned and self.keys.shape[2] >= capacity:
+            return
+        capacity += growth(capacity) if self._owned else 0
+        self.keys = _grown(self.keys, self.count, capacity)
+        self.values = _grown(self.values, self.count, capacity)
+        self.columns = {name: _grown(column, self.count, capacity) for name, column in self.columns.items()}
+        self._owned = True
+
+    def _keep_ragged(self, keys: Tensor, values: Tensor, index: Tensor, capacities: numpy.ndarray) -> None:
+        rows = RaggedRows(capacities + 1, keys.device)
+        longest = int(rows.capacities.max())
+        batch, kv_heads, listed = index.shape
+        taken = torch.from_numpy(numpy.minimum(capacities, listed)).to(keys.device)[..., None]
+        slot = torch.arange(longest, device=keys.device).expand(batch, kv_heads, longest)
+        source = index.gather(-1, (slot + listed - taken).clamp(max=listed - 1))  # the last of index[b, h]
+        self.keys, self.values = rows.flattened(keys, source), rows.flattened(values, source)
+        for name, column in self.columns.items():
+            fresh = allocate((batch, kv_heads, longest), column)
+            kept = column[:, :, : self.count].gather(-1, source)
+            fresh.copy_(kept.masked_fill(slot >= taken, -1 if name == POSITION else 0))
+            self.columns[name] = fresh
+        self.held = numpy.minimum(self.held, capacities)
+        self.spare = taken
+        self.rows, self.count, self._owned = rows, longest, True
+
+
+def growth(count: int) -> int:
+    """Spare slots for a table of `count` slots."""
+    return max(4, count // GROWTH)
+
+
+def _take(source: Tensor, index: Tensor, capacity: int) -> Tensor:
+    """Slots `index [batch, kv_heads, n]` of `source [batch, kv_heads, slots, dim]`, in a new buffer of `capacity` slots."""
+    batch, kv_heads, kept = index.shape
+    row = torch.arange(batch, device=source.device)[:, None, None]
+    head = torch.arange(kv_heads, device=source.device)[None, :, None]
+    buffer = allocate((batch, kv_heads, capacity, source.shape[-1]), source)
+    buffer[:, :, :kept] = source[row, head, index]
+    buffer[:, :, kept:] = 0  # a slot never written must not bring NaN into a product with weight 0
+    return buffer
+
+
+def _grown(source: Tensor, count: int, capacity: int) -> Tensor:
+    buffer = allocate((*source.shape[:2], capacity, *source.shape[3:]), source)
+    buffer[:, :, :count] = source[:, :, :count]
+    buffer[:, :, count:] = 0
+    return buffer

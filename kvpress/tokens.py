@@ -1,0 +1,95 @@
+"""The tokens of one forward: where they stand in each row, and which are padding. Made once a forward, shared by all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpress.errors import CacheStateError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one forward.
+
+    Attributes:
+        rows: how many, padding included.
+        counts: how many are real, for each batch row.
+        seen: real tokens of each batch row, these included.
+        positions: `[batch, rows]` (or `[1, rows]` when all batch rows are alike) int32, `-1` for padding.
+        newest: position of the last token: an int when all batch rows are alike, else `[batch, 1, 1]` int32.
+    """
+
+    rows: int
+    counts: tuple[int, ...]
+    seen: tuple[int, ...]
+    positions: Tensor
+    newest: int | Tensor
+
+    @property
+    def padded(self) -> bool:
+        """Whether some of these tokens are padding."""
+        return min(self.counts) < self.rows
+
+
+class TokenClock:
+    """Counts the tokens of each batch row, and hands the same `Tokens` to every layer of a forward."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] | None = None
+        self._mask: Tensor | None = None
+        self._tokens: Tokens | None = None
+        self._checked: Tokens | None = None
+
+    def read(self, before: tuple[int, ...], rows: int, mask: Tensor | None, device: torch.device) -> Tokens:
+        """Tokens of a forward of `rows` tokens after `before` real ones.
+
+        Args:
+            before: real tokens seen by each batch row.
+            rows: tokens of this forward, padding included.
+            mask: `[batch, 1, 1, length]` bool, `False` for padding; its last `rows` entries belong to this forward. `None`: no padding.
+            device: of the positions.
+        """
+        key = (before, rows, device)
+        if self._tokens is None or self._key != key or self._mask is not mask:
+            self._tokens = _tokens(before, rows, mask, device)
+            self._key, self._mask = key, mask
+        return self._tokens
+
+    def check_positions(self, tokens: Tokens, seen: int, position_ids: Tensor | None) -> None:
+        """Raise `CacheStateError` when the model rotates the last of `tokens` to a position that does not continue this cache.
+
+        Positions may count padding or not. One look per forward of several tokens.
+        """
+        if tokens.rows == 1 or tokens is self._checked or position_ids is None or position_ids.dim() != 2:
+            return
+        self._checked = tokens
+        last = int(position_ids[0, -1])
+        if last not in (tokens.seen[0] - 1, seen - 1):
+            raise CacheStateError(
+                f"position_ids must continue the {seen - tokens.rows} tokens seen and end at {tokens.seen[0] - 1}, they end at {last}: "
+                "tokens were fed again, or the cache belongs to another text"
+            )
+
+
+def _tokens(before: tuple[int, ...], rows: int, mask: Tensor | None, device: torch.device) -> Tokens:
+    counts = (rows,) * len(before)
+    valid = None
+    if mask is not None:
+        valid = mask[:, 0, 0, -rows:].to(device)
+        counts = tuple(valid.sum(dim=-1).tolist())
+        if min(counts) == rows:
+            valid = None
+    seen = tuple(past + count for past, count in zip(before, counts, strict=True))
+    if valid is None and len(set(before)) == 1:
+        positions = torch.arange(before[0], before[0] + rows, dtype=torch.int32, device=device)[None]
+        return Tokens(rows, counts, seen, positions, seen[0] - 1)
+    start = torch.tensor(before, dtype=torch.int32, device=device)[:, None]
+    if valid is None:
+        positions = start + torch.arange(rows, dtype=torch.int32, device=device)
+    else:
+        positions = torch.where(valid, start + valid.int().cumsum(-1, dtype=torch.int32) - 1, -1)
+    newest = torch.tensor(seen, dtype=torch.int32, device=device)[:, None, None] - 1
+    return Tokens(rows, counts, seen, positions, newest)

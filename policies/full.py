@@ -1,0 +1,26 @@
+"""Full: every token is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvpress.policies.base import EvictionPolicy
+from kvpress.policies.budget import BudgetValue
+
+
+@dataclass(frozen=True)
+class Full(EvictionPolicy):
+    """Keeps every token: the yardstick, and a faster stand-in for `DynamicCache` (no copy of the cache at every token)."""
+
+    name: ClassVar[str] = "full"
+    summary: ClassVar[str] = "every token"
+    paper: ClassVar[str] = "none: the full cache"
+    same_for_all_heads: ClassVar[bool] = True
+    same_in_all_layers: ClassVar[bool] = True
+
+    budget: BudgetValue | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            raise ValueError(f"budget of full must be None (it keeps every token), got {self.budget!r}")

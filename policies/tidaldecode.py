@@ -1,0 +1,82 @@
+"""TidalDecode: two layers choose tokens, the others attend to the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvpress.policies.base import check_integer
+from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
+
+
+@dataclass(frozen=True)
+class TidalDecode(SelectionPolicy):
+    """While decoding, one early layer and one later layer attend to everything and note the `top_k` tokens of largest dot product; the
+    layers after each attend to those only.
+
+    Yang et al., "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention", arXiv 2410.05076. Tokens are
+    chosen per KV head (the largest dot product of its query heads counts). The newest token competes like any other. Prompts attend to
+    everything.
+
+    Args:
+        top_k: tokens attended to.
+        dense_layers: first compressed layers that attend to everything; the next one selects.
+        reselect_layer: compressed layer that selects again; `None` is 2/5 of the depth (the paper: 13 of 32 in Llama-3-8B), and
+            `kvpress.calibration.reselect_layer` finds a model's best.
+    """
+
+    name: ClassVar[str] = "tidaldecode"
+    summary: ClassVar[str] = "tokens that two layers chose for all"
+    paper: ClassVar[str] = "arXiv 2410.05076"
+    needs: ClassVar[str] = "the query of each decoded token"
+    same_slots_in_all_layers: ClassVar[bool] = True
+
+    top_k: int = 256
+    dense_layers: int = 2
+    reselect_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        check_integer(self.name, "top_k", self.top_k, 1)
+        check_integer(self.name, "dense_layers", self.dense_layers, 0)
+        if self.reselect_layer is not None:
+            check_integer(self.name, "reselect_layer", self.reselect_layer, self.dense_layers + 1)
+
+    def selector(self, layer: int, ordinal: int, layers: int, shared: dict[str, Any]) -> TidalSelector:
+        again = self.reselect_layer if self.reselect_layer is not None else max(self.dense_layers + 1, 2 * layers // 5)
+        chooses = ordinal in (self.dense_layers, again)
+        return TidalSelector(self.top_k, chooses=chooses, dense=ordinal < self.dense_layers, shared=shared)
+
+
+class TidalSelector(Selector):
+    """One layer's part: it chooses for the layers after it, follows, or attends to everything."""
+
+    def __init__(self, top_k: int, chooses: bool, dense: bool, shared: dict[str, Any]) -> None:
+        self.top_k = top_k
+        self.chooses = chooses
+        self.dense = dense
+        self.shared = shared
+        self.hits = self.misses = 0
+
+    def select(self, view: SlotView) -> Tensor | None:
+        if self.dense or not view.decoding or view.keys.shape[2] <= self.top_k:
+            return None
+        if not self.chooses:
+            self.hits += 1
+            chosen: Tensor = self.shared["tidaldecode"]
+            return chosen
+        self.misses += 1
+        self.shared["tidaldecode"] = largest_products(view, self.top_k)
+        return None
+
+
+def largest_products(view: SlotView, top_k: int) -> Tensor:
+    """The slots of the `top_k` largest dot products of each KV head: `[batch, kv_heads, top_k]`, `-1` where there are fewer."""
+    batch, _, _, dim = view.query.shape
+    grouped = view.query.float().view(batch, view.keys.shape[1], -1, dim)
+    products = torch.matmul(grouped, view.keys.float().transpose(-1, -2)).amax(dim=2)
+    products = products.masked_fill(view.positions < 0, -torch.inf)
+    best = products.topk(top_k, dim=-1)
+    return best.indices.masked_fill(best.values == -torch.inf, -1)

@@ -1,0 +1,178 @@
+"""TokenSelect: per-head soft votes choose the tokens that a chunk or a decoded token attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from kvpress.policies.base import check_choice, check_integer
+from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
+
+
+@dataclass(frozen=True)
+class TokenSelect(SelectionPolicy):
+    """Attends to the first `sinks` tokens, the last `local` ones, and the `top_k` others that the query heads vote for.
+
+    Wu et al., "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic Token-Level KV Cache
+    Selection", arXiv 2411.02886. A head's vote is the softmax of its dot products over the candidates, without `1 / sqrt(dim)`; votes are
+    summed over heads, one set serves all heads of a layer. A chunk of a prompt votes with its mean query. While decoding, a selection is
+    used again as long as the cosine of the concatenated query with the one that made it stays at `threshold`.
+
+    Args:
+        top_k: tokens selected beside sinks and local window.
+        sinks: first tokens, always attended to.
+        local: last tokens, always attended to; at least `chunk`.
+        threshold: of the cosine; above 1 every step selects anew.
+        chunk: rows of a prompt that select together.
+        positions: `"reindex"` lets attention run over positions 0 … n-1, and the vote at one distance (query rotated to `local`, keys not
+            rotated), which also serves contexts beyond the trained length; `"keep"` uses keys and queries as they are rotated.
+        group: `"floor"` pairs query head `h` with KV head `h // group`, as attention does; `"mod"` with `h % kv_heads`, as the paper's
+            released kernel does.
+        tail: last rows of a prompt, which select each for itself (beyond the paper); 0 for none.
+    """
+
+    name: ClassVar[str] = "tokenselect"
+    summary: ClassVar[str] = "tokens that the query heads vote for"
+    paper: ClassVar[str] = "arXiv 2411.02886"
+    needs: ClassVar[str] = "queries"
+
+    top_k: int = 2048
+    sinks: int = 128
+    local: int = 512
+    threshold: float = 0.9
+    chunk: int = 512
+    positions: str = "reindex"
+    group: str = "floor"
+    tail: int = 32
+
+    def __post_init__(self) -> None:
+        for field, minimum in (("top_k", 1), ("sinks", 0), ("local", 1), ("chunk", 1), ("tail", 0)):
+            check_integer(self.name, field, getattr(self, field), minimum)
+        check_choice(self.name, "positions", self.positions, ["reindex", "keep"])
+        check_choice(self.name, "group", self.group, ["floor", "mod"])
+        if self.local < self.chunk:
+            raise ValueError(
+                f"local of {self.name} must be at least chunk={self.chunk}, got {self.local}: a chunk must see itself"
+            )
+        if not isinstance(self.threshold, int | float) or not -1 <= self.threshold <= 2:
+            raise ValueError(
+                f"threshold of {self.name} must be a cosine (above 1: never reuse), got {self.threshold!r}"
+            )
+
+    @property
+    def reindexes(self) -> bool:
+        return self.positions == "reindex"
+
+    def blocks(self, rows: int) -> list[tuple[int, int]]:
+        tail = min(self.tail, rows - 1)
+        cuts = [*range(0, rows - tail, self.chunk), *range(rows - tail, rows), rows]
+        return list(pairwise(cuts))
+
+    def selector(self, layer: int, ordinal: int, layers: int, shared: dict[str, Any]) -> VoteSelector:
+        return VoteSelector(self)
+
+
+class VoteSelector(Selector):
+    """Votes, and the Selection Cache of one layer: the query that selected last, what it selected, and where that stood."""
+
+    def __init__(self, policy: TokenSelect) -> None:
+        self.policy = policy
+        self.hits = self.misses = 0
+        self.query: Tensor | None = None  # [batch, query_heads * dim]
+        self.chosen: Tensor | None = None  # slots, [batch, kv_heads or 1, top_k]
+        self.chosen_positions: Tensor | None = None
+
+    def rearrange(self) -> None:
+        self.query = None
+
+    def select_batch(self, index: Tensor) -> None:
+        if self.query is not None and self.chosen is not None and self.chosen_positions is not None:
+            self.query, self.chosen = self.query[index], self.chosen[index]
+            self.chosen_positions = self.chosen_positions[index]
+
+    def select(self, view: SlotView) -> Tensor | None:
+        policy = self.policy
+        if view.keys.shape[2] <= policy.sinks + policy.top_k + policy.local:
+            return None
+        query = view.query.mean(dim=2)
+        if not view.decoding:
+            return assemble(view, self._vote(view, query), policy.sinks, policy.local)
+        flat = query.flatten(1)
+        positions = view.positions if not view.shared else view.positions[:, :1]
+        if self.query is not None and self.query.shape == flat.shape:
+            same = cosine_similarity(flat.float(), self.query.float(), dim=-1) >= policy.threshold
+            if bool(same.all()):
+                self.hits += 1
+                return assemble(view, self._still_there(positions), policy.sinks, policy.local)
+        else:
+            same = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
+        self.misses += 1
+        chosen = self._vote(view, query)
+        if (
+            bool(same.any()) and self.chosen is not None and self.query is not None
+        ):  # rows that hit keep their selection
+            chosen = torch.where(same[:, None, None], self._still_there(positions), chosen)
+            flat = torch.where(same[:, None], self.query, flat)
+        self.query, self.chosen = flat, chosen
+        self.chosen_positions = positions.gather(-1, chosen.clamp(min=0))
+        return assemble(view, chosen, policy.sinks, policy.local)
+
+    def _still_there(self, positions: Tensor) -> Tensor:
+        """The chosen slots, `-1` where another token has taken the place."""
+        if self.chosen is None or self.chosen_positions is None:
+            raise RuntimeError("nothing was selected yet")
+        return self.chosen.where(positions.gather(-1, self.chosen.clamp(min=0)) == self.chosen_positions, -1)
+
+    def _vote(self, view: SlotView, query: Tensor) -> Tensor:
+        """The `top_k` candidates with most votes: slots `[batch, kv_heads or 1, top_k]`, `-1` where there are fewer."""
+        policy, keys = self.policy, view.keys
+        batch, _, dim = query.shape
+        kv_heads = keys.shape[1]
+        if view.rotation is not None:
+            distance = torch.full((1, 1, 1), policy.local, device=query.device)
+            query = view.rotation.rotate(query[:, :, None], distance).squeeze(2)
+        if policy.group == "mod":
+            grouped = query.view(batch, -1, kv_heads, dim).transpose(1, 2)
+        else:
+            grouped = query.view(batch, kv_heads, -1, dim)
+        first = 0
+        candidates = None
+        if view.ordered:  # slot and position are the same number: candidates are a range
+            first = policy.sinks
+            keys = keys[:, :, first : int(view.newest) + 1 - policy.local]
+        else:
+            candidates = candidate_slots(view, policy.sinks, policy.local)
+        scores = torch.matmul(grouped.float(), keys.float().transpose(-1, -2))  # [batch, kv_heads, group, slots]
+        if candidates is not None:
+            scores = scores.masked_fill(~candidates[:, :, None], -torch.inf)
+        votes = scores.softmax(dim=-1).nan_to_num(0.0).sum(dim=2)
+        if view.shared:
+            votes = votes.sum(dim=1, keepdim=True)
+            candidates = None if candidates is None else candidates[:, :1]
+        if candidates is not None:
+            votes = votes.masked_fill(~candidates, -1.0)
+        best = votes.topk(min(policy.top_k, votes.shape[-1]), dim=-1)
+        return (best.indices + first).masked_fill(best.values < 0, -1)
+
+
+def candidate_slots(view: SlotView, sinks: int, local: int) -> Tensor:
+    """`[batch, kv_heads, slots]` of bool: tokens that are neither sinks nor among the last `local` up to `view.newest`."""
+    return (view.positions >= sinks) & (view.positions <= view.newest - local)
+
+
+def assemble(view: SlotView, chosen: Tensor, sinks: int, local: int) -> Tensor:
+    """Sinks, chosen slots and local window: `[batch, kv_heads or 1, n]`, ascending by position where slots are ordered."""
+    if view.ordered:
+        slots = torch.arange(view.positions.shape[-1], device=chosen.device)
+        last = int(view.newest) + 1
+        ends = torch.cat([slots[:sinks], slots[last - local : last]]).expand(*chosen.shape[:2], -1)
+        return torch.cat([ends, chosen], dim=-1).sort(dim=-1).values
+    positions = view.positions if chosen.shape[1] > 1 or not view.shared else view.positions[:, :1]
+    always = (positions >= 0) & (positions <= view.newest) & ((positions < sinks) | (positions > view.newest - local))
+    ends = always.int().topk(min(sinks + local, positions.shape[-1]), dim=-1)
+    return torch.cat([ends.indices.masked_fill(ends.values == 0, -1), chosen], dim=-1)

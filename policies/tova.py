@@ -1,0 +1,35 @@
+"""TOVA: what the last query attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from kvpress.policies.base import EvictionPolicy
+
+if TYPE_CHECKING:
+    from kvpress.observation import Observation
+
+
+@dataclass(frozen=True)
+class TOVA(EvictionPolicy):
+    """After every forward, keeps the tokens with the largest attention weight of the last query, averaged over all query heads.
+
+    Oren et al., "Transformers are Multi-State RNNs", arXiv 2401.06104. One set for all KV heads of a layer; no token is protected,
+    not even the newest.
+
+    Args:
+        budget: tokens kept per KV head.
+    """
+
+    name: ClassVar[str] = "tova"
+    summary: ClassVar[str] = "what the last query attends to"
+    paper: ClassVar[str] = "arXiv 2401.06104"
+    same_for_all_heads: ClassVar[bool] = True
+    needs: ClassVar[str] = "the last query"
+    needs_queries: ClassVar[bool] = True
+
+    def score(self, observation: Observation) -> Tensor:
+        return observation.attention_mass(rows=1).mean(dim=1, keepdim=True)
