@@ -273,7 +273,8 @@ def layer_nbytes(layer: Any) -> int:
 def _tensors(layer: Any) -> list[Tensor]:
     """Every tensor that a layer holds."""
     if isinstance(layer, PolicyLayer):
-        return [tensor for tensor in layer.table.tensors() if tensor is not None]
+        recent = () if layer.recent is None else layer.recent.tensors()
+        return [tensor for tensor in (*layer.table.tensors(), *recent) if tensor is not None]
     found: list[Tensor] = []
     for value in vars(layer).values():
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]

@@ -16,9 +16,11 @@ from kvpress.eviction import ranked, strongest, survivors, weakest
 from kvpress.forward import Forward
 from kvpress.kernels.attention import attend
 from kvpress.masks import LogicalLength
+from kvpress.memory import held_bytes
 from kvpress.observation import AttentionArguments, Observation
 from kvpress.policies.budget import Budget
 from kvpress.reading import Reader
+from kvpress.recent_queries import RecentQueries
 from kvpress.rope import Rotation
 from kvpress.slots import SlotTable
 from kvpress.token_ids import TokenIds
@@ -73,6 +75,8 @@ class PolicyLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything but the parameters."""
         self.table = SlotTable(self.policy.columns)
+        self.recent = RecentQueries(self.policy.recent_queries) if self.policy.recent_queries else None
+        self.decoded = 0  # tokens since the last prompt
         self.is_initialized = False
         self.seen = 0
         self.evictions = 0  # tokens that left the KV head that lost most
@@ -186,7 +190,7 @@ class PolicyLayer(CacheLayerMixin):
         if self._waiting is not None:
             self._crop_waiting(removed)
         elif removed:
-            if self.evictions or self.table.column_names:
+            if self.evictions or self.table.column_names or self.recent is not None:
                 raise CacheStateError(
                     f"crop({tokens_to_remove}) would need evicted tokens or earlier scores back: call activate_past_recording() "
                     "before the forward that may be taken back"
@@ -205,6 +209,8 @@ class PolicyLayer(CacheLayerMixin):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().view(-1)
         self.table.select_batch(indices)
+        if self.recent is not None:
+            self.recent.select_batch(indices)
         if self.reader is not None and self.reader.selector is not None:
             self.reader.selector.select_batch(indices)
         rows = indices.tolist()
@@ -226,6 +232,8 @@ class PolicyLayer(CacheLayerMixin):
             "prompt_rows": self.prompt_rows,
             "budgets": self.budgets,
             "evictions": self.evictions,
+            "decoded": self.decoded,
+            "recent": None if self.recent is None else self.recent.state(),
             "record_past": self.record_past,
         }
 
@@ -234,8 +242,10 @@ class PolicyLayer(CacheLayerMixin):
         self.reset()
         self.table.load_state(state["table"])
         self.is_initialized = True
-        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "record_past"):
+        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "decoded", "record_past"):
             setattr(self, name, state[name])
+        if self.recent is not None:
+            self.recent.load_state(state["recent"])
 
     # -- one forward ---------------------------------------------------------------------------------------------------
 
@@ -311,6 +321,7 @@ class PolicyLayer(CacheLayerMixin):
     def _evict(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         table, tokens = self.table, forward.placed
         prompt = self.budgets is None or (forward.rows > 1 and not self.record_past)
+        self.decoded = 0 if prompt else self.decoded + forward.rows
         if prompt:
             self.prompt_rows = tuple(past + new for past, new in zip(self.prompt_rows, tokens.counts, strict=True))
         if self.budget is None and not self.policy.columns:
@@ -318,6 +329,8 @@ class PolicyLayer(CacheLayerMixin):
             table.settle()
             return
         observation = self._observation(forward, query, keys, arguments)
+        if self.recent is not None and query is not None:
+            self.recent.push(query, observation.key_heads, tokens.positions)
         if self.policy.columns:
             self.policy.observe(observation)
         if prompt or self.budgets is None:
@@ -387,7 +400,8 @@ class PolicyLayer(CacheLayerMixin):
         if self.budget is None:
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
         cost = self.layers * self.table.bytes_per_token
-        budgets = self.budget.resolve(self.prompt_rows, cost, spare=self.policy.interval)
+        fixed = 0 if self.recent is None else self.layers * held_bytes(self.recent.tensors())
+        budgets = self.budget.resolve(self.prompt_rows, cost, spare=self.policy.interval, fixed=fixed)
         rows = self.policy.allocate(observation, budgets)
         per_head = [[row] * kv_heads if isinstance(row, int) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
@@ -422,6 +436,8 @@ class PolicyLayer(CacheLayerMixin):
             visible=visible,
             arguments=arguments,
             token_ids=forward.token_ids,
+            decoded=self.decoded,
+            recent=self.recent,
             **layout,
         )
 

@@ -92,6 +92,11 @@ class EvictionPolicy(Policy):
         return False
 
     @property
+    def recent_queries(self) -> int:
+        """Query rows that a layer keeps for `Observation.recent_scores`."""
+        return 0
+
+    @property
     def protected_sinks(self) -> int:
         """Tokens at the beginning of a sequence that are never evicted."""
         return 0
