@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -18,7 +19,7 @@ from kvpress.kernels.attention import attend
 from kvpress.masks import LogicalLength
 from kvpress.memory import held_bytes
 from kvpress.observation import AttentionArguments, Observation
-from kvpress.policies.budget import Budget
+from kvpress.policies.budget import layer_budgets
 from kvpress.reading import Reader
 from kvpress.recent_queries import RecentQueries
 from kvpress.rope import Rotation
@@ -68,7 +69,7 @@ class PolicyLayer(CacheLayerMixin):
         self.expands_keys = expands_keys
         self.reader = reader
         self.token_ids = token_ids
-        self.budget = None if policy.budget is None else Budget.parse(policy.budget)
+        self.budget = None if policy.budget is None else layer_budgets(policy.budget, ordinal, layers)
         self.attended = True  # our attention function follows every update
         self.reset()
 
@@ -318,6 +319,7 @@ class PolicyLayer(CacheLayerMixin):
             waiting, self._waiting = self._waiting, None
             self._evict(*waiting)
 
+    @torch.no_grad()  # a model called with gradients must not keep its graphs alive in the columns
     def _evict(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         table, tokens = self.table, forward.placed
         prompt = self.budgets is None or (forward.rows > 1 and not self.record_past)
@@ -401,8 +403,16 @@ class PolicyLayer(CacheLayerMixin):
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
         cost = self.layers * self.table.bytes_per_token
         fixed = 0 if self.recent is None else self.layers * held_bytes(self.recent.tensors())
-        budgets = self.budget.resolve(self.prompt_rows, cost, spare=self.policy.interval, fixed=fixed)
-        rows = self.policy.allocate(observation, budgets)
+        given = [
+            budget.resolve(self.prompt_rows, cost, spare=self.policy.interval, fixed=fixed) for budget in self.budget
+        ]
+        if len(given) > 1 and len(given) != kv_heads:
+            raise ValueError(
+                f"budget of {self.policy.name} must have an entry for each of {kv_heads} KV heads in layer {self.layer_idx}, "
+                f"got {len(given)}"
+            )
+        rows: Sequence[int] | Sequence[Sequence[int]]
+        rows = self.policy.allocate(observation, given[0]) if len(given) == 1 else list(zip(*given, strict=True))
         per_head = [[row] * kv_heads if isinstance(row, int) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
 
