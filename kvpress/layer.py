@@ -264,8 +264,10 @@ class PolicyLayer(CacheLayerMixin):
     def finish(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         """The end of a forward: the policy observes, and evicts what exceeds the budget; while past is recorded, at `crop`."""
         self.forward = None
-        if self.record_past and self.budget is not None:
-            self._waiting = (forward, query, keys, arguments)
+        if self.ordinal == self.layers - 1:
+            self.clock.clear()
+        if self.record_past and (self.budget is not None or self.policy.columns):
+            self._waiting = (forward, None if query is None else query.detach(), keys.detach(), arguments)
         else:
             self._evict(forward, query, keys, arguments)
 
@@ -275,6 +277,7 @@ class PolicyLayer(CacheLayerMixin):
             waiting, self._waiting = self._waiting, None
             self._evict(*waiting)
 
+    @torch.no_grad()
     def _evict(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         table, tokens = self.table, forward.placed
         prompt = self.budgets is None or (forward.rows > 1 and not self.record_past)
@@ -386,6 +389,8 @@ class PolicyLayer(CacheLayerMixin):
         self._evict(forward, query, keys, arguments)
 
     def _take_back(self, removed: int) -> None:
+        if removed > self.seen:
+            raise CacheStateError(f"cannot take back {removed} tokens, {self.seen} were seen")
         before = self.table.held[:, 0].copy()
         self.table.drop_last(removed)
         lost = before - self.table.held[:, 0]

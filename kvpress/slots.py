@@ -109,7 +109,7 @@ class SlotTable:
         """Every tensor held."""
         yield from (self.keys, self.values, self.spare, *self.columns.values())
         if self.rows is not None:
-            yield from (self.rows.starts, self.rows.lengths)
+            yield from (self.rows.starts, self.rows.lengths, self.rows.outside)
 
     @property
     def nbytes(self) -> int:

@@ -56,6 +56,7 @@ ROWS = (
     _row("tova", "one_set"),
     _row("knorm", "chunk_invariant"),
     _row("random", "chunk_invariant", "chunk_invariant_everywhere", seed=7),
+    _row("h2o"),
 )
 EVICTING = tuple(row for row in ROWS if row.budget is not None)
 
