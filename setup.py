@@ -1,8 +1,11 @@
-"""The import package `kvpress` is assembled from four top-level folders; every folder with an `__init__.py` is a package."""
+"""The import package `kvpress` is assembled from four top-level folders: every folder with an `__init__.py` is a package.
+
+The native CPU kernels are an optional extension: where no compiler is at hand the install goes on without them.
+"""
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOTS = {
     "kvpress": "kvpress",
@@ -20,4 +23,31 @@ def packages() -> list[str]:
     return found
 
 
-setup(packages=packages(), package_dir=ROOTS)
+NATIVE = Path("kernels/native")
+native = Extension(
+    "kvpress.kernels.native._native",
+    sources=sorted(str(path) for path in NATIVE.glob("*.cpp")),
+    depends=sorted(str(path) for path in NATIVE.glob("*.hpp")),
+    define_macros=[("Py_LIMITED_API", "0x030B0000")],
+    py_limited_api=True,
+    extra_compile_args=[
+        "-O3",
+        "-std=c++17",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=fast",
+        "-Wno-psabi",
+    ],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
+
+setup(
+    packages=packages(),
+    package_dir=ROOTS,
+    package_data={"kvpress.kernels.native": ["*.pyi"]},
+    ext_modules=[native],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -11,6 +11,11 @@ def accumulator_type(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def scale_slots(slots: Tensor, scale: Tensor | None) -> Tensor:
+    """Stored int8 rows times their scale (one a slot), in fp32; other rows as they are."""
+    return slots if scale is None else slots.float() * scale.float()[..., None]
+
+
 def flat_to_dense(
     keys: Tensor, values: Tensor, positions: Tensor | None, starts: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

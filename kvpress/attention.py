@@ -47,7 +47,7 @@ def attention_forward(
     owner = layer.layer_idx == module.layer_idx  # else a layer that shares the keys of an earlier one
     if owner:
         check_call(forward, attention_mask, dropout if module.training else 0.0, kwargs)
-        tokens = layer.place(forward, attention_mask, query.device)
+        tokens = layer.place(forward, attention_mask, query.device, kwargs.get("position_ids"))
         layer.clock.check_positions(tokens, layer.seen, kwargs.get("position_ids"))
     arguments = AttentionArguments(
         query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux")

@@ -9,19 +9,17 @@ from typing import Any, NoReturn, Self
 
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 import kvpress.attention  # noqa: F401  registers the attention and mask functions under their name
+from kvpress.assembly import Policies, make_layers, use_our_attention
 from kvpress.choice import choose_policies
-from kvpress.delegates import NAME, remember
+from kvpress.delegates import NAME
 from kvpress.errors import CacheStateError, UnsupportedModelError
 from kvpress.forward import hand_over
 from kvpress.layer import PolicyLayer
 from kvpress.memory import held_bytes
-from kvpress.policies.base import EvictionPolicy, Policy
+from kvpress.policies.base import Policy
 from kvpress.report import CacheReport, make_report
-from kvpress.support import check_config, expands_keys
-from kvpress.tokens import TokenClock
 
 PolicyChoice = Policy | str | Sequence[Policy]
 
@@ -48,12 +46,12 @@ class PolicyCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, policy: PolicyChoice, **parameters: Any) -> None:
-        eviction = choose_policies(policy, parameters)
+        policies = choose_policies(policy, parameters)
         config = model.config.get_text_config(decoder=True)
-        layers = _make_layers(config, eviction)
+        layers = make_layers(config, policies, model)
         if config._attn_implementation != NAME:
-            _use_our_attention(model, config)
-        self._fill(config, eviction, layers)
+            use_our_attention(model, config)
+        self._fill(config, policies, layers)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, policy: PolicyChoice, **parameters: Any) -> Self:
@@ -65,15 +63,17 @@ class PolicyCache(Cache):
         Raises:
             ValueError: as the constructor; also a policy that needs queries while the configuration names a stock attention.
         """
-        eviction = choose_policies(policy, parameters)
+        policies = choose_policies(policy, parameters)
         text_config = config.get_text_config(decoder=True)
-        if eviction.needs_queries and text_config._attn_implementation != NAME:
+        if policies.reindex:
+            raise ValueError("positions='reindex' needs the model's rotary module: use PolicyCache(model, policy)")
+        if policies.need_queries and text_config._attn_implementation != NAME:
             raise ValueError(
-                f"policy {eviction.name!r} needs queries, which only the attention implementation {NAME!r} hands over, "
+                f"policy {policies!r} needs queries, which only the attention implementation {NAME!r} hands over, "
                 f"got {text_config._attn_implementation!r}: use PolicyCache(model, policy)"
             )
         cache = cls.__new__(cls)
-        cache._fill(text_config, eviction, _make_layers(text_config, eviction), any_attention=True)
+        cache._fill(text_config, policies, make_layers(text_config, policies, None), any_attention=True)
         return cache
 
     @classmethod
@@ -112,10 +112,10 @@ class PolicyCache(Cache):
         return taken
 
     def _fill(
-        self, config: PreTrainedConfig, policy: EvictionPolicy, layers: list[Any], any_attention: bool = False
+        self, config: PreTrainedConfig, policies: Policies, layers: list[Any], any_attention: bool = False
     ) -> None:
         super().__init__(layers=layers)
-        self.policy = policy
+        self.policies = policies
         self.config = config
         self._any_attention = any_attention
         self.policy_layers = [layer for layer in layers if isinstance(layer, PolicyLayer)]
@@ -151,7 +151,7 @@ class PolicyCache(Cache):
                 f"attention implementation must stay {NAME!r} while a PolicyCache is in use, it was changed to {implementation!r}: "
                 f"call model.set_attn_implementation({NAME!r})"
             )
-        if not attended and batch > 1 and self.policy.budget is not None:
+        if not attended and batch > 1 and self.policies.eviction.budget is not None:
             raise UnsupportedModelError(
                 f"batch must be 1 under the attention implementation {implementation!r}, got {batch}: it does not show padding to the cache. "
                 "Use PolicyCache(model, policy)"
@@ -204,6 +204,19 @@ class PolicyCache(Cache):
             raise ValueError(f"layer_idx must name a compressed layer, {layer_idx} is a {type(layer).__name__}")
         return layer.table.kept_positions()
 
+    def selected_positions(self, layer_idx: int) -> Tensor:
+        """Original positions that the last rows of the last forward attended to, sinks and local window included.
+
+        `[batch, n]` where all KV heads attend to the same tokens, else `[batch, kv_heads, n]`; int64, ascending, `-1` for empty.
+
+        Raises:
+            ValueError: a layer that is not compressed, or a cache without a selection policy.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PolicyLayer) or layer.reader is None:
+            raise ValueError(f"layer_idx must name a layer with a selection policy, {layer_idx} has none")
+        return layer.reader.read_positions()
+
     def report(self) -> CacheReport:
         """What was seen, kept and evicted, and the bytes of it; prints as a table, `.to_dict()` gives JSON types."""
         return make_report(self)
@@ -241,7 +254,7 @@ class PolicyCache(Cache):
         )
 
     def __repr__(self) -> str:
-        return f"PolicyCache({self.policy}, seen={self.seen_tokens}, bytes={self.nbytes})"
+        return f"PolicyCache({self.policies}, seen={self.seen_tokens}, bytes={self.nbytes})"
 
 
 def layer_nbytes(layer: Any) -> int:
@@ -258,41 +271,3 @@ def _tensors(layer: Any) -> list[Tensor]:
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
         found.extend(item for item in items if isinstance(item, Tensor))
     return found
-
-
-def _make_layers(config: PreTrainedConfig, policy: EvictionPolicy) -> list[Any]:
-    """One layer per layer of the model: ours for full attention, transformers' own for the others.
-
-    Raises:
-        UnsupportedModelError: a model that cannot be served rightly, or has no layer to compress.
-    """
-    check_config(config)
-    types, arguments = get_layer_types_and_kwargs(config)
-    compressed = [index for index, kind in enumerate(types) if kind == "full_attention"]
-    if not compressed:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} has no full-attention layer to compress: {sorted(set(types))}"
-        )
-    clock = TokenClock()
-    layers: list[Any] = []
-    for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
-        if kind == "full_attention":
-            ordinal = compressed.index(index)
-            layers.append(
-                PolicyLayer(policy, index, ordinal, len(compressed), clock, expands_keys=expands_keys(config))
-            )
-        else:
-            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
-    return layers
-
-
-def _use_our_attention(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    former = config._attn_implementation
-    nested = [name for name in getattr(model.config, "sub_configs", {}) if getattr(model.config, name, None) is config]
-    model.set_attn_implementation({nested[0]: NAME} if nested else NAME)
-    if config._attn_implementation != NAME:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} does not take its attention from transformers' attention interface: "
-            "PolicyCache.from_config(model.config, policy) serves it with policies that need no queries"
-        )
-    remember(config, former)

@@ -30,6 +30,7 @@ class Forward:
         before: real tokens of each batch row before this forward.
         tokens: set once the mask is known.
         visible: `[batch, kv_heads, slots]` positions where some slot is empty, `None` where all hold tokens.
+        rotated_to: where positions are re-indexed, those to which the model rotated.
     """
 
     layer: weakref.ref[PolicyLayer]
@@ -39,6 +40,14 @@ class Forward:
     before: tuple[int, ...]
     tokens: Tokens | None = None
     visible: Tensor | None = None
+    rotated_to: Tensor | None = None
+
+    @property
+    def rotated(self) -> Tensor:
+        """Positions `[batch or 1, rows]` to which the model rotated this forward's keys and queries."""
+        if self.rotated_to is None:
+            raise CacheStateError("the attention of this forward did not run")
+        return self.rotated_to
 
     @property
     def placed(self) -> Tokens:

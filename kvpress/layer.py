@@ -18,6 +18,8 @@ from kvpress.kernels.attention import attend
 from kvpress.masks import LogicalLength
 from kvpress.observation import AttentionArguments, Observation
 from kvpress.policies.budget import Budget
+from kvpress.reading import Reader
+from kvpress.rope import Rotation
 from kvpress.slots import SlotTable
 from kvpress.tokens import TokenClock, Tokens
 
@@ -34,6 +36,7 @@ class PolicyLayer(CacheLayerMixin):
         ordinal: index among the compressed layers.
         layers: number of compressed layers.
         clock: shared by the layers of a cache.
+        reader: where slots are selected, or positions re-indexed.
         expands_keys: the model makes other keys of what `update` returns before it attends (latents): always return all of them.
     """
 
@@ -50,6 +53,7 @@ class PolicyLayer(CacheLayerMixin):
         clock: TokenClock,
         *,
         expands_keys: bool = False,
+        reader: Reader | None = None,
     ) -> None:
         self.policy = policy
         self.layer_idx = layer_idx
@@ -57,6 +61,7 @@ class PolicyLayer(CacheLayerMixin):
         self.layers = layers
         self.clock = clock
         self.expands_keys = expands_keys
+        self.reader = reader
         self.budget = None if policy.budget is None else Budget.parse(policy.budget)
         self.attended = True  # our attention function follows every update
         self.reset()
@@ -73,6 +78,8 @@ class PolicyLayer(CacheLayerMixin):
         self.record_past = False
         self.forward: Forward | None = None  # appended, not yet attended to
         self._waiting: tuple[Forward, Tensor | None, Tensor, AttentionArguments] | None = None  # for `crop`
+        if self.reader is not None:
+            self.reader.reset()
 
     # -- the contract of a transformers layer --------------------------------------------------------------------------
 
@@ -193,6 +200,8 @@ class PolicyLayer(CacheLayerMixin):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().view(-1)
         self.table.select_batch(indices)
+        if self.reader is not None and self.reader.selector is not None:
+            self.reader.selector.select_batch(indices)
         rows = indices.tolist()
         self.seen_rows = tuple(self.seen_rows[row] for row in rows)
         self.prompt_rows = tuple(self.prompt_rows[row] for row in rows)
@@ -225,21 +234,40 @@ class PolicyLayer(CacheLayerMixin):
 
     # -- one forward ---------------------------------------------------------------------------------------------------
 
-    def place(self, forward: Forward, mask: Tensor | None, device: torch.device) -> Tokens:
-        """Give the tokens of a forward their positions, now that the padding mask is known."""
+    def place(self, forward: Forward, mask: Tensor | None, device: torch.device, ids: Tensor | None = None) -> Tokens:
+        """Give the tokens of a forward their positions, now that the padding mask is known.
+
+        Args:
+            mask: `[batch, 1, 1, tokens seen]` bool, `False` for padding.
+            ids: `[batch or 1, rows]` positions to which the model rotated the new keys.
+        """
         tokens = self.clock.read(forward.before, forward.rows, mask, device)
         alike = isinstance(tokens.newest, int) and forward.rows == 1
         self.table.place(forward.new, tokens.newest if alike else tokens.positions, tokens.counts)
         forward.tokens = tokens
-        if self.table.has_empty:
+        if self.table.has_empty or (self.reader is not None and self.table.rows is not None):
             forward.visible = self.table.positions
         self.seen_rows = tokens.seen
+        if self.rotation is not None:
+            forward.rotated_to = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
+            self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
         return tokens
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """Where keys are stored before rotation: what undoes and does it."""
+        return None if self.reader is None else self.reader.rotation
 
     def attend(
         self, forward: Forward, query: Tensor, keys: Tensor, values: Tensor, arguments: AttentionArguments
     ) -> Tensor:
         """Attention of a forward's rows over the slots: `[batch, query_heads, rows, value_dim]`."""
+        if self.reader is not None:
+            if self.rotation is not None:
+                query = self.rotation.undo(query, forward.rotated)
+            if not self.expands_keys:
+                keys, values = self.table.dense()
+            return self.reader.read(self.table, forward, query, keys, values, arguments)
         several, visible = forward.rows > 1, forward.visible
         layout: dict[str, Any] = {}
         if self.table.rows is not None:
@@ -301,6 +329,8 @@ class PolicyLayer(CacheLayerMixin):
         elif (table.held > self.budgets).any():
             counts = numpy.minimum(self.budgets, table.count)
             self.evictions += int((table.held - self.budgets).max())
+            if self.reader is not None and self.reader.selector is not None:
+                self.reader.selector.rearrange()
             table.keep(survivors(self._ranked(observation, self.budgets), counts), self.budgets, room=1)
         else:
             table.settle()
@@ -341,6 +371,9 @@ class PolicyLayer(CacheLayerMixin):
                 visible = table.positions
             else:
                 keys, _, layout = table.flat()
+        if self.rotation is not None and self.policy.needs_queries:  # scores are made at the tokens' own positions
+            stored, layout, visible = table.dense()[0], {}, table.positions
+            keys = self.rotation.rotate(stored, table.positions)
         return Observation(
             layer=self.layer_idx,
             layers=self.layers,
@@ -391,6 +424,8 @@ class PolicyLayer(CacheLayerMixin):
     def _take_back(self, removed: int) -> None:
         if removed > self.seen:
             raise CacheStateError(f"cannot take back {removed} tokens, {self.seen} were seen")
+        if removed and self.reader is not None and self.reader.selector is not None:
+            self.reader.selector.rearrange()
         before = self.table.held[:, 0].copy()
         self.table.drop_last(removed)
         lost = before - self.table.held[:, 0]

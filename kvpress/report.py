@@ -31,12 +31,14 @@ class LayerReport:
 class CacheReport:
     """A snapshot of a cache. `str()` gives a table, `to_dict()` JSON types. Bytes are of storages really held."""
 
-    policy: dict[str, Any]
+    policies: list[dict[str, Any]]
     seen_tokens: int
     batch: int
     nbytes: int
     full_nbytes: int
     evictions: int
+    selections: int
+    selections_reused: int
     layers: tuple[LayerReport, ...]
 
     @property
@@ -50,7 +52,7 @@ class CacheReport:
 
     def __str__(self) -> str:
         table = Table(
-            title=f"{self.policy['name']}: {self.seen_tokens} tokens seen, {self.saved:.1%} of a full cache saved"
+            title=f"{' + '.join(policy['name'] for policy in self.policies)}: {self.seen_tokens} tokens seen, {self.saved:.1%} of a full cache saved"
         )
         for heading in ("layer", "kind", "tokens kept", "mean per head", "MB held", "MB full"):
             table.add_column(heading, justify="right")
@@ -81,13 +83,17 @@ def make_report(cache: PolicyCache) -> CacheReport:
             rows.append(LayerReport(index, layer.policy.name, kept, mean, held, layer.full_nbytes))
         else:
             rows.append(LayerReport(index, type(layer).__name__, 0, 0.0, held, held))
+    readers = [layer.reader for layer in cache.policy_layers if layer.reader is not None]
+    selectors = [reader.selector for reader in readers if reader.selector is not None]
     return CacheReport(
-        policy=cache.policy.to_dict(),
+        policies=[policy.to_dict() for policy in cache.policies.given],
         seen_tokens=cache.seen_tokens,
         batch=max(cache.policy_layers[0].batch_size, 0),
         nbytes=cache.nbytes,
         full_nbytes=cache.full_nbytes,
         evictions=sum(layer.evictions for layer in cache.policy_layers),
+        selections=sum(selector.misses for selector in selectors),
+        selections_reused=sum(selector.hits for selector in selectors),
         layers=tuple(rows),
     )
 

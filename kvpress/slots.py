@@ -158,6 +158,17 @@ class SlotTable:
             column.scatter_(-1, new, positions[:, None].expand(-1, column.shape[1], -1))
         self.held += numpy.array(counts, dtype=numpy.int64)[:, None]
 
+    def write_keys(self, new: slice | Tensor, keys: Tensor) -> None:
+        """Put `keys [batch, kv_heads, tokens, dim]` in the place of those just appended."""
+        if self.keys is None:
+            raise RuntimeError("the slot table is empty")
+        if not isinstance(new, slice):
+            self.keys.view(-1, keys.shape[-1]).index_copy_(0, self._rows_of(new), keys.reshape(-1, keys.shape[-1]))
+        elif self._owned:
+            self.keys[:, :, new] = keys
+        else:
+            self.keys = keys  # the model's own tensor is left as it is
+
     def settle(self) -> None:
         """Keep everything: tensors taken in from the model are copied into own buffers."""
         if not self._owned:
@@ -274,18 +285,19 @@ class SlotTable:
         return slice(0, tokens)
 
     def _overwrite(self, keys: Tensor, values: Tensor) -> None:
-        spare, own_keys, own_values = self.spare, self.keys, self.values
-        batch, kv_heads, slots = self.columns[POSITION].shape
-        if self.rows is not None:
-            row = self.rows.row_of(spare)
-        else:
-            row = (
-                spare + torch.arange(0, batch * kv_heads * slots, slots, device=keys.device).view(batch, kv_heads, 1)
-            ).view(-1)
-        own_keys.view(-1, own_keys.shape[-1]).index_copy_(0, row, keys.reshape(-1, keys.shape[-1]))
-        own_values.view(-1, own_values.shape[-1]).index_copy_(0, row, values.reshape(-1, values.shape[-1]))
+        rows = self._rows_of(self.spare)
+        self.keys.view(-1, keys.shape[-1]).index_copy_(0, rows, keys.reshape(-1, keys.shape[-1]))
+        self.values.view(-1, values.shape[-1]).index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
         for name in self.column_names:
-            self.columns[name].scatter_(-1, spare, 0.0)
+            self.columns[name].scatter_(-1, self.spare, 0.0)
+
+    def _rows_of(self, slot: Tensor) -> Tensor:
+        """Rows of the buffers, seen as `[rows, dim]`, of one slot per head: `[batch, kv_heads, 1]` to `[batch * kv_heads]`."""
+        if self.rows is not None:
+            return self.rows.row_of(slot)
+        batch, kv_heads, slots = self.columns[POSITION].shape
+        first = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device)
+        return slot.view(-1) + first
 
     def _resume_growing(self, room: int) -> None:
         """From steady to growing: slots sorted by position, the spare one gone, `room` slots for coming tokens."""

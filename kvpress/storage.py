@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvpress.codec import decode, encode
 from kvpress.errors import CacheFormatError, CacheStateError
 from kvpress.layer import PolicyLayer
-from kvpress.policies.registry import make_policy
+from kvpress.policies.registry import policy_class
 
 if TYPE_CHECKING:
     from kvpress.cache import PolicyCache
@@ -67,7 +67,7 @@ def save_cache(cache: PolicyCache, directory: Path) -> None:
         facts = {
             "_type": TYPE,
             "_version": VERSION,
-            "policy": cache.policy.to_dict(),
+            "policies": [policy.to_dict() for policy in cache.policies.given],
             "config": _config_facts(cache.config),
             "sha256": _digest(partial),
             "layers": layers,
@@ -106,8 +106,8 @@ def load_cache(directory: Path, model: PreTrainedModel) -> PolicyCache:
         raise CacheFormatError(f"{TENSORS} is damaged: its sha256 is not the one in {FACTS}")
     try:
         tensors = load_file(path)
-        policy = make_policy(facts["policy"]["name"], **{k: v for k, v in facts["policy"].items() if k != "name"})
-        cache = PolicyCache(model, policy)
+        policies = [policy_class(given["name"]).from_dict(given) for given in facts["policies"]]
+        cache = PolicyCache(model, policies)
         devices = _layer_devices(model)
         if len(facts["layers"]) != len(cache.layers):
             raise CacheFormatError(f"layers must be {len(cache.layers)}, got {len(facts['layers'])}")
@@ -137,7 +137,7 @@ def _read_facts(directory: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CacheFormatError(f"{FACTS} is damaged: {error}") from error
     expected: dict[str, type | tuple[type, ...]]
-    expected = {"_type": str, "_version": int, "policy": dict, "config": dict, "sha256": str, "layers": list}
+    expected = {"_type": str, "_version": int, "policies": list, "config": dict, "sha256": str, "layers": list}
     for field, kind in expected.items():
         if not isinstance(facts, dict) or not isinstance(facts.get(field), kind):
             raise CacheFormatError(f"{field} of {FACTS} is missing or of another type")

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from kvpress.policies.full import Full
     from kvpress.policies.h2o import H2O
     from kvpress.policies.knorm import KNorm
+    from kvpress.policies.quest import Quest
     from kvpress.policies.random import Random
     from kvpress.policies.snapkv import SnapKV
     from kvpress.policies.streaming_llm import StreamingLLM
+    from kvpress.policies.tidaldecode import TidalDecode
+    from kvpress.policies.tokenselect import TokenSelect
     from kvpress.policies.tova import TOVA
 
 __all__ = [
@@ -30,9 +33,12 @@ __all__ = [
     "Full",
     "KNorm",
     "Policy",
+    "Quest",
     "Random",
     "SnapKV",
     "StreamingLLM",
+    "TidalDecode",
+    "TokenSelect",
     "describe_policies",
     "make_policy",
     "policy_class",

@@ -54,6 +54,8 @@ class EvictionPolicy(Policy):
 
     kind: ClassVar[str] = "eviction"
     columns: ClassVar[tuple[str, ...]] = ()  # fp32 columns kept per slot, 0 for a new token
+    same_for_all_heads: ClassVar[bool] = False  # KV heads of a layer keep the same tokens
+    same_in_all_layers: ClassVar[bool] = False  # and so do layers
     needs_queries: ClassVar[bool] = False  # the attention function must hand over query rows
 
     budget: BudgetValue | None
@@ -70,6 +72,11 @@ class EvictionPolicy(Policy):
                 f"budget of {self.name} must be at least {self.protected_sinks + window} "
                 f"(sinks={self.protected_sinks} + window={window}), got {tokens}"
             )
+
+    @property
+    def reindexes(self) -> bool:
+        """Attention runs over positions 0 … n-1 of what is kept."""
+        return False
 
     @property
     def protected_sinks(self) -> int:

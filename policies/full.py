@@ -16,6 +16,8 @@ class Full(EvictionPolicy):
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "every token"
     paper: ClassVar[str] = "none: the full cache"
+    same_for_all_heads: ClassVar[bool] = True
+    same_in_all_layers: ClassVar[bool] = True
 
     budget: BudgetValue | None = None
 

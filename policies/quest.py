@@ -70,26 +70,29 @@ class PageSelector(Selector):
         self.misses += 1
         low, high = self._bounds(view)
         size, slots = self.policy.page_size, view.keys.shape[2]
-        batch, query_heads, _, dim = view.query.shape
+        batch, _, _, dim = view.query.shape
         grouped = view.query.float().view(batch, view.keys.shape[1], -1, dim)
         bound = page_bounds_score(grouped, low, high).amax(dim=2)  # [batch, kv_heads, pages]
-        newest = view.new if isinstance(view.new, Tensor) else torch.full_like(bound[..., :1], slots - 1, dtype=torch.long)
+        offset = first_tokens(view)
+        newest = view.new if isinstance(view.new, Tensor) else slots - 1 - offset
+        newest = newest.expand(*bound.shape[:2], 1)
         bound = bound.scatter(-1, newest // size, torch.inf)
         best = bound.topk(min(self.policy.top_k // size, bound.shape[-1]), dim=-1)
         pages = best.indices.masked_fill(best.values == -torch.inf, slots)  # past the end: no slot
-        index = (pages[..., None] * size + torch.arange(size, device=pages.device)).flatten(-2)
+        index = (pages[..., None] * size + torch.arange(size, device=pages.device)).flatten(-2) + offset
         return index.masked_fill(index >= slots, -1)
 
     def _bounds(self, view: SlotView) -> tuple[Tensor, Tensor]:
         slots = view.keys.shape[2]
         if self.low is not None and self.high is not None and isinstance(view.new, Tensor) and self.covered == slots:
-            page = (view.new // self.policy.page_size)[..., None].expand(-1, -1, -1, view.keys.shape[-1])
+            heads, dim = view.keys.shape[1], view.keys.shape[-1]
+            page = (view.new // self.policy.page_size)[..., None].expand(-1, heads, -1, dim)
             key = view.keys.gather(2, view.new[..., None].expand_as(page)).float()
             self.low.scatter_(2, page, torch.minimum(self.low.gather(2, page), key))
             self.high.scatter_(2, page, torch.maximum(self.high.gather(2, page), key))
         elif self.low is None or self.high is None or self.covered != slots:
             first = 0 if self.low is None else self.covered // self.policy.page_size
-            low, high = page_bounds(view.keys, view.positions, self.policy.page_size, first)
+            low, high = page_bounds(*_from_first_token(view, first * self.policy.page_size), self.policy.page_size)
             if self.low is not None and self.high is not None:
                 low = torch.cat([self.low[:, :, :first], low], dim=2)
                 high = torch.cat([self.high[:, :, :first], high], dim=2)
@@ -99,12 +102,33 @@ class PageSelector(Selector):
         return self.low, self.high
 
 
-def page_bounds(keys: Tensor, positions: Tensor, size: int, first: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each channel over the tokens of each page from page `first` on: `[batch, kv_heads, pages, dim]`."""
-    keys = keys[:, :, first * size :].float()
-    empty = (positions[:, :, first * size :] < 0)[..., None]
-    missing = -keys.shape[2] % size
-    padding = (0, 0, 0, missing)
+def first_tokens(view: SlotView) -> Tensor:
+    """`[batch, 1, 1]` slot of the first token of each row: pages are counted from there, so that padding does not shift them."""
+    if isinstance(view.new, Tensor) or view.ordered:
+        return torch.zeros(view.keys.shape[0], 1, 1, dtype=torch.long, device=view.keys.device)
+    return (view.positions[:, :1] >= 0).int().argmax(dim=-1, keepdim=True)
+
+
+def _from_first_token(view: SlotView, first: int) -> tuple[Tensor, Tensor]:
+    """Keys and positions from slot `first` after each row's first token; positions are `-1` past the last slot."""
+    keys, positions = view.keys, view.positions
+    if isinstance(view.new, Tensor) or view.ordered:
+        return keys[:, :, first:], positions[:, :, first:]
+    batch, heads, slots, dim = keys.shape
+    index = first_tokens(view) + torch.arange(first, slots, device=keys.device)
+    index, outside = index.clamp(max=slots - 1), index >= slots
+    shifted = keys.gather(2, index[..., None].expand(batch, heads, -1, dim))
+    return shifted, positions.gather(2, index.expand(batch, positions.shape[1], -1)).masked_fill(outside, -1)
+
+
+def page_bounds(keys: Tensor, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each channel over the tokens of each page of `size` slots.
+
+    Both are `[batch, kv_heads, pages, dim]` fp32; a page without tokens has its smallest above its largest.
+    """
+    keys = keys.float()
+    empty = (positions < 0)[..., None]
+    padding = (0, 0, 0, -keys.shape[2] % size)
     low = torch.nn.functional.pad(keys.masked_fill(empty, torch.inf), padding, value=torch.inf)
     high = torch.nn.functional.pad(keys.masked_fill(empty, -torch.inf), padding, value=-torch.inf)
     return low.unflatten(2, (-1, size)).amin(dim=3), high.unflatten(2, (-1, size)).amax(dim=3)

@@ -17,6 +17,9 @@ _POLICIES: dict[str, str] = {  # name -> module:class
     "h2o": "kvpress.policies.h2o:H2O",
     "knorm": "kvpress.policies.knorm:KNorm",
     "random": "kvpress.policies.random:Random",
+    "tokenselect": "kvpress.policies.tokenselect:TokenSelect",
+    "quest": "kvpress.policies.quest:Quest",
+    "tidaldecode": "kvpress.policies.tidaldecode:TidalDecode",
 }
 
 

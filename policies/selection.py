@@ -62,6 +62,7 @@ class SelectionPolicy(Policy):
     """Decides what is attended to. Attributes say how a prompt is cut before its rows select."""
 
     kind: ClassVar[str] = "selection"
+    same_slots_in_all_layers: ClassVar[bool] = False  # layers use slots that another layer chose
 
     @property
     def reindexes(self) -> bool:

@@ -32,6 +32,7 @@ class TidalDecode(SelectionPolicy):
     summary: ClassVar[str] = "tokens that two layers chose for all"
     paper: ClassVar[str] = "arXiv 2410.05076"
     needs: ClassVar[str] = "the query of each decoded token"
+    same_slots_in_all_layers: ClassVar[bool] = True
 
     top_k: int = 256
     dense_layers: int = 2

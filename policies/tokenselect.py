@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -55,9 +56,13 @@ class TokenSelect(SelectionPolicy):
         check_choice(self.name, "positions", self.positions, ["reindex", "keep"])
         check_choice(self.name, "group", self.group, ["floor", "mod"])
         if self.local < self.chunk:
-            raise ValueError(f"local of {self.name} must be at least chunk={self.chunk}, got {self.local}: a chunk must see itself")
+            raise ValueError(
+                f"local of {self.name} must be at least chunk={self.chunk}, got {self.local}: a chunk must see itself"
+            )
         if not isinstance(self.threshold, int | float) or not -1 <= self.threshold <= 2:
-            raise ValueError(f"threshold of {self.name} must be a cosine (above 1: never reuse), got {self.threshold!r}")
+            raise ValueError(
+                f"threshold of {self.name} must be a cosine (above 1: never reuse), got {self.threshold!r}"
+            )
 
     @property
     def reindexes(self) -> bool:
@@ -66,7 +71,7 @@ class TokenSelect(SelectionPolicy):
     def blocks(self, rows: int) -> list[tuple[int, int]]:
         tail = min(self.tail, rows - 1)
         cuts = [*range(0, rows - tail, self.chunk), *range(rows - tail, rows), rows]
-        return list(zip(cuts[:-1], cuts[1:], strict=True))
+        return list(pairwise(cuts))
 
     def selector(self, layer: int, ordinal: int, layers: int, shared: dict[str, Any]) -> VoteSelector:
         return VoteSelector(self)
@@ -108,7 +113,9 @@ class VoteSelector(Selector):
             same = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
         self.misses += 1
         chosen = self._vote(view, query)
-        if bool(same.any()) and self.chosen is not None and self.query is not None:  # rows that hit keep their selection
+        if (
+            bool(same.any()) and self.chosen is not None and self.query is not None
+        ):  # rows that hit keep their selection
             chosen = torch.where(same[:, None, None], self._still_there(positions), chosen)
             flat = torch.where(same[:, None], self.query, flat)
         self.query, self.chosen = flat, chosen
@@ -124,7 +131,7 @@ class VoteSelector(Selector):
     def _vote(self, view: SlotView, query: Tensor) -> Tensor:
         """The `top_k` candidates with most votes: slots `[batch, kv_heads or 1, top_k]`, `-1` where there are fewer."""
         policy, keys = self.policy, view.keys
-        batch, query_heads, dim = query.shape
+        batch, _, dim = query.shape
         kv_heads = keys.shape[1]
         if view.rotation is not None:
             distance = torch.full((1, 1, 1), policy.local, device=query.device)

@@ -27,6 +27,7 @@ class TOVA(EvictionPolicy):
     name: ClassVar[str] = "tova"
     summary: ClassVar[str] = "what the last query attends to"
     paper: ClassVar[str] = "arXiv 2401.06104"
+    same_for_all_heads: ClassVar[bool] = True
     needs: ClassVar[str] = "the last query"
     needs_queries: ClassVar[bool] = True
 

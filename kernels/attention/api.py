@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvpress.kernels.attention import fused, reference
+from kvpress.kernels.attention import fused, native, reference
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.scores import causal_positions
-from kvpress.kernels.shapes import check_query_and_slots
+from kvpress.kernels.shapes import check_query_and_slots, check_scales, check_slot_options
 
 
 def attend(
@@ -24,42 +24,53 @@ def attend(
     causal: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    keys_scale: Tensor | None = None,
+    values_scale: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of `query` over slots.
 
     Args:
         query: `[batch, query_heads, rows, dim]`; query head `h` belongs to KV head `h // (query_heads // kv_heads)`.
-        keys, values: the slots, dense or flat (see `kvpress.kernels.shapes`); `values` may have another last size.
+        keys, values: the slots, dense or flat (see `kvpress.kernels.shapes`); `values` may have another last size. Their
+            type may be narrower than that of `query`: fp32, bf16, fp16 or, with scales, int8.
         scaling: factor of the dot products.
         positions: `[batch, kv_heads or 1, slots]` integer; `-1` marks an empty slot. `None`: every slot holds a token.
-        query_positions: `[batch or 1, rows]` integer; a slot is visible when `0 <= position <= query_position`. `None`: every token is.
+        query_positions: `[batch or 1, rows]` integer; a slot is visible when `0 <= position <= query_position`.
+            `None`: every token is.
         starts, lengths: `[batch, kv_heads]` integer, of the flat layout.
-        index: `[batch, kv_heads or 1, n]` integer: attend to these slots only; `-1` is no slot, a slot listed twice counts twice.
-        causal: the query rows are the last slots, in order: row `i` sees the first `slots - rows + i + 1` slots. Excludes `positions`.
+        index: `[batch, kv_heads or 1, n]` integer: attend to these slots only; `-1` is no slot, a slot listed twice
+            counts twice.
+        causal: the query rows are the last slots, in order: row `i` sees the first `slots - rows + i + 1` slots. Excludes
+            `positions`, `starts` and `index`.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: `[query_heads]` logits that take part in the softmax and carry no value (gpt-oss).
+        keys_scale, values_scale: of int8 slots: the factor of each slot's row, `[batch, kv_heads, slots]` or flat `[rows]`.
         impl: `"auto"` or the name of an implementation.
 
     Returns:
-        Output `[batch, query_heads, rows, value_dim]` in the type of `query`, and the log-sum-exp `[batch, query_heads, rows]` in fp32
-        (fp64 for fp64 input) of the capped scores, sinks included, or `None` where the implementation has none. A row that sees no
-        slot gives 0 (and a log-sum-exp of `-inf`, or of its sink).
+        Output `[batch, query_heads, rows, value_dim]` in the type of `query`, and the log-sum-exp
+        `[batch, query_heads, rows]` in fp32 (fp64 for fp64 input) of the capped scores, sinks included, or `None` where the
+        implementation has none. A row that sees no slot gives 0 (and a log-sum-exp of `-inf`, or of its sink).
 
     Raises:
         ValueError: shapes that do not fit, an unknown `impl`, or an explicit `impl` that cannot serve these arguments.
+        IndexError: `index` names a slot that does not exist.
     """
-    check_query_and_slots(query, keys, values, starts, lengths)
+    kv_heads = _check(
+        query, keys, values, positions, query_positions, starts, lengths, index, sinks, keys_scale, values_scale
+    )
     if causal and (positions is not None or starts is not None or index is not None):
         raise ValueError("causal describes dense slots in order: it excludes positions, starts and index")
-    chosen = choose(
-        "attention",
-        impl,
-        {
-            "fused": lambda: fused.refusal(query, softcap=softcap, sinks=sinks, starts=starts, index=index),
-            "reference": lambda: None,
-        },
-    )
+    whole = causal and query.shape[2] == keys.shape[2]
+    refusals = {
+        "native": lambda: native.refusal(query, keys, values, kv_heads),
+        "fused": lambda: fused.refusal(query, keys, values, softcap=softcap, sinks=sinks, starts=starts, index=index),
+        "reference": lambda: None,
+    }
+    if whole:  # a whole prompt: torch's blocked matrix products win
+        refusals = {name: refusals[name] for name in ("fused", "native", "reference")}
+    chosen = choose("attention", impl, refusals)
     if chosen == "fused":
         output = fused.attend(
             query, keys, values, scaling=scaling, positions=positions, query_positions=query_positions, causal=causal
@@ -67,6 +78,23 @@ def attend(
         return output, None
     if causal:
         positions, query_positions = causal_positions(query, keys)
+    if chosen == "native":
+        return native.attend(
+            query,
+            keys,
+            values,
+            kv_heads=kv_heads,
+            scaling=scaling,
+            positions=positions,
+            query_positions=query_positions,
+            starts=starts,
+            lengths=lengths,
+            index=index,
+            softcap=softcap,
+            sinks=sinks,
+            keys_scale=keys_scale,
+            values_scale=values_scale,
+        )[:2]
     return reference.attend(
         query,
         keys,
@@ -79,4 +107,115 @@ def attend(
         index=index,
         softcap=softcap,
         sinks=sinks,
+        keys_scale=keys_scale,
+        values_scale=values_scale,
+    )[:2]
+
+
+def attend_with_weights(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    reduction: str,
+    scaling: float,
+    positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    keys_scale: Tensor | None = None,
+    values_scale: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend` for a single row, which also returns the softmax weights it used, so that no second pass computes them.
+
+    Args:
+        reduction: `"mean"`, `"sum"` or `"max"` over the query heads of a KV head.
+
+    Returns:
+        Output and log-sum-exp as `attend`, and the weights `[batch, kv_heads, entries]` in fp32 (fp64 for fp64 input), 0
+        where a slot is not visible. Entries are the slots, padded to the longest head in the flat layout, or with
+        `index` its `n` (a slot listed twice has a weight at each place).
+
+    Raises:
+        ValueError: as `attend`; more than one row; an unknown `reduction`.
+    """
+    kv_heads = _check(
+        query, keys, values, positions, query_positions, starts, lengths, index, sinks, keys_scale, values_scale
     )
+    if query.shape[2] != 1:
+        raise ValueError(f"query must have a single row for its weights, got {query.shape[2]}")
+    if reduction not in native.REDUCTIONS:
+        raise ValueError(f"reduction must be one of {sorted(native.REDUCTIONS)}, got {reduction!r}")
+    chosen = choose(
+        "attention with weights",
+        impl,
+        {
+            "native": lambda: native.refusal(query, keys, values, kv_heads, weights=True),
+            "reference": lambda: None,
+        },
+    )
+    if chosen == "native":
+        output, lse, weights = native.attend(
+            query,
+            keys,
+            values,
+            kv_heads=kv_heads,
+            scaling=scaling,
+            positions=positions,
+            query_positions=query_positions,
+            starts=starts,
+            lengths=lengths,
+            index=index,
+            softcap=softcap,
+            sinks=sinks,
+            keys_scale=keys_scale,
+            values_scale=values_scale,
+            weights=reduction,
+        )
+    else:
+        output, lse, weights = reference.attend(
+            query,
+            keys,
+            values,
+            scaling=scaling,
+            positions=positions,
+            query_positions=query_positions,
+            starts=starts,
+            lengths=lengths,
+            index=index,
+            softcap=softcap,
+            sinks=sinks,
+            keys_scale=keys_scale,
+            values_scale=values_scale,
+            weights=reduction,
+        )
+    if weights is None:
+        raise RuntimeError(f"{chosen} attention returned no weights")
+    return output, lse, weights
+
+
+def _check(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor | None,
+    query_positions: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    index: Tensor | None,
+    sinks: Tensor | None,
+    keys_scale: Tensor | None,
+    values_scale: Tensor | None,
+) -> int:
+    kv_heads = check_query_and_slots(query, keys, values, starts, lengths)
+    slots = keys.shape[2] if starts is None else None
+    batch, query_heads, rows, _ = query.shape
+    check_slot_options(batch, kv_heads, rows, slots, positions, query_positions, lengths, index)
+    check_scales(keys, values, keys_scale, values_scale)
+    if sinks is not None and sinks.shape != (query_heads,):
+        raise ValueError(f"sinks must be [query_heads] = ({query_heads},), got {tuple(sinks.shape)}")
+    return kv_heads

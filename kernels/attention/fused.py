@@ -9,15 +9,22 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvpress.kernels.scores import causal_positions, visible_slots
 
 ROWS = 1024  # query rows whose mask is held at once
-PACK_BYTES = (
-    8 << 20
-)  # CPU: above this size of the keys, reading them once per group wins over spreading query heads on threads
+PACK_BYTES = 8 << 20  # CPU: for larger keys, reading them once a group wins over spreading query heads on threads
 
 
 def refusal(
-    query: Tensor, *, softcap: float | None, sinks: Tensor | None, starts: Tensor | None, index: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    softcap: float | None,
+    sinks: Tensor | None,
+    starts: Tensor | None,
+    index: Tensor | None,
 ) -> str | None:
     """Why this implementation cannot serve, or `None`."""
+    if not query.dtype == keys.dtype == values.dtype:
+        return "torch's fused attention takes query, keys and values of one type"
     if softcap is not None or sinks is not None:
         return "torch's fused attention has no softcap and no sinks"
     if starts is not None or index is not None:

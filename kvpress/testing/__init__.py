@@ -1,1 +1,1 @@
-"""Helpers for tests of caches, policies and tiers."""
+"""Helpers for tests of this package, and for people who write policies."""

@@ -1,0 +1,89 @@
+"""Attention over slots by the compiled CPU kernels (`kernels/native/attention_few.hpp`, `attention_many.hpp`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress.kernels.native import extension
+from kvpress.kernels.native import tensors as native
+
+REDUCTIONS = {"sum": 1, "mean": 2, "max": 3}
+WEIGHTS_GROUP = 16  # query heads a KV head whose weights can be returned
+
+
+def refusal(query: Tensor, keys: Tensor, values: Tensor, kv_heads: int, *, weights: bool = False) -> str | None:
+    """Why this implementation cannot serve, or `None`."""
+    if weights and query.shape[1] // kv_heads > WEIGHTS_GROUP:
+        return f"native attention returns weights for groups up to {WEIGHTS_GROUP}, not {query.shape[1] // kv_heads}"
+    return native.refusal(query, keys, values)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    kv_heads: int,
+    scaling: float,
+    positions: Tensor | None,
+    query_positions: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    index: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    keys_scale: Tensor | None,
+    values_scale: Tensor | None,
+    weights: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `kvpress.kernels.attention.attend`; the third value is that of `attend_with_weights` where `weights` asks for it."""
+    built = extension
+    if built is None:
+        raise RuntimeError("native attention called without the extension")
+    batch, query_heads, rows, _ = query.shape
+    output = torch.empty(batch, query_heads, rows, values.shape[-1], dtype=query.dtype)
+    lse = torch.empty(batch, query_heads, rows, dtype=torch.float32)
+    fields, owners = native.slot_fields(
+        keys, values, batch, kv_heads, positions, starts, lengths, index, keys_scale, values_scale
+    )
+    seen = (0, 0)
+    if query_positions is not None:
+        query_positions = native.as_int64(query_positions)
+        seen = (query_positions.data_ptr(), query_positions.stride(0) if query_positions.shape[0] == batch else 0)
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    reduced, entries = None, 0
+    if weights is not None:
+        if index is not None:
+            entries = index.shape[-1]
+        elif lengths is not None:
+            entries = int(lengths.max()) if lengths.numel() else 0
+        else:
+            entries = keys.shape[2]
+        reduced = torch.empty(batch, kv_heads, entries, dtype=torch.float32)
+    query_strides = query.stride()
+    built.attention(
+        torch.get_num_threads(),
+        batch,
+        query_heads,
+        kv_heads,
+        rows,
+        query.data_ptr(),
+        native.FLOATS[query.dtype],
+        query_strides[0],
+        query_strides[1],
+        query_strides[2],
+        *fields,
+        *seen,
+        scaling,
+        softcap or 0.0,
+        0 if sinks is None else sinks.data_ptr(),
+        output.data_ptr(),
+        lse.data_ptr(),
+        0 if reduced is None else reduced.data_ptr(),
+        REDUCTIONS[weights] if weights is not None else 0,
+        entries,
+    )
+    del owners
+    return output, lse, reduced

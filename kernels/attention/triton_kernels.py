@@ -1,0 +1,241 @@
+"""Triton kernels of attention over slots: the pass over a part of the context, and the merge of the parts."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+
+from kvpress.kernels.triton_blocks import FAR, LN2, LOG2E, listed_slots, query_tile, soft_capped, tile_scores
+from kvpress.kernels.triton_support import timed
+
+SCAN = tl.constexpr(512)  # positions looked at at once to find where a block of rows may stop
+CONFIGS = [
+    triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
+    triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
+]
+KEY = ["GROUP", "BLOCK_M", "BLOCK_D", "BLOCK_V", "SPLIT", "CAUSAL"]
+
+
+def choices(block_d: int, block_v: int, full: bool, amd: bool) -> list[triton.Config]:
+    """Configurations that compile without a spill on every target, best guess first; `full`: fp32 arithmetic."""
+    narrow, many_warps, short = CONFIGS
+    if full:
+        return [short]
+    if block_d + block_v <= 256:
+        return [narrow, short]
+    return [short] if amd else [many_warps]
+
+
+def prune(configs, _, **arguments):
+    """What the autotuner is to time: nothing in the interpreter, where the first choice is taken."""
+    full = arguments["ARITHMETIC"] == tl.float32
+    return timed(choices(arguments["BLOCK_D"], arguments["BLOCK_V"], full, bool(torch.version.hip)))
+
+
+@triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
+@triton.jit(do_not_specialize=["rows", "entries", "splits", "stride_ih", "stride_ph", "stride_rb"])
+def attend_kernel(
+    query, keys, values, keys_scale, values_scale, positions, query_positions, starts, lengths, index, sinks, cosine, sine,
+    output, lse, scores_out,
+    scaling, softcap, rows, entries, splits,
+    stride_qb, stride_qh, stride_qr, stride_qd,
+    stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd,
+    stride_xb, stride_xh, stride_xs,
+    stride_yb, stride_yh, stride_ys,
+    stride_pb, stride_ph, stride_ps,
+    stride_ib, stride_ih, stride_is,
+    stride_rb, stride_rr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    ROTARY: tl.constexpr, BY_ENTRY: tl.constexpr,
+    CAUSAL: tl.constexpr, SPLIT: tl.constexpr, SKIP: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: `BLOCK_M` of the rows of the query heads of one KV head, packed as `row * GROUP + head`, and one split of its slots."""
+    part = tl.program_id(2)
+    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+
+    packed = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = (packed // GROUP).to(tl.int64)
+    query_head = head * GROUP + packed % GROUP
+    row_held = row < rows
+    value_channel = tl.arange(0, BLOCK_V)
+
+    query_at = query + batch * stride_qb + query_head[:, None] * stride_qh + row[:, None] * stride_qr
+    asked = 0
+    if BLOCK_D == CHUNK_D:
+        asked = query_tile(query_at, tl.arange(0, BLOCK_D), row_held, stride_qd, DIM, ARITHMETIC)
+
+    row_position = tl.full([BLOCK_M], FAR, tl.int32)
+    if CAUSAL:
+        row_position = tl.load(query_positions + batch * stride_rb + row * stride_rr, mask=row_held, other=-1).to(
+            tl.int32
+        )
+    last_position = tl.max(row_position, axis=0)
+
+    index_base = batch * stride_ib + head * stride_ih
+    positions_base = batch * stride_pb + head * stride_ph
+    RAGGED: tl.constexpr = starts is not None
+    length = entries
+    if RAGGED:
+        first_slot = tl.load(starts + batch * KV_HEADS + head).to(tl.int64)
+        length = tl.load(lengths + batch * KV_HEADS + head).to(tl.int32)
+        keys += first_slot * stride_ks
+        values += first_slot * stride_vs
+        if keys_scale is not None:
+            keys_scale += first_slot * stride_xs
+        if values_scale is not None:
+            values_scale += first_slot * stride_ys
+    else:
+        keys += batch * stride_kb + head * stride_kh
+        values += batch * stride_vb + head * stride_vh
+        if keys_scale is not None:
+            keys_scale += batch * stride_xb + head * stride_xh
+        if values_scale is not None:
+            values_scale += batch * stride_yb + head * stride_yh
+    count = length
+    if index is not None:
+        count = entries
+    share = tl.cdiv(tl.cdiv(count, splits), BLOCK_N) * BLOCK_N
+    begin = part * share
+    end = tl.minimum(begin + share, count)
+
+    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    weighted = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if SKIP:  # entries after the last one that the block's rows may see are not read
+        seen_end = begin
+        for first in range(begin, end, SCAN):
+            entry = first + tl.arange(0, SCAN)
+            _, position = listed_slots(
+                index, positions, entry, end, length, index_base, positions_base, stride_is, stride_ps, RAGGED
+            )
+            seen = (position >= 0) & (position <= last_position)
+            seen_end = tl.maximum(seen_end, tl.max(tl.where(seen, entry + 1, 0), axis=0))
+        end = seen_end
+    for first in range(begin, end, BLOCK_N):
+        entry = first + tl.arange(0, BLOCK_N)
+        slot, position = listed_slots(
+            index, positions, entry, end, length, index_base, positions_base, stride_is, stride_ps, RAGGED
+        )
+        held = position >= 0
+        visible = held[None, :] & row_held[:, None]
+        if CAUSAL:
+            visible = visible & (position[None, :] <= row_position[:, None])
+        place = entry if BY_ENTRY else position
+        scores = tile_scores(
+            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, place, cosine, sine, ROTARY,
+            DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
+        )  # fmt: skip
+        scores = scores * scaling
+        if keys_scale is not None:
+            scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
+        if softcap is not None:
+            scores = soft_capped(scores, softcap)
+        scores = tl.where(visible, scores * LOG2E, -float("inf"))
+        if scores_out is not None:  # a single row: for the weights, once the sums are known
+            tl.store(
+                scores_out + (batch * (KV_HEADS * GROUP) + query_head)[:, None] * entries + entry[None, :],
+                scores * LN2,
+                mask=row_held[:, None] & (entry < end)[None, :],
+            )
+        peak = tl.maximum(highest, tl.max(scores, axis=1))
+        anchor = tl.where(peak == -float("inf"), 0.0, peak)
+        weights = tl.exp2(scores - anchor[:, None])
+        fade = tl.exp2(highest - anchor)
+        total = total * fade + tl.sum(weights, axis=1)
+        value = tl.load(
+            values + slot[:, None] * stride_vs + value_channel[None, :].to(tl.int64) * stride_vd,
+            mask=held[:, None] & (value_channel[None, :] < VALUE_DIM),
+            other=0,
+        )
+        if values_scale is not None:
+            scale = tl.load(values_scale + slot * stride_ys, mask=held, other=0.0)
+            value = value.to(tl.float32) * scale[:, None]
+        weighted = weighted * fade[:, None]
+        weighted = tl.dot(weights.to(ARITHMETIC), value.to(ARITHMETIC), weighted, input_precision=PRECISION)
+        highest = peak
+
+    some = total > 0
+    divisor = tl.where(some, total, 1.0)
+    result = weighted / divisor[:, None]
+    log_sum = tl.where(some, highest * LN2 + tl.log(divisor), -float("inf"))
+    if not SPLIT:
+        if sinks is not None:
+            sink = tl.load(sinks + query_head, mask=row_held, other=0.0).to(tl.float32)
+            peak = tl.maximum(log_sum, sink)
+            peak = tl.where(peak == -float("inf"), 0.0, peak)
+            with_sink = tl.exp(log_sum - peak) + tl.exp(sink - peak)
+            with_sink = tl.where(with_sink > 0, peak + tl.log(with_sink), -float("inf"))
+            result = result * tl.exp(log_sum - tl.where(some, with_sink, 0.0))[:, None]
+            log_sum = with_sink
+    batches = tl.num_programs(1) // KV_HEADS
+    out_row = ((part * batches + batch) * (KV_HEADS * GROUP) + query_head) * rows + row
+    tl.store(lse + out_row, log_sum, mask=row_held)
+    tl.store(
+        output + out_row[:, None] * VALUE_DIM + value_channel[None, :],
+        result.to(output.dtype.element_ty),
+        mask=row_held[:, None] & (value_channel[None, :] < VALUE_DIM),
+    )
+
+
+@triton.jit(do_not_specialize=["total_rows", "rows", "splits"])
+def merge_kernel(
+    partial_output, partial_lse, sinks, output, lse, total_rows, rows, splits,
+    QUERY_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program: one output row from its `splits` partial rows, weighted by `exp(partial_lse - lse)`."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK_S)
+    channel = tl.arange(0, BLOCK_V)
+    parts = tl.load(partial_lse + part.to(tl.int64) * total_rows + row, mask=part < splits, other=-float("inf"))
+    peak = tl.max(parts, axis=0)
+    if sinks is not None:
+        sink = tl.load(sinks + (row // rows) % QUERY_HEADS).to(tl.float32)
+        peak = tl.maximum(peak, sink)
+    peak = tl.where(peak == -float("inf"), 0.0, peak)
+    total = tl.sum(tl.exp(parts - peak), axis=0)
+    if sinks is not None:
+        total += tl.exp(sink - peak)
+    log_sum = tl.where(total > 0, peak + tl.log(tl.where(total > 0, total, 1.0)), -float("inf"))
+    anchor = tl.where(total > 0, log_sum, 0.0)
+    merged = tl.zeros([BLOCK_V], tl.float32)
+    for split in range(splits):
+        at = row + total_rows.to(tl.int64) * split
+        weight = tl.exp(tl.load(partial_lse + at) - anchor)
+        merged += weight * tl.load(partial_output + at * VALUE_DIM + channel, mask=channel < VALUE_DIM, other=0.0)
+    tl.store(lse + row, log_sum)
+    tl.store(output + row * VALUE_DIM + channel, merged.to(output.dtype.element_ty), mask=channel < VALUE_DIM)
+
+
+@triton.jit(do_not_specialize=["entries"])
+def weights_kernel(
+    scores, lse, lengths, output, entries,
+    GROUP: tl.constexpr, REDUCTION: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: `exp(score - lse)` of a block of entries, reduced over the query heads of one KV head."""
+    kv_head = tl.program_id(1).to(tl.int64)
+    entry = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    member = tl.arange(0, BLOCK_G)
+    count = entries
+    if lengths is not None:
+        count = tl.load(lengths + kv_head).to(tl.int32)
+    query_head = kv_head * GROUP + member
+    log_sum = tl.load(lse + query_head, mask=member < GROUP, other=-float("inf"))
+    score = tl.load(
+        scores + query_head[:, None] * entries + entry[None, :],
+        mask=(member < GROUP)[:, None] & (entry < count)[None, :],
+        other=-float("inf"),
+    )
+    weight = tl.exp(score - tl.where(log_sum == -float("inf"), 0.0, log_sum)[:, None])
+    if REDUCTION == "max":
+        reduced = tl.max(weight, axis=0)
+    else:
+        reduced = tl.sum(weight, axis=0)
+    if REDUCTION == "mean":
+        reduced = reduced / GROUP
+    tl.store(output + kv_head * entries + entry, reduced, mask=entry < entries)

@@ -1,0 +1,216 @@
+"""Triton kernels of attention mass: the log-sum-exp of every row, then the column sums of `exp(score - lse)`."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+
+from kvpress.kernels.triton_blocks import FAR, LN2, LOG2E, gumbel, listed_slots, query_tile, soft_capped, tile_scores
+from kvpress.kernels.triton_support import timed
+
+SCAN = tl.constexpr(512)  # positions looked at at once to find where the visible rows begin, or the visible slots end
+CONFIGS = [
+    triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
+]
+KEY = ["GROUP", "BLOCK_M", "BLOCK_D", "CAUSAL"]
+
+
+def choices(block_d: int, full: bool, amd: bool) -> list[triton.Config]:
+    """Configurations that compile without a spill on every target, best guess first; `full`: fp32 arithmetic."""
+    return [CONFIGS[1]] if full or (amd and block_d > 128) else list(CONFIGS)
+
+
+def prune(configs, _, **arguments):
+    """What the autotuner is to time: nothing in the interpreter, where the first choice is taken."""
+    return timed(choices(arguments["BLOCK_D"], arguments["ARITHMETIC"] == tl.float32, bool(torch.version.hip)))
+
+
+@triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
+@triton.jit(do_not_specialize=["rows", "entries", "splits", "seed", "stride_ph", "stride_rb"])
+def lse_kernel(
+    query, keys, keys_scale, positions, query_positions, starts, lengths, lse, scores_out,
+    scaling, softcap, seed, coolness, rows, entries, splits,
+    stride_qb, stride_qh, stride_qr, stride_qd,
+    stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_xb, stride_xh, stride_xs,
+    stride_pb, stride_ph, stride_ps,
+    stride_rb, stride_rr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: `BLOCK_M` packed rows (`row * GROUP + head`) of one KV head over one split of its slots.
+
+    A single row also stores its scores, so that the column sums need not read the keys again.
+    """
+    part = tl.program_id(2)
+    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    packed = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = (packed // GROUP).to(tl.int64)
+    query_head = head * GROUP + packed % GROUP
+    row_held = row < rows
+
+    query_at = query + batch * stride_qb + query_head[:, None] * stride_qh + row[:, None] * stride_qr
+    asked = 0
+    if BLOCK_D == CHUNK_D:
+        asked = query_tile(query_at, tl.arange(0, BLOCK_D), row_held, stride_qd, DIM, ARITHMETIC)
+    row_position = tl.full([BLOCK_M], FAR, tl.int32)
+    if CAUSAL:
+        row_position = tl.load(query_positions + batch * stride_rb + row * stride_rr, mask=row_held, other=-1).to(
+            tl.int32
+        )
+    last_position = tl.max(row_position, axis=0)
+
+    positions_base = batch * stride_pb + head * stride_ph
+    length = entries
+    RAGGED: tl.constexpr = starts is not None
+    if RAGGED:
+        first_slot = tl.load(starts + batch * KV_HEADS + head).to(tl.int64)
+        length = tl.load(lengths + batch * KV_HEADS + head).to(tl.int32)
+        keys += first_slot * stride_ks
+        if keys_scale is not None:
+            keys_scale += first_slot * stride_xs
+    else:
+        keys += batch * stride_kb + head * stride_kh
+        if keys_scale is not None:
+            keys_scale += batch * stride_xb + head * stride_xh
+    share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+    begin = part * share
+    end = tl.minimum(begin + share, length)
+    if SKIP:  # slots after the last one that the block's rows may see are not read
+        seen_end = begin
+        for first in range(begin, end, SCAN):
+            entry = first + tl.arange(0, SCAN)
+            _, position = listed_slots(None, positions, entry, end, length, 0, positions_base, 0, stride_ps, RAGGED)
+            seen = (position >= 0) & (position <= last_position)
+            seen_end = tl.maximum(seen_end, tl.max(tl.where(seen, entry + 1, 0), axis=0))
+        end = seen_end
+
+    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        entry = first + tl.arange(0, BLOCK_N)
+        slot, position = listed_slots(None, positions, entry, end, length, 0, positions_base, 0, stride_ps, RAGGED)
+        held = position >= 0
+        visible = held[None, :] & row_held[:, None]
+        if CAUSAL:
+            visible = visible & (position[None, :] <= row_position[:, None])
+        scores = tile_scores(
+            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
+            DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
+        )  # fmt: skip
+        scores = scores * scaling
+        if keys_scale is not None:
+            scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
+        if softcap is not None:
+            scores = soft_capped(scores, softcap)
+        if seed is not None:
+            scores += gumbel(seed, batch, query_head, row, slot, BLOCK_M, BLOCK_N)
+        scores = tl.where(visible, scores * coolness, -float("inf"))
+        if scores_out is not None:
+            tl.store(
+                scores_out + (batch * (KV_HEADS * GROUP) + query_head)[:, None] * entries + entry[None, :],
+                scores,
+                mask=row_held[:, None] & (entry < end)[None, :],
+            )
+        scores = scores * LOG2E
+        peak = tl.maximum(highest, tl.max(scores, axis=1))
+        anchor = tl.where(peak == -float("inf"), 0.0, peak)
+        total = total * tl.exp2(highest - anchor) + tl.sum(tl.exp2(scores - anchor[:, None]), axis=1)
+        highest = peak
+    some = total > 0
+    log_sum = tl.where(some, highest * LN2 + tl.log(tl.where(some, total, 1.0)), -float("inf"))
+    batches = tl.num_programs(1) // KV_HEADS
+    tl.store(lse + ((part * batches + batch) * (KV_HEADS * GROUP) + query_head) * rows + row, log_sum, mask=row_held)
+
+
+@triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
+@triton.jit(do_not_specialize=["rows", "entries", "seed", "stride_ph", "stride_rb"])
+def column_kernel(
+    query, keys, keys_scale, positions, query_positions, starts, lengths, lse, output,
+    scaling, softcap, seed, coolness, rows, entries,
+    stride_qb, stride_qh, stride_qr, stride_qd,
+    stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_xb, stride_xh, stride_xs,
+    stride_pb, stride_ph, stride_ps,
+    stride_rb, stride_rr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: the sums of `BLOCK_N` slots of one KV head, over all rows, for each head of its group (padded to `BLOCK_G`)."""
+    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    ROWS: tl.constexpr = BLOCK_M // BLOCK_G
+    packed = tl.arange(0, BLOCK_M)
+    member = packed % BLOCK_G
+    query_head = head * GROUP + member
+
+    positions_base = batch * stride_pb + head * stride_ph
+    length = entries
+    RAGGED: tl.constexpr = starts is not None
+    if RAGGED:
+        first_slot = tl.load(starts + batch * KV_HEADS + head).to(tl.int64)
+        length = tl.load(lengths + batch * KV_HEADS + head).to(tl.int32)
+        keys += first_slot * stride_ks
+        if keys_scale is not None:
+            keys_scale += first_slot * stride_xs
+    else:
+        keys += batch * stride_kb + head * stride_kh
+        if keys_scale is not None:
+            keys_scale += batch * stride_xb + head * stride_xh
+    entry = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot, position = listed_slots(None, positions, entry, length, length, 0, positions_base, 0, stride_ps, RAGGED)
+    held = position >= 0
+
+    begin = 0
+    if SKIP:  # rows before the first one that sees a slot of this block are not read
+        first_position = tl.min(tl.where(held, position, FAR), axis=0)
+        begin = rows
+        for first in range(0, rows, SCAN):
+            row = first + tl.arange(0, SCAN)
+            seen = tl.load(
+                query_positions + batch * stride_rb + row.to(tl.int64) * stride_rr, mask=row < rows, other=-1
+            )
+            begin = tl.minimum(begin, tl.min(tl.where(seen >= first_position, row, rows), axis=0))
+
+    sums = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
+    for first in range(begin, rows, ROWS):
+        row = (first + packed // BLOCK_G).to(tl.int64)
+        row_held = (row < rows) & (member < GROUP)
+        query_at = query + batch * stride_qb + query_head[:, None] * stride_qh + row[:, None] * stride_qr
+        asked = 0
+        if BLOCK_D == CHUNK_D:
+            asked = query_tile(query_at, tl.arange(0, BLOCK_D), row_held, stride_qd, DIM, ARITHMETIC)
+        visible = held[None, :] & row_held[:, None]
+        if CAUSAL:
+            at = query_positions + batch * stride_rb + row * stride_rr
+            row_position = tl.load(at, mask=row_held, other=-1).to(tl.int32)
+            visible = visible & (position[None, :] <= row_position[:, None])
+        scores = tile_scores(
+            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
+            DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
+        )  # fmt: skip
+        scores = scores * scaling
+        if keys_scale is not None:
+            scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
+        if softcap is not None:
+            scores = soft_capped(scores, softcap)
+        if seed is not None:
+            scores += gumbel(seed, batch, query_head, row, slot, BLOCK_M, BLOCK_N)
+        log_sum = tl.load(
+            lse + (batch * (KV_HEADS * GROUP) + query_head) * rows + row, mask=row_held, other=float("inf")
+        )
+        visible = visible & (log_sum > -float("inf"))[:, None]
+        weights = tl.where(visible, tl.exp2((scores * coolness - log_sum[:, None]) * LOG2E), 0.0)
+        sums += tl.sum(tl.reshape(weights, (ROWS, BLOCK_G, BLOCK_N)), axis=0)
+    group_member = tl.arange(0, BLOCK_G)
+    out_head = batch * (KV_HEADS * GROUP) + head * GROUP + group_member
+    tl.store(
+        output + out_head[:, None] * entries + entry[None, :],
+        sums,
+        mask=(group_member < GROUP)[:, None] & (entry < entries)[None, :],
+    )

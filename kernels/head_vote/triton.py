@@ -1,0 +1,68 @@
+"""Head vote on GPUs: one pass over the keys stores scores and their log-sum-exp, a second one over the scores sums the votes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress.kernels import triton_support
+from kvpress.kernels.attention_mass.triton import row_sums
+from kvpress.kernels.head_vote import triton_kernels
+from kvpress.kernels.triton_support import on_device
+
+BLOCK_HEADS = 16
+BLOCK_SLOTS = 256
+
+
+def refusal(query: Tensor, keys: Tensor) -> str | None:
+    """Why this implementation cannot serve, or `None`."""
+    return triton_support.refusal(query, keys) or triton_support.storage_refusal(keys)
+
+
+def head_vote(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    scaling: float = 1.0,
+    positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    keys_scale: Tensor | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Votes `[batch, slots]` in fp32: the softmax over the visible slots of each query head, summed over heads (arXiv 2411.02886).
+
+    Args:
+        query: `[batch, query_heads, 1, dim]`; query head `h` belongs to KV head `h // (query_heads // kv_heads)`.
+        keys: the slots, dense or flat (see `kvpress.kernels.shapes`).
+        scaling: factor of the dot products; the paper has none.
+        positions: `[batch, kv_heads or 1, slots]`; candidates are the slots with `position >= 0`.
+        query_positions, starts, lengths, keys_scale: as in `kvpress.kernels.attention.attend`.
+        splits: parts of the context that programs of their own read; `None`: as many as keep the GPU busy.
+
+    Raises:
+        ValueError: more than one query row.
+    """
+    if query.shape[2] != 1:
+        raise ValueError(f"query must have a single row to vote, got {query.shape[2]}")
+    batch, query_heads = query.shape[:2]
+    slots = keys.shape[2] if lengths is None else int(lengths.max()) if lengths.numel() else 0
+    votes = query.new_empty(batch, slots, dtype=torch.float32)
+    if votes.numel() == 0:
+        return votes
+    lse, scores = row_sums(
+        query, keys, splits=splits, store=True, slots=slots, scaling=scaling, positions=positions,
+        query_positions=query_positions, starts=starts, lengths=lengths, softcap=None, keys_scale=keys_scale,
+        temperature=1.0, noise_seed=None,
+    )  # fmt: skip
+    with on_device(query):
+        triton_kernels.vote_kernel[(-(-slots // BLOCK_SLOTS), batch)](
+            scores, lse.contiguous(), votes, query_heads, slots, BLOCK_H=BLOCK_HEADS, BLOCK_N=BLOCK_SLOTS
+        )
+    return votes
+
+
+def top_slots(votes: Tensor, top_k: int) -> Tensor:
+    """The `top_k` slots with most votes `[batch, top_k]` in ascending order; all of them where there are fewer."""
+    return votes.topk(min(top_k, votes.shape[-1]), dim=-1).indices.sort(dim=-1).values

@@ -1,0 +1,26 @@
+"""Triton kernel of the head vote: the softmax of every query head, summed over heads, from stored scores."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["slots", "query_heads"])
+def vote_kernel(scores, lse, output, query_heads, slots, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One program: the votes of `BLOCK_N` slots of one batch row, in steps of `BLOCK_H` query heads."""
+    batch = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    votes = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, query_heads, BLOCK_H):
+        head = first + tl.arange(0, BLOCK_H)
+        row = batch * query_heads + head
+        log_sum = tl.load(lse + row, mask=head < query_heads, other=-float("inf"))
+        score = tl.load(
+            scores + row[:, None] * slots + slot[None, :],
+            mask=(head < query_heads)[:, None] & (slot < slots)[None, :],
+            other=-float("inf"),
+        )
+        anchor = tl.where(log_sum == -float("inf"), 0.0, log_sum)
+        votes += tl.sum(tl.exp(score - anchor[:, None]), axis=0)
+    tl.store(output + batch * slots + slot, votes, mask=slot < slots)

@@ -1,0 +1,153 @@
+// The Python face: every function takes the 8-byte fields of its argument struct in order, and runs without the GIL.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "arguments.hpp"
+
+namespace baseline { extern const Level level; }
+#if defined(__x86_64__)
+namespace avx2 { extern const Level level; }
+namespace avx512 { extern const Level level; }
+#endif
+
+namespace {
+
+struct Named {
+  const char* name;
+  const Level* level;
+  bool usable;
+};
+
+Named levels[] = {
+#if defined(__x86_64__)
+    {"avx512", &avx512::level, false},
+    {"avx2", &avx2::level, false},
+#endif
+    {"baseline", &baseline::level, true},
+};
+const Named* used = nullptr;
+
+void detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  levels[1].usable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  levels[0].usable = levels[1].usable && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  for (const Named& level : levels)
+    if (level.usable && !used) used = &level;
+}
+
+// Fill a struct of 8-byte fields: one letter of `fields` each, 'i' for an integer or an address, 'd' for a double.
+bool parse(PyObject* const* args, Py_ssize_t count, const char* fields, void* to) {
+  const Py_ssize_t expected = Py_ssize_t(std::strlen(fields));
+  if (count != expected) {
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, count);
+    return false;
+  }
+  char* field = static_cast<char*>(to);
+  for (Py_ssize_t i = 0; i < count; ++i, field += 8) {
+    if (fields[i] == 'd') {
+      const double x = PyFloat_AsDouble(args[i]);
+      if (x == -1.0 && PyErr_Occurred()) return false;
+      std::memcpy(field, &x, 8);
+    } else {
+      const int64_t x = PyLong_AsLongLong(args[i]);
+      if (x == -1 && PyErr_Occurred()) return false;
+      std::memcpy(field, &x, 8);
+    }
+  }
+  return true;
+}
+
+PyObject* finish(int status) {
+  switch (status) {
+    case OK: Py_RETURN_NONE;
+    case OUT_OF_MEMORY: return PyErr_NoMemory();
+    case INDEX_OUT_OF_RANGE: PyErr_SetString(PyExc_IndexError, "index must name slots below the number of slots"); break;
+    case FLAT_OUT_OF_RANGE:
+      PyErr_SetString(PyExc_ValueError, "starts and lengths must lie within the rows of keys and values, and lengths within positions");
+      break;
+    default: PyErr_Format(PyExc_RuntimeError, "unknown status %d", status);
+  }
+  return nullptr;
+}
+
+template <class Arguments>
+PyObject* call(PyObject* const* args, Py_ssize_t count, const char* fields, int (*function)(const Arguments&)) {
+  Arguments arguments;
+  if (!parse(args, count, fields, &arguments)) return nullptr;
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = function(arguments);
+  Py_END_ALLOW_THREADS
+  return finish(status);
+}
+
+#define OPERATION(name, Arguments, fields)                                                          \
+  static_assert(sizeof(fields) - 1 == sizeof(Arguments) / 8, "one letter a field of " #Arguments);  \
+  PyObject* name(PyObject*, PyObject* const* args, Py_ssize_t count) {                              \
+    return call<Arguments>(args, count, fields, used->level->name);                                 \
+  }
+
+#define SLOTS "iiiiiiiiiiiiiiiiiiiiiiiiii"
+static_assert(sizeof(SLOTS) - 1 == sizeof(Slots) / 8, "one letter a field of Slots");
+
+OPERATION(attention, Attention, "iiiii" "iiiii" SLOTS "ii" "dd" "iiiiii")
+
+PyObject* get_levels(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  if (!list) return nullptr;
+  for (const Named& level : levels) {
+    if (!level.usable) continue;
+    PyObject* name = PyUnicode_FromString(level.name);
+    if (!name || PyList_Append(list, name)) {
+      Py_XDECREF(name);
+      Py_DECREF(list);
+      return nullptr;
+    }
+    Py_DECREF(name);
+  }
+  return list;
+}
+
+PyObject* get_level(PyObject*, PyObject*) { return PyUnicode_FromString(used->name); }
+
+PyObject* use_level(PyObject*, PyObject* name) {
+  PyObject* bytes = PyUnicode_AsUTF8String(name);
+  if (!bytes) return nullptr;
+  const char* wanted = PyBytes_AsString(bytes);
+  const Named* found = nullptr;
+  for (const Named& level : levels)
+    if (level.usable && !std::strcmp(level.name, wanted)) found = &level;
+  Py_DECREF(bytes);
+  if (!found) {
+    PyErr_Format(PyExc_ValueError, "level must be one of levels(), got %R", name);
+    return nullptr;
+  }
+  used = found;
+  Py_RETURN_NONE;
+}
+
+#define FAST(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(function)), METH_FASTCALL
+
+PyMethodDef methods[] = {
+    {"attention", FAST(attention), "Attention over slots; see arguments.hpp for the order of the arguments."},
+    {"levels", get_levels, METH_NOARGS, "The instruction sets this machine can run, best first."},
+    {"level", get_level, METH_NOARGS, "The instruction set in use."},
+    {"use_level", use_level, METH_O, "Use another of levels(), for every later call of the process (for tests)."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Operations on slots for CPUs.", -1, methods,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+  detect();
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,113 @@
+// Walking the slots of one (batch row, KV head): which there are, where their rows lie, and which a query may see.
+// Included inside the namespace of one instruction set.
+
+constexpr int TILE = 64;  // slots worked on at a time
+
+struct Tile {
+  int count;
+  int64_t newest, oldest;        // positions; both 0 where none are given
+  const void* key[TILE + 8];     // padded with repeats of the last, so that kernels may read in twos and fours
+  const void* value[TILE + 8];
+  float key_scale[TILE + 8], value_scale[TILE + 8];
+  int64_t position[TILE + 8];
+  int64_t entry[TILE + 8];       // place in the head's entries
+};
+
+template <class T>
+struct Head {  // the entries of one (batch row, KV head)
+  const Slots& slots;
+  const T* keys;
+  const T* values;
+  const float* key_scale;
+  const float* value_scale;
+  const int64_t* positions;
+  const int64_t* index;
+  int64_t length, entries;
+
+  Head(const Slots& s, int64_t kv_heads, int64_t b, int64_t h) : slots(s) {
+    const bool flat = s.starts != nullptr;
+    const int64_t start = flat ? s.starts[b * kv_heads + h] : 0;
+    length = flat ? s.lengths[b * kv_heads + h] : s.slots;
+    keys = static_cast<const T*>(s.keys) + (flat ? start * s.key_slot : b * s.key_batch + h * s.key_head);
+    values = static_cast<const T*>(s.values) + (flat ? start * s.value_slot : b * s.value_batch + h * s.value_head);
+    const int64_t scale = flat ? start : b * s.scale_batch + h * s.scale_head;
+    key_scale = s.key_scale ? s.key_scale + scale : nullptr;
+    value_scale = s.value_scale ? s.value_scale + scale : nullptr;
+    positions = s.positions ? s.positions + b * s.position_batch + h * s.position_head : nullptr;
+    index = s.index ? s.index + b * s.index_batch + h * s.index_head : nullptr;
+    entries = index ? s.index_count : length;
+  }
+
+  // Collect into `tile` the next slots from `entry` on (below `end`) that hold a token no newer than `limit`;
+  // return the entry to go on from.
+  int64_t collect(Tile& tile, int64_t entry, int64_t end, int64_t limit) const {
+    int n = 0;
+    int64_t newest = INT64_MIN, oldest = INT64_MAX;
+    if (!index && !positions) {
+      n = int(end - entry < TILE ? end - entry : TILE);
+      for (int i = 0; i < n; ++i) {
+        tile.key[i] = keys + (entry + i) * slots.key_slot;
+        tile.value[i] = values + (entry + i) * slots.value_slot;
+        tile.entry[i] = entry + i;
+      }
+      newest = oldest = 0;
+      if (key_scale)
+        for (int i = 0; i < n; ++i) tile.key_scale[i] = key_scale[entry + i];
+      if (value_scale)
+        for (int i = 0; i < n; ++i) tile.value_scale[i] = value_scale[entry + i];
+      entry += n;
+    } else {
+      for (; entry < end && n < TILE; ++entry) {
+        const int64_t slot = index ? index[entry] : entry;
+        if (slot < 0 || slot >= length) continue;
+        int64_t position = 0;
+        if (positions) {
+          position = positions[slot];
+          if (position < 0 || position > limit) continue;
+        }
+        if (position > newest) newest = position;
+        if (position < oldest) oldest = position;
+        tile.key[n] = keys + slot * slots.key_slot;
+        tile.value[n] = values + slot * slots.value_slot;
+        tile.position[n] = position;
+        tile.entry[n] = entry;
+        if (key_scale) tile.key_scale[n] = key_scale[slot];
+        if (value_scale) tile.value_scale[n] = value_scale[slot];
+        ++n;
+      }
+    }
+    tile.count = n;
+    tile.newest = newest;
+    tile.oldest = oldest;
+    if (n)
+      for (int i = n; i < TILE + 8; ++i) {
+        tile.key[i] = tile.key[n - 1];
+        tile.value[i] = tile.value[n - 1];
+        tile.key_scale[i] = tile.value_scale[i] = 0;
+        tile.position[i] = INT64_MAX;
+      }
+    return entry;
+  }
+};
+
+// Nothing outside the given memory may be read: the only numbers that could lead there are checked.
+static int check_slots(const Slots& s, int64_t batch, int64_t kv_heads) {
+  int64_t longest = s.slots;
+  if (s.starts) {
+    longest = 0;
+    for (int64_t i = 0; i < batch * kv_heads; ++i) {
+      if (s.starts[i] < 0 || s.lengths[i] < 0 || s.starts[i] + s.lengths[i] > s.flat_rows) return FLAT_OUT_OF_RANGE;
+      if (s.positions && s.lengths[i] > s.slots) return FLAT_OUT_OF_RANGE;
+      if (s.lengths[i] > longest) longest = s.lengths[i];
+    }
+  }
+  if (s.index)
+    for (int64_t b = 0; b < (s.index_batch ? batch : 1); ++b)
+      for (int64_t h = 0; h < (s.index_head ? kv_heads : 1); ++h) {
+        const int64_t* index = s.index + b * s.index_batch + h * s.index_head;
+        int64_t most = -1;
+        for (int64_t i = 0; i < s.index_count; ++i) most = index[i] > most ? index[i] : most;
+        if (most >= longest) return INDEX_OUT_OF_RANGE;
+      }
+  return OK;
+}

@@ -1,0 +1,104 @@
+"""What the native kernels need to know of tensors: storage kinds, and the fields of `Slots` in `arguments.hpp`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress.kernels.native import missing
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_DIM = 512
+
+
+def as_int64(tensor: Tensor) -> Tensor:
+    """The same integers as int64 with a contiguous last dimension; no copy where they already are."""
+    tensor = tensor.long()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def batch_and_head_strides(tensor: Tensor, batch: int, heads: int) -> tuple[int, int]:
+    """Element strides of the first two dimensions, 0 where the size is 1 and stands for all."""
+    strides = tensor.stride()
+    return (strides[0] if tensor.shape[0] == batch else 0), (strides[1] if tensor.shape[1] == heads else 0)
+
+
+def refusal(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
+    """Why no native kernel can serve these tensors, or `None`."""
+    if missing is not None:
+        return missing
+    if not (query.device.type == keys.device.type == values.device.type == "cpu"):
+        return "native kernels read host memory only"
+    if query.dtype not in FLOATS:
+        return f"native kernels take fp32, bf16 and fp16 queries, not {query.dtype}"
+    if keys.dtype not in KINDS or keys.dtype != values.dtype:
+        return f"native kernels take fp32, bf16, fp16 and int8 slots of one type, not {keys.dtype} and {values.dtype}"
+    if keys.shape[-1] > MAX_DIM or values.shape[-1] > MAX_DIM:
+        return f"native kernels take head sizes up to {MAX_DIM}, not {keys.shape[-1]} and {values.shape[-1]}"
+    if query.stride(-1) != 1 or keys.stride(-1) != 1 or values.stride(-1) != 1:
+        return "native kernels need a contiguous last dimension of query, keys and values"
+    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad):
+        return "native kernels have no gradient"
+    return None
+
+
+def slot_fields(
+    keys: Tensor,
+    values: Tensor,
+    batch: int,
+    kv_heads: int,
+    positions: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    index: Tensor | None,
+    keys_scale: Tensor | None,
+    values_scale: Tensor | None,
+) -> tuple[tuple[int, ...], list[Tensor]]:
+    """The fields of `Slots`, and the tensors that own the memory they point to: keep these until the call returns."""
+    owners = []
+    key_strides, value_strides = keys.stride(), values.stride()
+    if starts is None or lengths is None:
+        slots = keys.shape[2]
+        layout = (slots, *key_strides[:3], *value_strides[:3])
+        flat: tuple[int, int, int] = (0, 0, 0)
+    else:
+        given = 0 if positions is None else positions.shape[-1]
+        layout = (given, 0, 0, key_strides[0], 0, 0, value_strides[0])
+        starts, lengths = starts.long().contiguous(), lengths.long().contiguous()
+        owners += [starts, lengths]
+        flat = (starts.data_ptr(), lengths.data_ptr(), keys.shape[0])
+    scales = (0, 0, 0, 0)
+    if keys_scale is not None:
+        keys_scale = keys_scale.float().contiguous()
+        owners.append(keys_scale)
+        scale_strides = keys_scale.stride() if starts is None else (0, 0)
+        value_pointer = 0
+        if values_scale is not None:
+            values_scale = values_scale.float().contiguous()
+            owners.append(values_scale)
+            value_pointer = values_scale.data_ptr()
+        scales = (keys_scale.data_ptr(), value_pointer, scale_strides[0], scale_strides[1])
+    placed = (0, 0, 0)
+    if positions is not None:
+        positions = as_int64(positions)
+        owners.append(positions)
+        placed = (positions.data_ptr(), *batch_and_head_strides(positions, batch, kv_heads))
+    listed = (0, 0, 0, 0)
+    if index is not None:
+        index = as_int64(index)
+        owners.append(index)
+        listed = (index.data_ptr(), *batch_and_head_strides(index, batch, kv_heads), index.shape[-1])
+    fields = (
+        keys.data_ptr(),
+        values.data_ptr(),
+        KINDS[keys.dtype],
+        keys.shape[-1],
+        values.shape[-1],
+        *layout,
+        *scales,
+        *placed,
+        *flat,
+        *listed,
+    )
+    return fields, owners

@@ -1,0 +1,89 @@
+"""What the Triton implementations share on the host side: when they can serve, tile sizes, strides, the share of the context a program reads.
+
+This module does not import `triton`, so that a refusal can be worded on a machine without it.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+PROGRAMS_A_PROCESSOR = 2  # programs wanted on every multiprocessor before the context is split no further
+ENTRIES_A_SPLIT = 256  # a split shorter than this costs more in its merge than it gains
+MOST_SPLITS = 64
+AUTOTUNE_SWITCH = "KVPRESS_TRITON_AUTOTUNE"  # "0": take the first tile that fits, time nothing
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on, so that kernels run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def refusal(query: Tensor, *others: Tensor | None) -> str | None:
+    """Why a Triton kernel cannot serve these tensors, or `None`."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not query.is_cuda and not interpreted():
+        return f"Triton runs on GPUs, and query is on {query.device} (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+    for tensor in others:
+        if tensor is not None and tensor.device != query.device:
+            return f"all tensors must be on {query.device}, one is on {tensor.device}"
+    if query.dtype not in STORAGE[:3]:
+        return f"query must be fp32, fp16 or bf16, got {query.dtype}"
+    return None
+
+
+def storage_refusal(*stored: Tensor) -> str | None:
+    """Why slots stored like this cannot be read, or `None`."""
+    for tensor in stored:
+        if tensor.dtype not in STORAGE:
+            return f"slots must be stored in fp32, fp16, bf16 or int8, got {tensor.dtype}"
+    return None
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it that of `tensor`."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    """Kernel arguments `stride_<letter><axis>`: 0 where the size is 1, so that it broadcasts, and everywhere for `None`."""
+    if tensor is None:
+        return {f"stride_{letter}{axis}": 0 for axis in axes}
+    found = zip(axes, tensor.shape, tensor.stride(), strict=True)
+    return {f"stride_{letter}{axis}": 0 if size == 1 else stride for axis, size, stride in found}
+
+
+def slot_strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    """`strides` of slots; the flat layout has neither batch nor head, for which its `starts` stand."""
+    if tensor is not None and tensor.dim() == len(axes) - 2:
+        return {f"stride_{letter}{axis}": 0 for axis in axes[:2]} | strides(letter, tensor, axes[2:])
+    return strides(letter, tensor, axes)
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the GPU that holds `tensor`; 1 on a CPU."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
+def plan_splits(tensor: Tensor, programs: int, entries: int) -> int:
+    """Into how many parts to cut `entries` so that `programs` times that many keep the GPU busy."""
+    wanted = -(-PROGRAMS_A_PROCESSOR * processors(tensor) // max(1, programs))
+    return max(1, min(wanted, entries // ENTRIES_A_SPLIT, MOST_SPLITS))
+
+
+def timed(configs: list[Any]) -> list[Any]:
+    """What the autotuner is to time; the first configuration alone is taken untimed: in the interpreter, or by the switch."""
+    untimed = interpreted() or os.environ.get(AUTOTUNE_SWITCH, "1") == "0"
+    return configs[:1] if untimed else configs

@@ -1,0 +1,43 @@
+"""Sub-commands that live in other modules, imported when they are called and not before."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+
+@dataclass(frozen=True)
+class Mount:
+    """Where a sub-command's `typer.Typer` is, as `"module:attribute"`, and the line that `--help` shows for it."""
+
+    target: str
+    summary: str
+
+
+# Add a line here to mount a sub-app: "eval": Mount("kvpress.longbench.cli:app", "Measure accuracy."),
+MOUNTS: dict[str, Mount] = {}
+
+
+class MountingGroup(TyperGroup):
+    """A group that lists `MOUNTS` beside its own commands without importing them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *MOUNTS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        mount = MOUNTS.get(cmd_name)
+        if mount is None:
+            return super().get_command(ctx, cmd_name)
+        return TyperCommand(cmd_name, help=mount.summary)  # stands in for the real one on the help page
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return (name, load(MOUNTS[name]), rest) if name in MOUNTS else (name, command, rest)
+
+
+def load(mount: Mount) -> Any:
+    """Import the app of a mount and turn it into a command."""
+    module, _, attribute = mount.target.partition(":")
+    return typer.main.get_command(getattr(importlib.import_module(module), attribute))

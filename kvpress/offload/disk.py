@@ -1,0 +1,136 @@
+"""The disk tier: blocks as files in a private folder, never more bytes than its limit."""
+
+import errno
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+
+from torch import Tensor
+
+from kvpress.offload.errors import TierCorruptError, TierFullError, TierLostError, TierReadError, TierWriteError
+from kvpress.offload.format import file_bytes, read_block, write_block
+from kvpress.offload.key import BlockKey
+from kvpress.offload.layout import BlockLayout
+from kvpress.offload.ledger import Ledger
+from kvpress.offload.namespace import Namespace
+from kvpress.offload.store import FileStore
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskTier:
+    """Write, read and remove block files. The caller reserves `size(...)` bytes of `ledger` before a write; a write
+    that fails, or a removal, gives them back.
+
+    Args:
+        root: directory in which the process's own folder is made.
+        limit: bytes all files together may have, those being written and the owner file included; None for no limit.
+        open_store: makes the file store for a folder.
+    """
+
+    name = "disk"
+
+    def __init__(
+        self, root: str | os.PathLike[str], limit: int | None, open_store: Callable[[Path], FileStore] = FileStore
+    ) -> None:
+        self.ledger = Ledger(limit)
+        self._lock = Lock()
+        self._stuck: dict[str, int] = {}  # files that could not be removed, and their bytes
+        namespace = Namespace(root)
+        self.path = namespace.path
+        try:
+            self.store = open_store(namespace.path)
+        except BaseException:
+            namespace.close()
+            raise
+        self._close = weakref.finalize(self, _close, namespace, self.store, os.getpid())
+        if not self.ledger.reserve(namespace.owner_bytes):
+            self.close()
+            raise ValueError(f"disk_limit must be at least {namespace.owner_bytes} bytes, got {limit}")
+
+    def size(self, key: BlockKey, layout: BlockLayout) -> int:
+        """Bytes of the block's file."""
+        return file_bytes(key.description(), layout)
+
+    def write(self, key: BlockKey, layout: BlockLayout, tensors: Mapping[str, Tensor]) -> None:
+        """Write a block whose bytes are reserved. After a TierFullError or TierWriteError it is not there."""
+        size = self.size(key, layout)
+        try:
+            self._remove_stuck()
+            write_block(self.store, key.digest, key.description(), layout, tensors)
+        except BaseException as error:
+            self._forget(key.digest, size)
+            if not isinstance(error, OSError):
+                raise
+            self.ledger.count(failures=1)
+            kind = TierFullError if error.errno in FULL else TierWriteError
+            raise kind(self.name, f"could not be written ({error.strerror or error})", key) from error
+        self.ledger.count(bytes_in=size, blocks=1)
+
+    def read(self, key: BlockKey, layout: BlockLayout, out: Mapping[str, Tensor]) -> None:
+        """Read a block into `out`, trying twice.
+
+        Raises:
+            TierCorruptError, TierLostError: the block is gone; its file has been removed.
+            TierReadError: reading failed twice; the file is kept.
+        """
+        try:
+            for attempt in (1, 2):
+                try:
+                    read_block(self.store, key.digest, key.description(), layout, out)
+                    break
+                except OSError as error:
+                    if attempt == 2:
+                        raise TierReadError(self.name, f"could not be read ({error.strerror or error})", key) from error
+        except (TierCorruptError, TierLostError, TierReadError):
+            self.ledger.count(failures=1)
+            raise
+        self.ledger.count(bytes_out=self.size(key, layout))
+
+    def remove(self, key: BlockKey, layout: BlockLayout) -> None:
+        """Remove the block's file. When that fails its bytes stay accounted for, and it is tried again later."""
+        self.ledger.count(blocks=-1)
+        try:
+            self.store.unlink(key.digest)
+        except OSError:
+            self.store.leftovers.append(key.digest)
+        self._forget(key.digest, self.size(key, layout))
+
+    def _forget(self, digest: str, size: int) -> None:
+        """Give the bytes of a file back, unless the file could not be removed."""
+        with self._lock:
+            stuck = [name for name in self.store.leftovers if name.startswith(digest)]
+            for name in stuck:
+                self.store.leftovers.remove(name)
+                self._stuck[name] = size
+        if stuck:
+            self.ledger.count(failures=1)
+        else:
+            self.ledger.release(size)
+
+    def sweep(self) -> bool:
+        """Try again to remove what could not be removed; True when that gave bytes back."""
+        before = len(self._stuck)
+        with suppress(OSError):
+            self._remove_stuck()
+        return len(self._stuck) < before
+
+    def _remove_stuck(self) -> None:
+        with self._lock:
+            for name in list(self._stuck):
+                self.store.unlink(name)
+                self.ledger.release(self._stuck.pop(name))
+
+    def close(self) -> None:
+        """Remove the folder and everything in it."""
+        self._close()
+
+
+def _close(namespace: Namespace, store: FileStore, process: int) -> None:
+    # A forked child inherits this tier, but the folder is its parent's.
+    if os.getpid() == process:
+        store.close()
+        namespace.close()

@@ -1,0 +1,138 @@
+"""The one place that touches the file system, so that every fault can be injected here.
+
+All names are relative to an open directory handle. A directory that is renamed, removed or replaced by a
+symbolic link while the store is open therefore cannot lead a read or a write anywhere else.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+NAME = re.compile(r"[0-9a-f]{64}")
+TEMPORARY_NAME = re.compile(r"[0-9a-f]{64}\.[0-9]+\.tmp")
+PIECE = 1 << 20  # bytes a hash sees while they are still in the processor's cache
+STEPS = ("open_temporary", "write", "fsync", "rename", "fsync_directory", "open", "read", "stat", "unlink")
+
+
+class FileStore:
+    """Whole-file writes and reads of files named by sha256 digests in one directory.
+
+    Args:
+        directory: an existing directory, which must not be a symbolic link.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._serial = count()
+        self.leftovers: list[str] = []  # files of failed writes that could not be removed
+
+    def step(self, name: str, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """Run one system call of the step `name` (see `STEPS`). Tests override this to inject faults."""
+        return function(*arguments, **options)
+
+    def write_atomic(self, name: str, chunks: Iterable[memoryview | bytes]) -> int:
+        """Write `chunks` as the file `name`: temporary file, fsync, rename, fsync of the directory.
+
+        Returns the size in bytes. After an OSError no new file `name` is visible, and no temporary file stays
+        behind; a file that cannot be removed either is named in `leftovers`.
+        """
+        temporary = f"{checked(name)}.{next(self._serial)}.tmp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = self.step("open_temporary", os.open, temporary, flags, 0o600, dir_fd=self._handle)
+        renamed = False
+        try:
+            try:
+                size = sum(self._write_all(file, memoryview(chunk)) for chunk in chunks)
+                self.step("fsync", os.fsync, file)
+            finally:
+                os.close(file)
+            self.step("rename", os.rename, temporary, name, src_dir_fd=self._handle, dst_dir_fd=self._handle)
+            renamed = True
+            self.step("fsync_directory", os.fsync, self._handle)
+        except BaseException:
+            leftover = name if renamed else temporary
+            try:
+                self._remove(leftover)
+            except OSError:
+                self.leftovers.append(leftover)
+            raise
+        return size
+
+    def _write_all(self, file: int, chunk: memoryview) -> int:
+        done = 0
+        while done < len(chunk):
+            done += self.step("write", os.write, file, chunk[done:])
+        return done
+
+    @contextmanager
+    def open(self, name: str) -> Iterator["OpenFile"]:
+        """Open the regular file `name` for reading. Raises OSError; a symbolic link is never followed."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = self.step("open", os.open, checked(name), flags, dir_fd=self._handle)
+        try:
+            yield OpenFile(self, file)
+        finally:
+            os.close(file)
+
+    def unlink(self, name: str) -> None:
+        """Remove the block or temporary file `name`, or the link of that name; a missing one is no error."""
+        self._remove(name if TEMPORARY_NAME.fullmatch(name) else checked(name))
+
+    def _remove(self, name: str) -> None:
+        try:
+            with suppress(FileNotFoundError):
+                self.step("unlink", os.unlink, name, dir_fd=self._handle)
+        except IsADirectoryError:
+            os.rmdir(name, dir_fd=self._handle)
+
+    def stat(self, name: str) -> os.stat_result:
+        """The status of `name` itself, links not followed."""
+        return self.step("stat", os.stat, checked(name), dir_fd=self._handle, follow_symlinks=False)
+
+    def names(self) -> list[str]:
+        """Names of the blocks and of the temporary files that lie in the directory."""
+        entries = os.listdir(self._handle)  # noqa: PTH208 - of the open handle, not of whatever has the path now
+        return [n for n in entries if NAME.fullmatch(n) or TEMPORARY_NAME.fullmatch(n)]
+
+    def close(self) -> None:
+        """Give the directory handle back. Closing twice is no error."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+
+class OpenFile:
+    """A file open for reading, and its size in bytes when it was opened."""
+
+    def __init__(self, store: FileStore, file: int) -> None:
+        self._store, self._file = store, file
+        status = store.step("stat", os.fstat, file)
+        self.is_regular = stat.S_ISREG(status.st_mode)
+        self.size = status.st_size
+
+    def read_into(self, buffer: memoryview, offset: int, seen: Callable[[memoryview], object]) -> int:
+        """Fill `buffer` from byte `offset` on, straight into place; `seen` gets each piece. Returns the bytes read."""
+        done = 0
+        while done < len(buffer):
+            piece = buffer[done : done + PIECE]
+            read = self._store.step("read", os.preadv, self._file, [piece], offset + done)
+            if read == 0:
+                break
+            seen(piece[:read])
+            done += read
+        return done
+
+
+def checked(name: str) -> str:
+    """`name` when it is 64 hexadecimal digits; anything else, paths above all, is a ValueError."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"name must be 64 lower-case hexadecimal digits, got {name!r}")
+    return name

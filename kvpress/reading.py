@@ -1,0 +1,228 @@
+"""Attention of a forward's rows where a policy selects slots, or where positions are re-indexed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpress.forward import Forward
+from kvpress.kernels.attention import attend
+from kvpress.kernels.scores import select_slots
+from kvpress.observation import AttentionArguments
+from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
+from kvpress.rope import Rotation
+
+if TYPE_CHECKING:
+    from kvpress.slots import SlotTable
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Query rows and the slots before them.
+
+    Attributes:
+        query: `[batch, query_heads, rows, dim]`.
+        keys, values, positions: of the slots, `[batch, heads, slots, …]`.
+        row_positions: `[batch or 1, rows]`.
+        newest: position of the last row: an int where all batch rows are alike, else `[batch, 1, 1]`.
+        new: slots of the rows' own tokens.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    row_positions: Tensor
+    newest: int | Tensor
+    new: slice | Tensor
+
+    def block(self, first: int, last: int, end: int) -> Rows:
+        """Rows `first … last - 1`, which see at most the first `end` slots."""
+        if last - first == self.query.shape[2]:
+            return self
+        newest = self.row_positions[:, last - 1]
+        return Rows(
+            self.query[:, :, first:last],
+            self.keys[:, :, :end],
+            self.values[:, :, :end],
+            self.positions[:, :, :end],
+            self.row_positions[:, first:last],
+            int(newest[0]) if isinstance(self.newest, int) else newest[:, None, None],
+            self.new,
+        )
+
+
+@dataclass
+class Reader:
+    """How one layer reads its slots.
+
+    Attributes:
+        policy, selector: the selection, if any, and its state in this layer.
+        rotation: where keys are stored before rotation and positions are re-indexed.
+        shared: all KV heads keep the same tokens.
+    """
+
+    policy: SelectionPolicy | None
+    selector: Selector | None
+    rotation: Rotation | None
+    shared: bool
+    _last: tuple[Tensor, Tensor | None] | None = None  # positions, and the slots the last rows attended to (None: all)
+
+    def read(
+        self,
+        table: SlotTable,
+        forward: Forward,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        arguments: AttentionArguments,
+    ) -> Tensor:
+        """Output `[batch, query_heads, rows, value_dim]` of rows that see the slots of `table`.
+
+        Args:
+            query: before rotation where positions are re-indexed.
+            keys, values: all slots, dense, in the order of the table; keys likewise.
+        """
+        tokens = forward.placed
+        rows = Rows(query, keys, values, table.positions, tokens.positions, tokens.newest, forward.new)
+        padded = forward.visible is not None
+        if not padded or forward.rows == 1 or self.policy is None or len(self.policy.blocks(forward.rows)) == 1:
+            return self._read(rows, padded, arguments)
+        # a prompt is cut into blocks from its first real token on, so batch rows of unequal length are read one by one
+        output = query.new_zeros(*query.shape[:3], values.shape[-1])
+        last_read = []
+        for row in range(query.shape[0]):
+            real = tokens.positions[row] >= 0
+            held = table.positions[row : row + 1]
+            complete = bool((held >= 0).all(dim=1).eq((held >= 0).any(dim=1)).all())
+            slots = (
+                (held[0, 0] >= 0).nonzero().view(-1) if complete else torch.arange(keys.shape[2], device=keys.device)
+            )
+            alone = Rows(
+                query[row : row + 1, :, real],
+                keys[row : row + 1, :, slots],
+                values[row : row + 1, :, slots],
+                held[:, :, slots],
+                tokens.positions[row : row + 1, real],
+                tokens.seen[row] - 1,
+                slice(0, 0),
+            )
+            if tokens.counts[row]:
+                output[row : row + 1, :, real] = self._read(alone, not complete, arguments)
+                last_read.append(self.read_positions())
+        longest = max(item.shape[-1] for item in last_read)
+        padding = [torch.nn.functional.pad(item, (0, longest - item.shape[-1]), value=-1) for item in last_read]
+        self._last = (torch.cat(padding), None)
+        return output
+
+    def _read(self, rows: Rows, padded: bool, arguments: AttentionArguments) -> Tensor:
+        """Rows block by block: select, attend."""
+        count, slots = rows.query.shape[2], rows.keys.shape[2]
+        several = count > 1
+        outputs = []
+        for first, last in self.policy.blocks(count) if self.policy is not None and several else [(0, count)]:
+            end = slots - count + last if several else slots
+            block = rows.block(first, last, end)
+            view = SlotView(
+                query=block.query,
+                keys=block.keys,
+                positions=block.positions,
+                newest=block.newest,
+                scaling=arguments.scaling,
+                ordered=not padded and isinstance(block.newest, int) and end == block.newest + 1,
+                decoding=not several,
+                new=block.new,
+                shared=self.shared,
+                rotation=self.rotation,
+            )
+            index = None if self.selector is None else self.selector.select(view)
+            attend_block = _attend_kept if self.rotation is None else self._attend_reindexed
+            outputs.append(attend_block(block, index, padded, arguments))
+            self._last = (block.positions, index)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def reset(self) -> None:
+        """Forget what was read, and start the selection anew."""
+        self._last = None
+        if self.selector is not None:
+            self.selector.rearrange()
+            self.selector.hits = self.selector.misses = 0
+
+    def read_positions(self) -> Tensor:
+        """Positions that the last rows attended to: `[batch, n]`, or `[batch, kv_heads, n]` where heads differ; `-1` last."""
+        if self._last is None:
+            return torch.empty(0, 0, dtype=torch.long)
+        positions, index = self._last
+        positions = positions.long()
+        if positions.dim() == 2:
+            return positions
+        if self.shared and (index is None or index.shape[1] == 1):
+            positions = positions[:, :1]
+        if index is not None:
+            heads = max(index.shape[1], positions.shape[1])
+            index = index.expand(-1, heads, -1)
+            positions = positions.expand(-1, heads, -1).gather(-1, index.clamp(min=0)).masked_fill(index < 0, -1)
+        last = torch.iinfo(torch.long).max
+        read = positions.masked_fill(positions < 0, last).sort(dim=-1).values
+        read = read.masked_fill(read == last, -1)
+        return read[:, 0] if read.shape[1] == 1 else read
+
+    def _attend_reindexed(
+        self, rows: Rows, index: Tensor | None, padded: bool, arguments: AttentionArguments
+    ) -> Tensor:
+        """Keys rotated to 0 … n-1 in the order of their positions, rows to where their own tokens stand among them."""
+        if self.rotation is None:
+            raise RuntimeError("positions are not re-indexed here")
+        keys, values, positions = rows.keys, rows.values, rows.positions
+        if index is not None:
+            keys, values, positions = select_slots(keys, values, positions, index)
+        alike = positions[:, :1] if self.shared else positions
+        ranks, tokens = token_ranks(alike)
+        behind = rows.newest - rows.row_positions[:, None]  # rows are the last tokens: none between them is missing
+        row_ranks = tokens - 1 - behind
+        if row_ranks.shape[1] > 1:
+            row_ranks = row_ranks.repeat_interleave(rows.query.shape[1] // row_ranks.shape[1], dim=1)
+        output, _ = attend(
+            self.rotation.rotate(rows.query, row_ranks.expand(rows.query.shape[0], -1, -1)),
+            self.rotation.rotate(keys, ranks),
+            values,
+            positions=positions,
+            query_positions=rows.row_positions if rows.query.shape[2] > 1 else None,
+            scaling=arguments.scaling,
+            softcap=arguments.softcap,
+            sinks=arguments.sinks,
+        )
+        return output
+
+
+def _attend_kept(rows: Rows, index: Tensor | None, padded: bool, arguments: AttentionArguments) -> Tensor:
+    """Keys as the model rotated them."""
+    several = rows.query.shape[2] > 1
+    masked = padded or (index is not None and several)
+    layout: dict[str, Any] = {"causal": True} if several and not masked else {}
+    output, _ = attend(
+        rows.query,
+        rows.keys,
+        rows.values,
+        index=index,
+        positions=rows.positions if masked else None,
+        query_positions=rows.row_positions if masked and several else None,
+        scaling=arguments.scaling,
+        softcap=arguments.softcap,
+        sinks=arguments.sinks,
+        **layout,
+    )
+    return output
+
+
+def token_ranks(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank of each token among those of its head, by position, and their number: `[batch, heads, slots]` and `[batch, heads, 1]`.
+
+    Empty slots (`-1`) get negative ranks.
+    """
+    empty = (positions < 0).sum(dim=-1, keepdim=True)
+    ranks = positions.argsort(dim=-1, stable=True).argsort(dim=-1) - empty
+    return ranks, positions.shape[-1] - empty

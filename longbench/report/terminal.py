@@ -1,0 +1,40 @@
+"""Totals as a table on the terminal."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+PIPED_WIDTH = 160
+
+
+def print_totals(totals: dict[str, Any]) -> None:
+    """Print averages of scores by method, or perplexities, on standard output."""
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    methods = totals["methods"]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    if any("perplexity" in entry for entry in methods.values()):
+        for name in ("method", "perplexity", "ratio", "KL (nats)", "agreement %", "memory %"):
+            table.add_column(name, justify="left" if name == "method" else "right")
+        for method, entry in methods.items():
+            table.add_row(
+                escape(method),
+                f"{entry['perplexity']:.3f}",
+                f"{entry.get('ratio', float('nan')):.4f}",
+                f"{entry['kl']:.5f}",
+                f"{entry['agreement']:.1f}",
+                f"{100 * entry['memory_share']:.1f}",
+            )
+    else:
+        groups = sorted({group for entry in methods.values() for group in entry["groups"]})
+        for name in ("group", *methods):
+            table.add_column(escape(name), justify="left" if name == "group" else "right")
+        for group in groups:
+            table.add_row(escape(group), *(_cell(entry["groups"].get(group)) for entry in methods.values()))
+    console.print(table)
+
+
+def _cell(entry: dict[str, Any] | None) -> str:
+    return f"{entry['score']:.1f} ({entry['lower']:.0f}-{entry['upper']:.0f})" if entry else "-"

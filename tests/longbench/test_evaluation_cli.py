@@ -1,0 +1,232 @@
+"""The commands end to end on a tiny model, with the real PolicyCache."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import kvpress.longbench.cli as cli
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, model, tokenizer):
+    monkeypatch.setattr(cli, "_load", lambda name, dtype, device, threads: (model, tokenizer))
+
+
+def invoke(*arguments, code=0):
+    result = runner.invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_ruler_with_two_policies_two_budgets_and_a_report(tmp_path):
+    arguments = [
+        "eval",
+        "ruler",
+        "-p",
+        "snapkv:window=8",
+        "-p",
+        "streaming_llm",
+        "-b",
+        "0.5",
+        "-b",
+        "64",
+        "-t",
+        "qa_1,vt",
+        "-l",
+        "1200",
+        "-n",
+        "1",
+        "-o",
+        tmp_path / "run",
+    ]
+    assert "snapkv@0.5" in invoke(*arguments).output
+    found = rows(tmp_path / "run")
+    assert len(found) == 2 * 5
+    shares = {row["method"]: row["cache_bytes"] / row["full_bytes"] for row in found}
+    assert shares["full"] == 1
+    for method in ("snapkv@0.5[window=8]", "streaming_llm@0.5"):
+        assert 0.4 < shares[method] < 0.6
+    assert shares["streaming_llm@64"] < 0.1
+    before = (tmp_path / "run" / "samples.jsonl").read_bytes()
+    invoke(*arguments)
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
+    page = invoke("report", tmp_path / "run").output.strip()
+    assert "qa_1/1200" in open(page).read()  # noqa: PTH123 - the printed path is the one to open
+
+
+def test_query_aware_differs_from_agnostic_for_a_policy_and_not_for_the_full_cache(tmp_path):
+    for mode in ("aware", "agnostic"):
+        invoke(
+            "eval",
+            "ruler",
+            "-p",
+            "snapkv",
+            "-b",
+            "48",
+            "-t",
+            "qa_1",
+            "-l",
+            "600",
+            "-n",
+            "2",
+            f"--query-{mode}",
+            "-o",
+            tmp_path / mode,
+        )
+    answers = {
+        mode: {(row["method"], row["sample"]): row["prediction"] for row in rows(tmp_path / mode)}
+        for mode in ("aware", "agnostic")
+    }
+    same = {key: answers["aware"][key] == answers["agnostic"][key] for key in answers["aware"]}
+    assert all(equal for (method, _), equal in same.items() if method == "full")
+    assert not all(equal for (method, _), equal in same.items() if method != "full")
+    assert (
+        "query_aware was True in this folder"
+        in invoke("eval", "ruler", "-t", "vt", "-o", tmp_path / "aware", "-l", "1200", "-n", "1", code=2).output
+    )
+
+
+def test_needle_and_its_heat_map(tmp_path):
+    invoke(
+        "eval",
+        "needle",
+        "-p",
+        "knorm",
+        "-b",
+        "0.5",
+        "-l",
+        "400,500",
+        "--depths",
+        "0,100",
+        "-n",
+        "1",
+        "-o",
+        tmp_path / "n",
+    )
+    assert {tuple(row["details"]["cell"]) for row in rows(tmp_path / "n")} == {
+        (400, 0),
+        (400, 100),
+        (500, 0),
+        (500, 100),
+    }
+    invoke("report", tmp_path / "n", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "needle.png").exists()
+
+
+def test_perplexity_of_policies_against_the_full_cache(tmp_path):
+    result = invoke(
+        "eval",
+        "perplexity",
+        "-p",
+        "streaming_llm",
+        "-b",
+        "16",
+        "-b",
+        "1000",
+        "--prefix",
+        "96",
+        "--continuation",
+        "24",
+        "-n",
+        "2",
+        "-o",
+        tmp_path / "p",
+        "--json",
+    )
+    methods = json.loads(result.output)["methods"]
+    assert methods["streaming_llm@1000"]["kl"] < 1e-6 < methods["streaming_llm@16"]["kl"]
+    assert methods["streaming_llm@1000"]["ratio"] == pytest.approx(1, abs=1e-4)
+    invoke("report", tmp_path / "p")
+
+
+def test_longbench_from_a_folder_with_a_bad_line(tmp_path):
+    row = {"input": "Who?", "context": "Ada did it. " * 300, "answers": ["Ada"], "length": 900, "all_classes": None}
+    (tmp_path / "hotpotqa.jsonl").write_text("\n".join([json.dumps(row), "{", json.dumps({**row, "input": "Why?"})]))
+    result = invoke(
+        "eval",
+        "longbench",
+        "--data",
+        tmp_path,
+        "-t",
+        "hotpotqa",
+        "--max-length",
+        "300",
+        "-p",
+        "snapkv",
+        "-b",
+        "64",
+        "-o",
+        tmp_path / "out",
+    )
+    assert "1 left out" in result.output
+    found = rows(tmp_path / "out")
+    assert len(found) == 4 and all(row["prompt_tokens"] <= 302 for row in found)
+    skipped = json.loads((tmp_path / "out" / "skipped.jsonl").read_text())
+    assert (skipped["line"], skipped["source"]) == (2, str(tmp_path / "hotpotqa.jsonl"))
+    page = tmp_path / "out" / "report" / "report.html"
+    invoke("report", tmp_path / "out")
+    assert "hotpotqa.jsonl:2: not JSON" in page.read_text()
+
+
+def test_longbench_v2_from_a_file(tmp_path):
+    row = {
+        "_id": "a",
+        "difficulty": "easy",
+        "length": "short",
+        "question": "Q",
+        "choice_A": "1",
+        "choice_B": "2",
+        "choice_C": "3",
+        "choice_D": "4",
+        "answer": "B",
+        "context": "Text. " * 50,
+    }
+    (tmp_path / "data.json").write_text(json.dumps([row]))
+    invoke("eval", "longbench-v2", "--data", tmp_path, "--max-length", "400", "-o", tmp_path / "out")
+    assert set(json.loads((tmp_path / "out" / "totals.json").read_text())["methods"]["full"]["groups"]) == {
+        "overall",
+        "easy",
+        "short",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "ruler", "-t", "niah"], "tasks must be among niah_single_1"),
+        (["eval", "ruler", "-t", "vt", "-l", "many"], "lengths must be numbers"),
+        (["eval", "ruler", "-t", "vt", "-l", "1200", "-n", "1", "-p", "snapkw", "-b", "9"], "snapkv"),
+        (["eval", "ruler", "-t", "vt", "-l", "1200", "-n", "1", "-p", "snapkv", "-b", "-3"], "budget"),
+        (["eval", "ruler", "--no-full"], "policy must name at least one"),
+        (["eval", "longbench", "--data", "/nowhere"], "no such folder"),
+        (["eval", "perplexity", "--prefix", "9000"], "the model's window holds 4096"),
+        (["report", "/nowhere"], "holds no run with results"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    extra = ["-o", tmp_path / "out"] if arguments[0] == "eval" else []
+    result = invoke(*arguments, *extra, code=2)
+    assert message in result.output and "Traceback" not in result.output
+
+
+def test_prompts_beyond_the_window_are_counted(tmp_path):
+    result = invoke("eval", "ruler", "-t", "niah_single_1", "-l", "5000", "-n", "2", "-o", tmp_path / "out")
+    assert "2 left out" in result.output
+
+
+def test_stopped_run_says_how_it_goes_on(tmp_path, monkeypatch):
+    import kvpress.longbench.benchmarks as benchmarks
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmarks, "evaluate", stop)
+    result = invoke("eval", "ruler", "-t", "vt", "-l", "1200", "-n", "1", "-o", tmp_path / "out", code=130)
+    assert "the same command goes on from here" in result.output
