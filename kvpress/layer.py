@@ -320,6 +320,7 @@ class PolicyLayer(CacheLayerMixin):
             self.policy.observe(observation)
         if prompt or self.budgets is None:
             self.budgets = self._allocate(observation)
+            table.limit = None if self.budget is None else int(self.budgets.max()) + 1
         if table.spare is not None:
             scores = self._ranked(observation, self.budgets)
             if table.rows is not None:
@@ -356,7 +357,9 @@ class PolicyLayer(CacheLayerMixin):
         batch, kv_heads = observation.positions.shape[:2]
         if self.budget is None:
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
-        budgets = self.budget.resolve(self.prompt_rows, self.layers * self.table.bytes_per_token)
+        budgets = self.budget.resolve(
+            self.prompt_rows, self.layers * self.table.bytes_per_token, self.layers * self.table.fixed_bytes
+        )
         rows = self.policy.allocate(observation, budgets)
         per_head = [[row] * kv_heads if isinstance(row, int) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)

@@ -40,6 +40,7 @@ class SlotTable:
         self.held = numpy.zeros((0, 0), dtype=numpy.int64)
         self.spare: Tensor | None = None
         self.rows: RaggedRows | None = None
+        self.limit: int | None = None  # slots that this table will use at most, where that is known
         self._owned = (
             True  # keys and values are this table's own buffers, not a model's tensors taken in for one forward
         )
@@ -104,6 +105,12 @@ class SlotTable:
         return self.kv_bytes_per_token + batch * kv_heads * sum(
             column.element_size() for column in self.columns.values()
         )
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that do not depend on the number of tokens: which slot is the spare one."""
+        batch, kv_heads = self.columns[POSITION].shape[:2]
+        return batch * kv_heads * torch.long.itemsize
 
     def tensors(self) -> Iterator[Tensor | None]:
         """Every tensor held."""
@@ -172,7 +179,7 @@ class SlotTable:
     def settle(self) -> None:
         """Keep everything: tensors taken in from the model are copied into own buffers."""
         if not self._owned:
-            self._reserve(self.count + growth(self.count))
+            self._reserve(self._grown_capacity(self.count))
 
     def keep(self, index: Tensor, capacities: numpy.ndarray, room: int) -> None:
         """Drop all but the slots `index [batch, kv_heads, n]`, in that order, and free the memory of the rest.
@@ -317,11 +324,17 @@ class SlotTable:
         """Make room for `capacity` slots, with some to spare."""
         if self._owned and self.keys.shape[2] >= capacity:
             return
-        capacity += growth(capacity) if self._owned else 0
+        if self._owned:
+            capacity = self._grown_capacity(capacity)
         self.keys = _grown(self.keys, self.count, capacity)
         self.values = _grown(self.values, self.count, capacity)
         self.columns = {name: _grown(column, self.count, capacity) for name, column in self.columns.items()}
         self._owned = True
+
+    def _grown_capacity(self, capacity: int) -> int:
+        """`capacity` and some spare room, but no slot that would never be filled."""
+        roomy = capacity + growth(capacity)
+        return roomy if self.limit is None or self.limit < capacity else min(roomy, self.limit)
 
     def _keep_ragged(self, keys: Tensor, values: Tensor, index: Tensor, capacities: numpy.ndarray) -> None:
         rows = RaggedRows(capacities + 1, keys.device)

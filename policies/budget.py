@@ -71,12 +71,13 @@ class Budget:
             return cls(size=parse_bytes(value, field=field))
         raise ValueError(f"{rule}, got {value!r}")
 
-    def resolve(self, prompt_tokens: Sequence[int], bytes_per_token: int) -> list[int]:
+    def resolve(self, prompt_tokens: Sequence[int], bytes_per_token: int, fixed_bytes: int = 0) -> list[int]:
         """Tokens per KV head for each batch row.
 
         Args:
             prompt_tokens: tokens of the prompt of each batch row, padding excluded.
             bytes_per_token: what one more token per KV head of every layer costs for the whole batch.
+            fixed_bytes: what the cache holds besides, however many tokens it keeps.
 
         Raises:
             ValueError: a byte budget too small for a single token.
@@ -86,10 +87,10 @@ class Budget:
         if self.share is not None:
             return [max(1, math.floor(self.share * tokens + 1e-9)) for tokens in prompt_tokens]
         # one slot more is held than kept: the one that the next token overwrites
-        tokens = (self.size or 0) // bytes_per_token - 1
+        tokens = ((self.size or 0) - fixed_bytes) // bytes_per_token - 1
         if tokens < 1:
             raise ValueError(
                 f"budget of {self.size} bytes is too small: one token and the slot of the next one take "
-                f"{2 * bytes_per_token} bytes"
+                f"{2 * bytes_per_token + fixed_bytes} bytes"
             )
         return [tokens] * len(prompt_tokens)
