@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,8 @@ class PolicyLayer(CacheLayerMixin):
         new = self.table.append(key_states.detach(), value_states.detach())
         self.seen += rows
         self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows)
-        if self.table.rows is not None and self.attended and not self.expands_keys:
+        self.forward.ragged = self.table.rows is not None
+        if self.forward.ragged and self.attended and not self.expands_keys:
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
         if not self.attended:
@@ -270,7 +272,7 @@ class PolicyLayer(CacheLayerMixin):
             return self.reader.read(self.table, forward, query, keys, values, arguments)
         several, visible = forward.rows > 1, forward.visible
         layout: dict[str, Any] = {}
-        if self.table.rows is not None:
+        if forward.ragged:
             if self.expands_keys:
                 visible = self.table.positions  # past a short head's slots there is nothing
             else:
@@ -280,7 +282,7 @@ class PolicyLayer(CacheLayerMixin):
             keys,
             values,
             positions=visible,
-            query_positions=forward.placed.positions if several else None,
+            query_positions=forward.placed.positions[:, -query.shape[2] :] if several else None,
             causal=several and visible is None,
             scaling=arguments.scaling,
             softcap=arguments.softcap,
@@ -361,7 +363,7 @@ class PolicyLayer(CacheLayerMixin):
             self.prompt_rows, self.layers * self.table.bytes_per_token, self.layers * self.table.fixed_bytes
         )
         rows = self.policy.allocate(observation, budgets)
-        per_head = [[row] * kv_heads if isinstance(row, int) else list(row) for row in rows]
+        per_head = [[row] * kv_heads if isinstance(row, numbers.Integral) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
 
     def _observation(

@@ -191,7 +191,7 @@ def test_memory_is_what_is_kept(name):
         for step in range(5):
             kept = sum(int((cache.kept_positions(layer) >= 0).sum()) for layer in range(6))
             assert kept == 300 * 2 * 6
-            per_token = 2 * 64 * 4 + 4 * (1 + len(cache.policy.columns))  # keys, values, position, named columns
+            per_token = 2 * 64 * 4 + 4 * (1 + len(cache.policies.eviction.columns))  # keys, values, position, named columns
             assert kept * per_token <= cache.nbytes <= 1.02 * kept * per_token
             assert cache.full_nbytes == (600 + step) * 2 * 6 * 2 * 64 * 4
             model(ids[:, :1], past_key_values=cache)

@@ -118,9 +118,16 @@ def test_unequal_heads_under_stock_attention_are_refused(stock_attention):
     """A stock attention would read the padding of short heads as tokens."""
     model = tiny_model("llama")
     model.set_attn_implementation(stock_attention)
-    cache = PolicyCache.from_config(model.config, HeadBudgets(budget=8))
-    with pytest.raises(UnsupportedModelError, match=f"{stock_attention}.*PolicyCache\\(model, policy\\)"):
-        model.generate(random_tokens(1, 24), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    refusal = f"budgets of their own.*'{stock_attention}'.*PolicyCache"
+    for policy in (HeadBudgets(budget=8), LayerBudgets(budget=8)):
+        with pytest.raises(ValueError, match=refusal):
+            PolicyCache.from_config(model.config, policy)
+        PolicyCache(model, "full")
+        cache = PolicyCache.from_config(model.config, policy)
+        model.set_attn_implementation(stock_attention)
+        with pytest.raises(UnsupportedModelError, match=refusal):
+            model.generate(random_tokens(1, 24), past_key_values=cache, max_new_tokens=4, do_sample=False)
+        assert cache.seen_tokens == 0
 
 
 def test_policies_may_allocate_numpy_integers_and_too_little():
