@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,8 @@ class PolicyLayer(CacheLayerMixin):
         new = self.table.append(key_states.detach(), value_states.detach())
         self.seen += rows
         self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows, token_ids=ids)
-        if self.table.rows is not None and self.attended and not self.expands_keys:
+        self.forward.ragged = self.table.rows is not None
+        if self.forward.ragged and self.attended and not self.expands_keys:
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
         if not self.attended:
@@ -286,7 +288,7 @@ class PolicyLayer(CacheLayerMixin):
             return self.reader.read(self.table, forward, query, keys, values, arguments)
         several, visible = forward.rows > 1, forward.visible
         layout: dict[str, Any] = {}
-        if self.table.rows is not None:
+        if forward.ragged:
             if self.expands_keys:
                 visible = self.table.positions  # past a short head's slots there is nothing
             else:
@@ -296,7 +298,7 @@ class PolicyLayer(CacheLayerMixin):
             keys,
             values,
             positions=visible,
-            query_positions=forward.placed.positions if several else None,
+            query_positions=forward.placed.positions[:, -query.shape[2] :] if several else None,
             causal=several and visible is None,
             scaling=arguments.scaling,
             softcap=arguments.softcap,
@@ -308,8 +310,10 @@ class PolicyLayer(CacheLayerMixin):
     def finish(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         """The end of a forward: the policy observes, and evicts what exceeds the budget; while past is recorded, at `crop`."""
         self.forward = None
-        if self.record_past and self.budget is not None:
-            self._waiting = (forward, query, keys, arguments)
+        if self.ordinal == self.layers - 1:
+            self.clock.clear()
+        if self.record_past and (self.budget is not None or self.policy.columns):
+            self._waiting = (forward, None if query is None else query.detach(), keys.detach(), arguments)
         else:
             self._evict(forward, query, keys, arguments)
 
@@ -337,6 +341,8 @@ class PolicyLayer(CacheLayerMixin):
             self.policy.observe(observation)
         if prompt or self.budgets is None:
             self.budgets = self._allocate(observation)
+            unlimited = self.budget is None or self.policy.recounts
+            table.limit = None if unlimited else int(self.budgets.max()) + self.policy.interval
         if table.spare is not None and self.policy.interval == 1:
             scores = self._ranked(observation, self.budgets)
             if table.rows is not None:
@@ -402,10 +408,9 @@ class PolicyLayer(CacheLayerMixin):
         if self.budget is None:
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
         cost = self.layers * self.table.bytes_per_token
-        fixed = 0 if self.recent is None else self.layers * held_bytes(self.recent.tensors())
-        given = [
-            budget.resolve(self.prompt_rows, cost, spare=self.policy.interval, fixed=fixed) for budget in self.budget
-        ]
+        recent = 0 if self.recent is None else held_bytes(self.recent.tensors())
+        fixed = self.layers * (self.table.fixed_bytes + recent)
+        given = [budget.resolve(self.prompt_rows, cost, fixed, spare=self.policy.interval) for budget in self.budget]
         if len(given) > 1 and len(given) != kv_heads:
             raise ValueError(
                 f"budget of {self.policy.name} must have an entry for each of {kv_heads} KV heads in layer {self.layer_idx}, "
@@ -413,7 +418,7 @@ class PolicyLayer(CacheLayerMixin):
             )
         rows: Sequence[int] | Sequence[Sequence[int]]
         rows = self.policy.allocate(observation, given[0]) if len(given) == 1 else list(zip(*given, strict=True))
-        per_head = [[row] * kv_heads if isinstance(row, int) else list(row) for row in rows]
+        per_head = [[row] * kv_heads if isinstance(row, numbers.Integral) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
 
     def _observation(
@@ -481,6 +486,8 @@ class PolicyLayer(CacheLayerMixin):
         self._evict(forward, query, keys, arguments)
 
     def _take_back(self, removed: int) -> None:
+        if removed > self.seen:
+            raise CacheStateError(f"cannot take back {removed} tokens, {self.seen} were seen")
         if removed and self.reader is not None and self.reader.selector is not None:
             self.reader.selector.rearrange()
         before = self.table.held[:, 0].copy()
