@@ -71,11 +71,9 @@ class PolicyCache(Cache):
             raise ValueError(
                 f"policy {policies.eviction.name!r} needs token ids, which only a model shows: use PolicyCache(model, policy)"
             )
-        if policies.need_queries and text_config._attn_implementation != NAME:
-            raise ValueError(
-                f"policy {policies!r} needs queries, which only the attention implementation {NAME!r} hands over, "
-                f"got {text_config._attn_implementation!r}: use PolicyCache(model, policy)"
-            )
+        implementation, refusal = text_config._attn_implementation, policies.stock_refusal
+        if refusal is not None and implementation != NAME:
+            raise ValueError(f"{refusal}, got {implementation!r}: use PolicyCache(model, policy)")
         cache = cls.__new__(cls)
         cache._fill(text_config, policies, make_layers(text_config, policies, None), any_attention=True)
         return cache
@@ -160,6 +158,9 @@ class PolicyCache(Cache):
                 f"attention implementation must stay {NAME!r} while a PolicyCache is in use, it was changed to {implementation!r}: "
                 f"call model.set_attn_implementation({NAME!r})"
             )
+        refusal = None if attended else self.policies.stock_refusal
+        if refusal is not None:
+            raise UnsupportedModelError(f"{refusal}, got {implementation!r}: use PolicyCache(model, policy)")
         if not attended and batch > 1 and self.policies.eviction.budget is not None:
             raise UnsupportedModelError(
                 f"batch must be 1 under the attention implementation {implementation!r}, got {batch}: it does not show padding to the cache. "
@@ -274,7 +275,8 @@ def layer_nbytes(layer: Any) -> int:
 def _tensors(layer: Any) -> list[Tensor]:
     """Every tensor that a layer holds."""
     if isinstance(layer, PolicyLayer):
-        return [tensor for tensor in layer.table.tensors() if tensor is not None]
+        recent = () if layer.recent is None else layer.recent.tensors()
+        return [tensor for tensor in (*layer.table.tensors(), *recent) if tensor is not None]
     found: list[Tensor] = []
     for value in vars(layer).values():
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]

@@ -40,6 +40,7 @@ class SlotTable:
         self.held = numpy.zeros((0, 0), dtype=numpy.int64)
         self.spare: Tensor | None = None
         self.rows: RaggedRows | None = None
+        self.limit: int | None = None  # slots that this table will use at most, where that is known
         self._first_rows: Tensor | None = None  # row of each head's first slot in the buffers seen as [rows, dim]
         self._owned = True  # not a model's own tensors, taken in for one forward
 
@@ -109,11 +110,17 @@ class SlotTable:
             column.element_size() for column in self.columns.values()
         )
 
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that do not depend on the number of tokens: which slot is the spare one."""
+        batch, kv_heads = self.columns[POSITION].shape[:2]
+        return batch * kv_heads * torch.long.itemsize
+
     def tensors(self) -> Iterator[Tensor | None]:
         """Every tensor held."""
         yield from (self.keys, self.values, self.spare, self._first_rows, *self.columns.values())
         if self.rows is not None:
-            yield from (self.rows.starts, self.rows.lengths)
+            yield from (self.rows.starts, self.rows.lengths, self.rows.outside)
 
     @property
     def nbytes(self) -> int:
@@ -174,7 +181,7 @@ class SlotTable:
     def settle(self) -> None:
         """Keep everything: tensors taken in from the model are copied into own buffers."""
         if not self._owned:
-            self._reserve(self.count + growth(self.count))
+            self._reserve(self._grown_capacity(self.count))
 
     def keep(self, index: Tensor, counts: numpy.ndarray, room: int) -> None:
         """Drop all but the slots `index [batch, kv_heads, n]`, in that order, and free the memory of the rest.
@@ -255,12 +262,11 @@ class SlotTable:
         if self.rows is not None:
             self.rows, order = self.rows.select_batch(rows, self.keys.device)
             self.keys, self.values = self.keys[order], self.values[order]
-            self.count = int(self.rows.capacities.max())  # the longest head may be gone
+            self.count = int(self.rows.capacities.max())  # the longest head may not be among the rows taken
         else:
             self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
-        self.columns = {name: column.index_select(0, index) for name, column in self.columns.items()}
-        if self.rows is not None:
-            self.columns = {name: column[:, :, : self.count].contiguous() for name, column in self.columns.items()}
+        length = None if self.rows is None else self.count
+        self.columns = {name: column[..., :length].index_select(0, index) for name, column in self.columns.items()}
         self.spare = None if self.spare is None else self.spare.index_select(0, index)
         self.held = self.held[rows]
         self._first_rows = None
@@ -342,11 +348,17 @@ class SlotTable:
         """Make room for `capacity` slots, with some to spare."""
         if self._owned and self.keys.shape[2] >= capacity:
             return
-        capacity += growth(capacity) if self._owned else 0
+        if self._owned:
+            capacity = self._grown_capacity(capacity)
         self.keys = grown(self.keys, self.count, capacity)
         self.values = grown(self.values, self.count, capacity)
         self.columns = {name: grown(column, self.count, capacity) for name, column in self.columns.items()}
         self._owned = True
+
+    def _grown_capacity(self, capacity: int) -> int:
+        """`capacity` and some spare room, but no slot that would never be filled."""
+        roomy = capacity + growth(capacity)
+        return roomy if self.limit is None or self.limit < capacity else min(roomy, self.limit)
 
     def keep_ragged(self, index: Tensor, counts: numpy.ndarray, capacities: numpy.ndarray) -> None:
         """As `keep`, into heads of unequal size: `capacities [batch, kv_heads]` slots, spare ones included."""

@@ -19,22 +19,24 @@ class PolicyRow:
         parameters: for prompts of about 24 tokens, the budget left out.
         budget: a small one, in tokens; `None` for a policy that never evicts.
         promises: of `PROMISES`.
+        limit: the parameter that takes the budget.
     """
 
     name: str
     parameters: dict[str, Any] = field(default_factory=dict)
     budget: int | None = 10
     promises: frozenset[str] = frozenset()
+    limit: str = "budget"
 
     @property
     def small(self) -> dict[str, Any]:
         """Parameters with which prompts of the tests lose tokens."""
-        return {**self.parameters, **({} if self.budget is None else {"budget": self.budget})}
+        return {**self.parameters, **({} if self.budget is None else {self.limit: self.budget})}
 
     @property
     def endless(self) -> dict[str, Any]:
         """Parameters with which nothing is ever lost."""
-        return {**self.parameters, **({} if self.budget is None else {"budget": ENDLESS})}
+        return {**self.parameters, **({} if self.budget is None else {self.limit: ENDLESS})}
 
 
 PROMISES = {
@@ -45,8 +47,11 @@ PROMISES = {
 }
 
 
-def _row(name: str, *promises: str, budget: int | None = 10, **parameters: Any) -> PolicyRow:
-    return PolicyRow(name, parameters, budget, frozenset(promises))
+def _row(name: str, *promises: str, budget: int | None = 10, limit: str = "budget", **parameters: Any) -> PolicyRow:
+    return PolicyRow(name, parameters, budget, frozenset(promises), limit)
+
+
+SEPARATORS = tuple(range(5, 97, 6))  # token ids
 
 
 ROWS = (
@@ -59,6 +64,18 @@ ROWS = (
     _row("h2o"),
     _row("knorm", "chunk_invariant"),
     _row("random", "chunk_invariant", "chunk_invariant_everywhere", seed=7),
+    _row("keyformer", steps=8),
+    _row("morphkv", window=4),
+    _row(
+        "sepllm",
+        "one_set",
+        "not_exact_budget",
+        limit="capacity",
+        initial=1,
+        separators=2,
+        window=4,
+        token_ids=SEPARATORS,
+    ),
 )
 EVICTING = tuple(row for row in ROWS if row.budget is not None)
 

@@ -118,6 +118,8 @@ def model_from(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, 
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "sinks")):  # initialised to 0, where a bug in their use would not show
                 torch.nn.init.normal_(parameter, std=0.3)
+            elif "norm" in name:  # all alike, keys of a model that normalises them would have equal norms
+                parameter.data += 0.2 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = None  # a random model would end wherever it meets it
     model.generation_config.pad_token_id = 0
     made: PreTrainedModel = model.to(dtype).eval()

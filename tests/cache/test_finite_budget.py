@@ -145,7 +145,7 @@ def test_from_cache(policy):
     layers = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "table")]
     nothing = {layer: torch.empty(2, 0, dtype=torch.long) for layer in layers}
     told = Recording([Row().fed(ids[0, :-1].tolist(), nothing, logits[0])], 23, layers)
-    if cache.policy.needs_queries:
+    if cache.policies.eviction.needs_queries:
         assert cache.kept_positions(layers[0]).shape[-1] == 23
     else:
         assert cache.kept_positions(layers[0]).shape[-1] == row(policy).budget
