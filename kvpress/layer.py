@@ -25,6 +25,7 @@ from kvpress.tokens import TokenClock, Tokens
 
 if TYPE_CHECKING:
     from kvpress.policies.base import EvictionPolicy
+    from kvpress.policies.selection import Selector
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -200,8 +201,8 @@ class PolicyLayer(CacheLayerMixin):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().view(-1)
         self.table.select_batch(indices)
-        if self.reader is not None and self.reader.selector is not None:
-            self.reader.selector.select_batch(indices)
+        if self.selector is not None:
+            self.selector.select_batch(indices)
         rows = indices.tolist()
         self.seen_rows = tuple(self.seen_rows[row] for row in rows)
         self.prompt_rows = tuple(self.prompt_rows[row] for row in rows)
@@ -222,6 +223,7 @@ class PolicyLayer(CacheLayerMixin):
             "budgets": self.budgets,
             "evictions": self.evictions,
             "record_past": self.record_past,
+            "selection": None if self.selector is None else self.selector.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -231,6 +233,8 @@ class PolicyLayer(CacheLayerMixin):
         self.is_initialized = True
         for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "record_past"):
             setattr(self, name, state[name])
+        if self.selector is not None:
+            self.selector.load_state(state["selection"])
 
     # -- one forward ---------------------------------------------------------------------------------------------------
 
@@ -249,9 +253,16 @@ class PolicyLayer(CacheLayerMixin):
             forward.visible = self.table.positions
         self.seen_rows = tokens.seen
         if self.rotation is not None:
+            if self.ordinal == 0:
+                self.rotation.begin()
             forward.rotated_to = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
             self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
         return tokens
+
+    @property
+    def selector(self) -> Selector | None:
+        """The selection's state in this layer."""
+        return None if self.reader is None else self.reader.selector
 
     @property
     def rotation(self) -> Rotation | None:
@@ -326,8 +337,8 @@ class PolicyLayer(CacheLayerMixin):
         elif (table.held > self.budgets).any():
             counts = numpy.minimum(self.budgets, table.count)
             self.evictions += int((table.held - self.budgets).max())
-            if self.reader is not None and self.reader.selector is not None:
-                self.reader.selector.rearrange()
+            if self.selector is not None:
+                self.selector.rearrange()
             table.keep(survivors(self._ranked(observation, self.budgets), counts), self.budgets, room=1)
         else:
             table.settle()
@@ -419,8 +430,8 @@ class PolicyLayer(CacheLayerMixin):
         self._evict(forward, query, keys, arguments)
 
     def _take_back(self, removed: int) -> None:
-        if removed and self.reader is not None and self.reader.selector is not None:
-            self.reader.selector.rearrange()
+        if removed and self.selector is not None:
+            self.selector.rearrange()
         before = self.table.held[:, 0].copy()
         self.table.drop_last(removed)
         lost = before - self.table.held[:, 0]
