@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 REQUIREMENTS := $(wildcard requirements/*.txt)
 # What the editable install depends on: a new package folder or a changed native source needs another one.
 SOURCES := pyproject.toml setup.py $(shell find kvpress policies kernels longbench \
-	-name __init__.py -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
+	-name __init__.py -o -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 
 .PHONY: help venv demo test lint types format docs clean
 .DEFAULT_GOAL := help

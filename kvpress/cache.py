@@ -46,7 +46,7 @@ class PolicyCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, policy: PolicyChoice, **parameters: Any) -> None:
-        policies = choose_policies(policy, parameters)
+        policies = choose_policies(policy, parameters).for_model(model)
         config = model.config.get_text_config(decoder=True)
         layers = make_layers(config, policies, model)
         if config._attn_implementation != NAME:
@@ -67,6 +67,10 @@ class PolicyCache(Cache):
         text_config = config.get_text_config(decoder=True)
         if policies.reindex:
             raise ValueError("positions='reindex' needs the model's rotary module: use PolicyCache(model, policy)")
+        if policies.eviction.needs_token_ids:
+            raise ValueError(
+                f"policy {policies.eviction.name!r} needs token ids, which only a model shows: use PolicyCache(model, policy)"
+            )
         if policies.need_queries and text_config._attn_implementation != NAME:
             raise ValueError(
                 f"policy {policies!r} needs queries, which only the attention implementation {NAME!r} hands over, "
@@ -97,6 +101,10 @@ class PolicyCache(Cache):
             ValueError: a layer of another type, or one that does not hold all tokens it has seen.
         """
         taken = cls(model, policy, **parameters)
+        if taken.policies.eviction.needs_token_ids:
+            raise ValueError(
+                f"policy {taken.policies.eviction.name!r} needs the ids of all tokens, the given cache has none: feed the text again"
+            )
         padding = None if attention_mask is None else attention_mask.bool()[:, None, None]
         for index, (layer, source) in enumerate(zip(taken.layers, cache.layers, strict=True)):
             if not isinstance(layer, PolicyLayer):

@@ -174,29 +174,46 @@ class SlotTable:
         if not self._owned:
             self._reserve(self.count + growth(self.count))
 
-    def keep(self, index: Tensor, capacities: numpy.ndarray, room: int) -> None:
+    def keep(self, index: Tensor, counts: numpy.ndarray, room: int) -> None:
         """Drop all but the slots `index [batch, kv_heads, n]`, in that order, and free the memory of the rest.
 
         Args:
-            index: slots to keep; of head `[b, h]` the last `capacities[b, h]` of them.
-            capacities: `[batch, kv_heads]` tokens that each head may hold. Equal ones give a dense table, unequal ones a ragged one.
+            index: slots to keep; of head `[b, h]` the last `counts[b, h]` of them, the others become empty.
+            counts: `[batch, kv_heads]` tokens that each head keeps, at most `n`.
             room: spare slots for coming tokens; with 1 the table is steady from now on.
         """
         keys, values = self.dense()
-        if capacities.min() != capacities.max():
-            self._keep_ragged(keys, values, index, capacities)
-            return
         batch, kv_heads, kept = index.shape
-        self.held = numpy.minimum(self.held, kept)
+        surplus = None
+        if counts.min() < kept:
+            empty = torch.from_numpy(kept - counts).to(keys.device)[..., None]
+            surplus = torch.arange(kept, device=keys.device) < empty
+        self.held = counts.astype(numpy.int64)
         self.keys = _take(keys, index, kept + room)
         self.values = _take(values, index, kept + room)
         for name, column in self.columns.items():
-            fresh = filled((batch, kv_heads, kept + room), -1 if name == POSITION else 0, column, column.dtype)
-            fresh[:, :, :kept] = column[:, :, : self.count].gather(-1, index)
+            nothing = -1 if name == POSITION else 0
+            fresh = filled((batch, kv_heads, kept + room), nothing, column, column.dtype)
+            taken = column[:, :, : self.count].gather(-1, index)
+            fresh[:, :, :kept] = taken if surplus is None else taken.masked_fill(surplus, nothing)
             self.columns[name] = fresh
         self.rows, self._owned = None, True
         self.spare = filled((batch, kv_heads, 1), kept, keys, torch.long) if room == 1 else None
         self.count = kept + 1 if room == 1 else kept
+
+    def vacate(self, kept: Tensor, counts: numpy.ndarray) -> None:
+        """Empty all slots of a steady table but those in `kept [batch, kv_heads, slots]` bool, `counts` of each head."""
+        column = self.columns[POSITION]
+        column[:, :, : self.count] = self.positions.masked_fill(~kept, -1)
+        self.held = counts.astype(numpy.int64)
+        self.spare = self.empty_slot()
+
+    def empty_slot(self) -> Tensor:
+        """Of each head a slot that is empty, if one is: `[batch, kv_heads, 1]`."""
+        positions = self.positions
+        if self.rows is not None:
+            positions = positions.masked_fill(self.rows.outside, torch.iinfo(positions.dtype).max)
+        return positions.argmin(dim=-1, keepdim=True)
 
     def retire(self, slot: Tensor) -> None:
         """Evict one token per head: `slot [batch, kv_heads, 1]` becomes the spare one."""
@@ -236,9 +253,12 @@ class SlotTable:
         if self.rows is not None:
             self.rows, order = self.rows.select_batch(rows, self.keys.device)
             self.keys, self.values = self.keys[order], self.values[order]
+            self.count = int(self.rows.capacities.max())  # the longest head may be gone
         else:
             self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
         self.columns = {name: column.index_select(0, index) for name, column in self.columns.items()}
+        if self.rows is not None:
+            self.columns = {name: column[:, :, : self.count].contiguous() for name, column in self.columns.items()}
         self.spare = None if self.spare is None else self.spare.index_select(0, index)
         self.held = self.held[rows]
 
@@ -323,11 +343,13 @@ class SlotTable:
         self.columns = {name: _grown(column, self.count, capacity) for name, column in self.columns.items()}
         self._owned = True
 
-    def _keep_ragged(self, keys: Tensor, values: Tensor, index: Tensor, capacities: numpy.ndarray) -> None:
-        rows = RaggedRows(capacities + 1, keys.device)
+    def keep_ragged(self, index: Tensor, counts: numpy.ndarray, capacities: numpy.ndarray) -> None:
+        """As `keep`, into heads of unequal size: `capacities [batch, kv_heads]` slots, spare ones included."""
+        keys, values = self.dense()
+        rows = RaggedRows(capacities, keys.device)
         longest = int(rows.capacities.max())
         batch, kv_heads, listed = index.shape
-        taken = torch.from_numpy(numpy.minimum(capacities, listed)).to(keys.device)[..., None]
+        taken = torch.from_numpy(counts).to(keys.device)[..., None]
         slot = torch.arange(longest, device=keys.device).expand(batch, kv_heads, longest)
         source = index.gather(-1, (slot + listed - taken).clamp(max=listed - 1))  # the last of index[b, h]
         self.keys, self.values = rows.flattened(keys, source), rows.flattened(values, source)
@@ -336,7 +358,7 @@ class SlotTable:
             kept = column[:, :, : self.count].gather(-1, source)
             fresh.copy_(kept.masked_fill(slot >= taken, -1 if name == POSITION else 0))
             self.columns[name] = fresh
-        self.held = numpy.minimum(self.held, capacities)
+        self.held = counts.astype(numpy.int64)
         self.spare = taken
         self.rows, self.count, self._owned = rows, longest, True
 

@@ -61,6 +61,9 @@ class PageSelector(Selector):
         self.low = self.high = None
         self.covered = 0
 
+    def vacate(self) -> None:
+        self.rearrange()
+
     def select_batch(self, index: Tensor) -> None:
         if self.low is not None and self.high is not None:
             index = index.to(self.low.device)

@@ -80,6 +80,9 @@ class Selector:
     def rearrange(self) -> None:
         """Slots were moved, evicted in bulk, or taken back: what is known of them by slot is void."""
 
+    def vacate(self) -> None:
+        """Some tokens were evicted, the others stay in their slots. (A token that replaces another comes with the next view.)"""
+
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         return []

@@ -53,7 +53,10 @@ ROWS = (
     _row("full", budget=None),
     _row("streaming_llm", "chunk_invariant", "chunk_invariant_everywhere", "one_set", sinks=2),
     _row("snapkv", window=4, kernel_size=3),
+    _row("pyramidkv", window=4, kernel_size=3, beta=4),
+    _row("adakv", "not_exact_budget", window=4, kernel_size=3),
     _row("tova", "one_set"),
+    _row("h2o"),
     _row("knorm", "chunk_invariant"),
     _row("random", "chunk_invariant", "chunk_invariant_everywhere", seed=7),
 )
