@@ -34,7 +34,9 @@ def test_it_describes_itself(name):
     for field in dataclasses.fields(found):
         assert field.name in (found.__doc__ or "") or field.name == "budget", f"{field.name} is not described"
     pages = [path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")] if path.exists()]
-    assert any(f"`{name}`" in page or f"`{found.__name__}" in page or f'"{name}"' in page for page in pages), "no docs line"
+    assert any(f"`{name}`" in page or f"`{found.__name__}" in page or f'"{name}"' in page for page in pages), (
+        "no docs line"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +60,12 @@ def test_budgets_hold_at_every_step_and_turn(name):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start : start + size]
         start += size
         with torch.no_grad():
-            model(ids[:, start - size : start], attention_mask=mask[:, :start], position_ids=positions, past_key_values=cache)
+            model(
+                ids[:, start - size : start],
+                attention_mask=mask[:, :start],
+                position_ids=positions,
+                past_key_values=cache,
+            )
         kept = [cache.kept_positions(layer).tolist() for layer in range(2)]
         for layer, rows in enumerate(kept):
             for index, heads in enumerate(rows):

@@ -24,7 +24,9 @@ def positions_one_too_late(patch):
     original = SlotTable.place
 
     def place(self, new, positions, counts):
-        original(self, new, positions + (positions >= 0) if isinstance(positions, torch.Tensor) else positions + 1, counts)
+        original(
+            self, new, positions + (positions >= 0) if isinstance(positions, torch.Tensor) else positions + 1, counts
+        )
 
     patch.setattr(SlotTable, "place", place)
 
@@ -132,7 +134,9 @@ NOTICED = [
 ]
 
 
-@pytest.mark.parametrize(("sabotage", "test"), NOTICED, ids=[f"{i}-{broken.__name__}" for i, (broken, _) in enumerate(NOTICED)])
+@pytest.mark.parametrize(
+    ("sabotage", "test"), NOTICED, ids=[f"{i}-{broken.__name__}" for i, (broken, _) in enumerate(NOTICED)]
+)
 def test_a_broken_variant_is_noticed(sabotage, test, monkeypatch):
     test()  # passes as the code is
     with monkeypatch.context() as patch:
