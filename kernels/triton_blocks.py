@@ -10,15 +10,16 @@ from torch import Tensor
 from kvpress.kernels.triton_support import interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 FULL = tl.float32  # the arithmetic in which products are fp32
 FAR = tl.constexpr(2**31 - 1)
 
 
 def arithmetic(query: Tensor, *stored: Tensor) -> tl.dtype:
-    """The type that products are taken in: fp32 if query or storage is fp32, else that of the query (int8 fits in it exactly).
+    """The type that products are taken in: fp32 if query or storage is fp32, else that of the query (int8 fits in it
+    exactly).
 
-    Sums are fp32 always. The interpreter multiplies the bit patterns of bf16, so there it is fp32, in which bf16 products are exact.
+    Sums are fp32 always. The interpreter multiplies the bit patterns of bf16, so there it is fp32, in which bf16
+    products are exact.
     """
     if torch.float32 in (query.dtype, *(tensor.dtype for tensor in stored)):
         return FULL
@@ -28,7 +29,9 @@ def arithmetic(query: Tensor, *stored: Tensor) -> tl.dtype:
 
 
 def precision() -> str:
-    """How fp32 products are taken: in three tf32 parts on NVIDIA's tensor cores (plain FMA spills), natively on AMD's."""
+    """How fp32 products are taken: in three tf32 parts on NVIDIA's tensor cores (plain FMA spills), natively on
+    AMD's.
+    """
     return "ieee" if interpreted() or torch.version.hip else "tf32x3"
 
 
@@ -48,7 +51,9 @@ def soft_capped(scores, softcap):
 def listed_slots(
     index, positions, entry, end, length, index_base, positions_base, stride_is, stride_ps, RAGGED: tl.constexpr
 ):
-    """Slot and position of each entry of a list (or of the slots themselves); position -1 where there is nothing to see."""
+    """Slot and position of each entry of a list (or of the slots themselves); position -1 where there is nothing to
+    see.
+    """
     listed = entry < end
     if index is not None:
         slot = tl.load(index + index_base + entry.to(tl.int64) * stride_is, mask=listed, other=-1).to(tl.int64)
@@ -67,7 +72,9 @@ def listed_slots(
 
 @triton.jit
 def rotated(key, key_at, channel, held, place, stride_kd, cosine, sine, ROTARY: tl.constexpr):
-    """A `[channels, slots]` tile of keys turned by `place`: channel `d` is paired with `d + ROTARY / 2`, as rotate-half does."""
+    """A `[channels, slots]` tile of keys turned by `place`: channel `d` is paired with `d + ROTARY / 2`, as
+    rotate-half does.
+    """
     low = channel < ROTARY // 2
     partner = tl.where(low, channel + ROTARY // 2, channel - ROTARY // 2)
     mask = held[None, :] & (channel < ROTARY)[:, None]
@@ -94,7 +101,8 @@ def tile_scores(
 ):  # fmt: skip
     """Dot products `[rows, slots]` of the query rows with keys at `key_at [1, slots]`.
 
-    `asked` is the whole `query_tile` where `CHUNK_D == BLOCK_D`. In chunks the query is read anew (from cache) with every tile: held
+    `asked` is the whole `query_tile` where `CHUNK_D == BLOCK_D`. In chunks the query is read anew (from cache) with
+    every tile: held
     whole it would not fit the registers.
     """
     channel = tl.arange(0, CHUNK_D)
@@ -120,15 +128,28 @@ def tile_scores(
 
 
 @triton.jit
-def gumbel(seed, batch, query_head, row, slot, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Standard Gumbel noise `[rows, slots]`: Philox 4x32-10 of (slot, row, query head, batch), whatever the tiling."""
-    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.uint32)
-    word, _, _, _ = tl.philox(
-        seed,
-        zero + slot[None, :].to(tl.uint32),
-        zero + row[:, None].to(tl.uint32),
-        zero + query_head[:, None].to(tl.uint32),
-        zero + batch.to(tl.uint32),
-    )
-    uniform = ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)  # 23 bits: the greatest is still below 1 in fp32
+def mixed(x):
+    """The finalizer of MurmurHash3 (Appleby, public domain) over uint32."""
+    x = x ^ (x >> 16)
+    x = tl.mul(x, 0x85EBCA6B, sanitize_overflow=False)
+    x = x ^ (x >> 13)
+    x = tl.mul(x, 0xC2B2AE35, sanitize_overflow=False)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def gumbel(base, query_head, row_place, key_place):
+    """Standard Gumbel noise `[rows, slots]`, a hash of seed (`base`), query head and the places of row and key,
+    whatever the tiling.
+
+    23 bits a number: with 24 the greatest one rounds to 1 in fp32, whose noise is infinite.
+    """
+    head = mixed(tl.add(base, tl.mul(query_head + 1, 0x9E3779B9, sanitize_overflow=False), sanitize_overflow=False))
+    first = mixed(head ^ tl.mul(row_place, 0xC2B2AE3D, sanitize_overflow=False))
+    second = mixed(tl.add(first, 0x27D4EB2F, sanitize_overflow=False))
+    spread = tl.mul(key_place, 0x9E3779B9, sanitize_overflow=False)
+    word = mixed(tl.add(spread[None, :], first[:, None], sanitize_overflow=False)) ^ second[:, None]
+    word = tl.mul(word, 0x9E3779B1, sanitize_overflow=False)
+    word = word ^ (word >> 15)
+    uniform = ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
     return -tl.log(-tl.log(uniform))

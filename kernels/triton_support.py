@@ -1,4 +1,5 @@
-"""What the Triton implementations share on the host side: when they can serve, tile sizes, strides, the share of the context a program reads.
+"""The host side of the Triton implementations: when they can serve, strides, and how the context is split over
+programs.
 
 This module does not import `triton`, so that a refusal can be worded on a machine without it.
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+MOST_DIM = 256
 PROGRAMS_A_PROCESSOR = 2  # programs wanted on every multiprocessor before the context is split no further
 ENTRIES_A_SPLIT = 256  # a split shorter than this costs more in its merge than it gains
 MOST_SPLITS = 64
@@ -25,17 +27,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def refusal(query: Tensor, *others: Tensor | None) -> str | None:
-    """Why a Triton kernel cannot serve these tensors, or `None`."""
+def refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
+    """Why no Triton kernel can run on these tensors, or `None`. Storage is checked by `storage_refusal`."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    if not query.is_cuda and not interpreted():
-        return f"Triton runs on GPUs, and query is on {query.device} (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
-    for tensor in others:
-        if tensor is not None and tensor.device != query.device:
-            return f"all tensors must be on {query.device}, one is on {tensor.device}"
-    if query.dtype not in STORAGE[:3]:
-        return f"query must be fp32, fp16 or bf16, got {query.dtype}"
+    if not tensor.is_cuda and not interpreted():
+        return f"Triton runs on GPUs, not on {tensor.device} (but for its interpreter: TRITON_INTERPRET=1)"
+    for other in others:
+        if other is not None and other.device != tensor.device:
+            return f"all tensors must be on {tensor.device}, one is on {other.device}"
+    if tensor.dtype == torch.float64:
+        return "the Triton kernels compute in fp32, and query is fp64"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (tensor, *others)):
+        return "the Triton kernels have no gradient"
     return None
 
 
@@ -44,6 +48,8 @@ def storage_refusal(*stored: Tensor) -> str | None:
     for tensor in stored:
         if tensor.dtype not in STORAGE:
             return f"slots must be stored in fp32, fp16, bf16 or int8, got {tensor.dtype}"
+        if tensor.shape[-1] > MOST_DIM:
+            return f"head sizes go up to {MOST_DIM}, got {tensor.shape[-1]}"
     return None
 
 
@@ -58,7 +64,9 @@ def power_of_two(size: int) -> int:
 
 
 def strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
-    """Kernel arguments `stride_<letter><axis>`: 0 where the size is 1, so that it broadcasts, and everywhere for `None`."""
+    """Kernel arguments `stride_<letter><axis>`: 0 where the size is 1, so that it broadcasts, and everywhere for
+    `None`.
+    """
     if tensor is None:
         return {f"stride_{letter}{axis}": 0 for axis in axes}
     found = zip(axes, tensor.shape, tensor.stride(), strict=True)
@@ -84,6 +92,8 @@ def plan_splits(tensor: Tensor, programs: int, entries: int) -> int:
 
 
 def timed(configs: list[Any]) -> list[Any]:
-    """What the autotuner is to time; the first configuration alone is taken untimed: in the interpreter, or by the switch."""
+    """What the autotuner is to time: in the interpreter, or where the switch says so, the first alone, which is not
+    timed.
+    """
     untimed = interpreted() or os.environ.get(AUTOTUNE_SWITCH, "1") == "0"
     return configs[:1] if untimed else configs

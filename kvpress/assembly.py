@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,6 +16,7 @@ from kvpress.policies.selection import SelectionPolicy
 from kvpress.reading import Reader
 from kvpress.rope import Rotation
 from kvpress.support import check_config, expands_keys
+from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock
 
 
@@ -51,6 +52,10 @@ class Policies:
         """Whether attention runs over positions 0 … n-1."""
         return self.eviction.reindexes or (self.selection is not None and self.selection.reindexes)
 
+    def for_model(self, model: PreTrainedModel) -> Policies:
+        """With what the model tells its policies."""
+        return replace(self, eviction=self.eviction.for_model(model))
+
 
 def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedModel | None) -> list[Any]:
     """One layer per layer of the model: ours for full attention, transformers' own for the others.
@@ -70,6 +75,7 @@ def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedM
             f"model type {config.model_type!r} shares keys between layers: {policies.given[-1].name} cannot select or re-index for it"
         )
     rotation = Rotation(model) if policies.reindex and model is not None else None
+    token_ids = TokenIds(model) if policies.eviction.needs_token_ids and model is not None else None
     clock, shared = TokenClock(), dict[str, Any]()
     layers: list[Any] = []
     for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
@@ -81,7 +87,16 @@ def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedM
         if policies.selection is not None or rotation is not None:
             selector = None if policies.selection is None else policies.selection.selector(*place, shared)
             reader = Reader(policies.selection, selector, rotation, policies.eviction.same_for_all_heads)
-        layers.append(PolicyLayer(policies.eviction, *place, clock, reader=reader, expands_keys=expands_keys(config)))
+        layers.append(
+            PolicyLayer(
+                policies.eviction,
+                *place,
+                clock,
+                reader=reader,
+                token_ids=token_ids,
+                expands_keys=expands_keys(config),
+            )
+        )
     return layers
 
 

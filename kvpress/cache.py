@@ -46,7 +46,7 @@ class PolicyCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, policy: PolicyChoice, **parameters: Any) -> None:
-        policies = choose_policies(policy, parameters)
+        policies = choose_policies(policy, parameters).for_model(model)
         config = model.config.get_text_config(decoder=True)
         layers = make_layers(config, policies, model)
         if config._attn_implementation != NAME:
@@ -67,6 +67,10 @@ class PolicyCache(Cache):
         text_config = config.get_text_config(decoder=True)
         if policies.reindex:
             raise ValueError("positions='reindex' needs the model's rotary module: use PolicyCache(model, policy)")
+        if policies.eviction.needs_token_ids:
+            raise ValueError(
+                f"policy {policies.eviction.name!r} needs token ids, which only a model shows: use PolicyCache(model, policy)"
+            )
         implementation, refusal = text_config._attn_implementation, policies.stock_refusal
         if refusal is not None and implementation != NAME:
             raise ValueError(f"{refusal}, got {implementation!r}: use PolicyCache(model, policy)")
@@ -95,8 +99,13 @@ class PolicyCache(Cache):
             ValueError: a layer of another type, or one that does not hold all tokens it has seen.
         """
         taken = cls(model, policy, **parameters)
+        if taken.policies.eviction.needs_token_ids:
+            raise ValueError(
+                f"policy {taken.policies.eviction.name!r} needs the ids of all tokens, the given cache has none: feed the text again"
+            )
         padding = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        for index, (layer, source) in enumerate(zip(taken.layers, cache.layers, strict=True)):
+        sources: list[Any] = cache.layers  # type: ignore[assignment]
+        for index, (layer, source) in enumerate(zip(taken.layers, sources, strict=True)):
             if not isinstance(layer, PolicyLayer):
                 taken.layers[index] = copy.deepcopy(source)
                 continue
@@ -124,7 +133,7 @@ class PolicyCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append a forward's keys and values `[batch, kv_heads, tokens, dim]`; returns what attention shall read."""
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         if not isinstance(layer, PolicyLayer):
             updated: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
             return updated

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpress.errors import CacheStateError
-from kvpress.eviction import ranked, survivors, weakest
+from kvpress.eviction import ranked, strongest, survivors, weakest
 from kvpress.forward import Forward
 from kvpress.kernels.attention import attend
 from kvpress.masks import LogicalLength
@@ -22,6 +22,7 @@ from kvpress.policies.budget import Budget
 from kvpress.reading import Reader
 from kvpress.rope import Rotation
 from kvpress.slots import SlotTable
+from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock, Tokens
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class PolicyLayer(CacheLayerMixin):
         layers: number of compressed layers.
         clock: shared by the layers of a cache.
         reader: where slots are selected, or positions re-indexed.
+        token_ids: tells the ids of a forward's tokens, for policies that need them.
         expands_keys: the model makes other keys of what `update` returns before it attends (latents): always return all of them.
     """
 
@@ -55,6 +57,7 @@ class PolicyLayer(CacheLayerMixin):
         *,
         expands_keys: bool = False,
         reader: Reader | None = None,
+        token_ids: TokenIds | None = None,
     ) -> None:
         self.policy = policy
         self.layer_idx = layer_idx
@@ -63,6 +66,7 @@ class PolicyLayer(CacheLayerMixin):
         self.clock = clock
         self.expands_keys = expands_keys
         self.reader = reader
+        self.token_ids = token_ids
         self.budget = None if policy.budget is None else Budget.parse(policy.budget)
         self.attended = True  # our attention function follows every update
         self.reset()
@@ -131,6 +135,7 @@ class PolicyLayer(CacheLayerMixin):
                 f"layer {self.layer_idx}: an earlier forward broke off before its attention ended. Call cache.reset() and start again"
             )
         batch, _, rows, _ = key_states.shape
+        ids = None if self.token_ids is None else self.token_ids.read(batch, rows).to(key_states.device)
         if not self.is_initialized:
             self.seen_rows = self.prompt_rows = (0,) * batch
             self.is_initialized = True
@@ -138,7 +143,7 @@ class PolicyLayer(CacheLayerMixin):
             raise ValueError(f"batch size must stay {len(self.seen_rows)}, the cache's, got {batch}")
         new = self.table.append(key_states.detach(), value_states.detach())
         self.seen += rows
-        self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows)
+        self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows, token_ids=ids)
         self.forward.ragged = self.table.rows is not None
         if self.forward.ragged and self.attended and not self.expands_keys:
             return key_states, value_states  # attention reads the table itself
@@ -322,21 +327,49 @@ class PolicyLayer(CacheLayerMixin):
             self.policy.observe(observation)
         if prompt or self.budgets is None:
             self.budgets = self._allocate(observation)
-            table.limit = None if self.budget is None else int(self.budgets.max()) + 1
-        if table.spare is not None:
+            table.limit = None if self.budget is None else int(self.budgets.max()) + self.policy.interval
+        if table.spare is not None and self.policy.interval == 1:
             scores = self._ranked(observation, self.budgets)
             if table.rows is not None:
                 scores = scores.masked_fill(table.rows.outside, torch.inf)
             table.retire(weakest(scores, table.positions))
             self.evictions += 1
-        elif (table.held > self.budgets).any():
-            counts = numpy.minimum(self.budgets, table.count)
-            self.evictions += int((table.held - self.budgets).max())
-            if self.reader is not None and self.reader.selector is not None:
-                self.reader.selector.rearrange()
-            table.keep(survivors(self._ranked(observation, self.budgets), counts), self.budgets, room=1)
         else:
-            table.settle()
+            self._evict_many(observation, self.budgets)
+
+    def _evict_many(self, observation: Observation, budgets: numpy.ndarray) -> None:
+        """Cut the heads that hold more than `interval - 1` tokens above their budget back to it."""
+        table, slack = self.table, self.policy.interval - 1
+        over = table.held > budgets + slack
+        if over.any() and self.policy.recounts:
+            budgets = self.budgets = self._allocate(observation)
+            over = table.held > budgets + slack
+        if not over.any():
+            if table.spare is None:
+                table.settle()
+            else:
+                table.spare = table.empty_slot()
+            return
+        scores = self._ranked(observation, budgets)
+        counts = numpy.where(over, numpy.minimum(budgets, table.held), table.held)
+        goes = self.policy.discards(observation)
+        if goes is not None:
+            goes = goes & torch.from_numpy(over).to(scores.device)[..., None] & (scores < torch.inf)
+            scores = scores.masked_fill(goes, -torch.inf)
+            counts = numpy.minimum(counts, (scores > -torch.inf).sum(dim=-1).cpu().numpy())
+        self.evictions += int((table.held - counts).max())
+        if table.spare is not None:
+            table.vacate(strongest(scores, table.positions, counts), counts)
+            return
+        if self.reader is not None and self.reader.selector is not None:
+            self.reader.selector.rearrange()
+        if goes is None and budgets.min() != budgets.max():
+            table.keep_ragged(survivors(scores, counts), counts, budgets + 1 + slack)
+        else:
+            room = int(budgets.max()) + 1 + slack - int(counts.max())
+            if self.policy.recounts:
+                room = max(room, 2)  # not steady: the next count may ask for more slots
+            table.keep(survivors(scores, counts), counts, room)
 
     def _ranked(self, observation: Observation, budgets: numpy.ndarray) -> Tensor:
         sinks: int | Tensor
@@ -359,9 +392,8 @@ class PolicyLayer(CacheLayerMixin):
         batch, kv_heads = observation.positions.shape[:2]
         if self.budget is None:
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
-        budgets = self.budget.resolve(
-            self.prompt_rows, self.layers * self.table.bytes_per_token, self.layers * self.table.fixed_bytes
-        )
+        cost, fixed = self.layers * self.table.bytes_per_token, self.layers * self.table.fixed_bytes
+        budgets = self.budget.resolve(self.prompt_rows, cost, spare=self.policy.interval, fixed_bytes=fixed)
         rows = self.policy.allocate(observation, budgets)
         per_head = [[row] * kv_heads if isinstance(row, numbers.Integral) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
@@ -395,6 +427,7 @@ class PolicyLayer(CacheLayerMixin):
             query_positions=tokens.positions,
             visible=visible,
             arguments=arguments,
+            token_ids=forward.token_ids,
             **layout,
         )
 
@@ -421,6 +454,7 @@ class PolicyLayer(CacheLayerMixin):
                 new_keys=forward.new_keys[:, :, :left],
                 tokens=Tokens(left, counts, self.seen_rows, positions, tokens.newest - removed),
                 visible=None if forward.visible is None else self.table.positions,
+                token_ids=None if forward.token_ids is None else forward.token_ids[:, :left],
             )
             query = None if query is None else query[:, :, :left]
             keys = keys[:, :, : self.table.count]

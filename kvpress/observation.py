@@ -41,6 +41,7 @@ class Observation:
         query: `[batch, query_heads, rows, dim]`, `None` for a policy that needs none.
         keys: `[batch, heads, slots, dim]` as attention saw them, or `[rows, dim]` with `starts` and `lengths` where heads are ragged.
         query_positions: `[batch or 1, rows]`.
+        token_ids: `[batch, rows]`, `None` for a policy that needs none.
         visible: `[batch or 1, kv_heads or 1, slots]` positions for causality in `attention_mass`, `None` when every slot is visible.
     """
 
@@ -61,13 +62,24 @@ class Observation:
     arguments: AttentionArguments = field(default_factory=lambda: AttentionArguments(1.0))
     starts: Tensor | None = None
     lengths: Tensor | None = None
+    token_ids: Tensor | None = None
+
+    def read_token_ids(self) -> Tensor:
+        """Ids `[batch, rows]` of this forward's tokens.
+
+        Raises:
+            ValueError: none at hand (the policy did not declare `needs_token_ids`).
+        """
+        if self.token_ids is None:
+            raise ValueError("token ids are not at hand: the policy must set needs_token_ids = True")
+        return self.token_ids
 
     def set_new(self, column: str, values: Tensor) -> None:
-        """Write `values [batch, kv_heads, rows]` into `column` at this forward's slots."""
+        """Write `values [batch, kv_heads or 1, rows]` into `column` at this forward's slots."""
         if isinstance(self.new_slots, slice):
             self.columns[column][:, :, self.new_slots] = values
         else:
-            self.columns[column].scatter_(-1, self.new_slots, values)
+            self.columns[column].scatter_(-1, self.new_slots, values.expand(self.new_slots.shape))
 
     def in_window(self, window: int) -> Tensor:
         """`[batch, kv_heads, slots]` of bool: the slot holds one of the last `window` tokens."""
@@ -106,7 +118,8 @@ class Observation:
     def grouped_mass(self, rows: int, reduce: str, **arguments: Any) -> Tensor:
         """`attention_mass` reduced over the query heads of each KV head by `"mean"`, `"max"` or `"sum"`: `[batch, kv_heads, slots]`."""
         mass = self.attention_mass(rows, **arguments)
-        groups = mass.unflatten(1, (self.positions.shape[1], -1))
+        batch, kv_heads = self.positions.shape[:2]
+        groups = mass.view(batch, kv_heads, -1, mass.shape[-1])
         if reduce == "max":
             return groups.amax(dim=2)
         return groups.sum(dim=2) if reduce == "sum" else groups.mean(dim=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from kvpress.policies.budget import Budget, BudgetValue
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from kvpress.observation import Observation
 
 
@@ -27,7 +29,8 @@ class Policy:
 
     def to_dict(self) -> dict[str, Any]:
         """The registered name and the parameters, as JSON types."""
-        return {"name": self.name, **asdict(self)}
+        values = asdict(self)
+        return {"name": self.name, **{field.name: values[field.name] for field in fields(self) if field.init}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -37,7 +40,7 @@ class Policy:
             ValueError: a parameter that the policy does not have.
         """
         given = {key: value for key, value in data.items() if key != "name"}
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in fields(cls) if field.init]
         for key in given:
             if key not in known:
                 raise ValueError(f"{cls.name} has no parameter {key!r}; it has {known}")
@@ -50,6 +53,8 @@ class EvictionPolicy(Policy):
 
     Args:
         budget: tokens kept per KV head of a layer, sinks and window included (`kvpress.policies.budget`); `None` keeps all.
+        interval: evict in bursts: a head is cut back to its budget when it holds `interval` tokens more, and not before.
+            Between bursts a decoded token costs no ranking; memory for `interval - 1` tokens more is held.
     """
 
     kind: ClassVar[str] = "eviction"
@@ -57,10 +62,14 @@ class EvictionPolicy(Policy):
     same_for_all_heads: ClassVar[bool] = False  # KV heads of a layer keep the same tokens
     same_in_all_layers: ClassVar[bool] = False  # and so do layers
     needs_queries: ClassVar[bool] = False  # the attention function must hand over query rows
+    needs_token_ids: ClassVar[bool] = False  # the model must be called with input_ids
+    recounts: ClassVar[bool] = False  # `allocate` counts what is held: ask again when its limit is reached
 
     budget: BudgetValue | None
+    interval: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_integer(self.name, "interval", self.interval, 1)
         if self.budget is None:
             return
         tokens = Budget.parse(self.budget).tokens
@@ -72,6 +81,10 @@ class EvictionPolicy(Policy):
                 f"budget of {self.name} must be at least {self.protected_sinks + window} "
                 f"(sinks={self.protected_sinks} + window={window}), got {tokens}"
             )
+
+    def for_model(self, model: PreTrainedModel) -> Self:
+        """This policy with what it can learn from the model that it will serve."""
+        return self
 
     @property
     def reindexes(self) -> bool:
@@ -96,6 +109,13 @@ class EvictionPolicy(Policy):
         Sinks and window need no care here, nor do empty slots; NaN counts as the lowest score, ties keep the larger position.
         """
         raise NotImplementedError
+
+    def discards(self, observation: Observation) -> Tensor | None:
+        """`[batch, kv_heads or 1, slots]` bool: tokens that go with the next eviction even where the budget leaves room for them.
+
+        Sinks and window need no care here.
+        """
+        return None
 
     def allocate(self, observation: Observation, budgets: Sequence[int]) -> Sequence[int] | Sequence[Sequence[int]]:
         """Tokens for this layer after a prompt, from the resolved budget of each batch row: one number a row, or one a KV head.

@@ -71,12 +71,15 @@ class Budget:
             return cls(size=parse_bytes(value, field=field))
         raise ValueError(f"{rule}, got {value!r}")
 
-    def resolve(self, prompt_tokens: Sequence[int], bytes_per_token: int, fixed_bytes: int = 0) -> list[int]:
+    def resolve(
+        self, prompt_tokens: Sequence[int], bytes_per_token: int, *, spare: int = 1, fixed_bytes: int = 0
+    ) -> list[int]:
         """Tokens per KV head for each batch row.
 
         Args:
             prompt_tokens: tokens of the prompt of each batch row, padding excluded.
             bytes_per_token: what one more token per KV head of every layer costs for the whole batch.
+            spare: slots held beside the kept tokens: the one that the next token overwrites, or more.
             fixed_bytes: what the cache holds besides, however many tokens it keeps.
 
         Raises:
@@ -86,11 +89,10 @@ class Budget:
             return [self.tokens] * len(prompt_tokens)
         if self.share is not None:
             return [max(1, math.floor(self.share * tokens + 1e-9)) for tokens in prompt_tokens]
-        # one slot more is held than kept: the one that the next token overwrites
-        tokens = ((self.size or 0) - fixed_bytes) // bytes_per_token - 1
+        tokens = ((self.size or 0) - fixed_bytes) // bytes_per_token - spare
         if tokens < 1:
             raise ValueError(
-                f"budget of {self.size} bytes is too small: one token and the slot of the next one take "
-                f"{2 * bytes_per_token + fixed_bytes} bytes"
+                f"budget of {self.size} bytes is too small: one token and {spare} for those to come take "
+                f"{(1 + spare) * bytes_per_token + fixed_bytes} bytes"
             )
         return [tokens] * len(prompt_tokens)

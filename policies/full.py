@@ -24,3 +24,5 @@ class Full(EvictionPolicy):
     def __post_init__(self) -> None:
         if self.budget is not None:
             raise ValueError(f"budget of full must be None (it keeps every token), got {self.budget!r}")
+        if self.interval != 1:
+            raise ValueError(f"interval of full must be 1 (it never evicts), got {self.interval!r}")

@@ -156,8 +156,8 @@ class VoteSelector(Selector):
             candidates = None if candidates is None else candidates[:, :1]
         if candidates is not None:
             votes = votes.masked_fill(~candidates, -1.0)
-        best = votes.topk(min(policy.top_k, votes.shape[-1]), dim=-1)
-        return (best.indices + first).masked_fill(best.values < 0, -1)
+        most, best = votes.topk(min(policy.top_k, votes.shape[-1]), dim=-1)
+        return (best + first).masked_fill(most < 0, -1)
 
 
 def candidate_slots(view: SlotView, sinks: int, local: int) -> Tensor:

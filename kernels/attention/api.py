@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 from torch import Tensor
 
-from kvpress.kernels.attention import fused, native, reference
+from kvpress.kernels import triton_support
+from kvpress.kernels.attention import flash, fused, native, reference
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.scores import causal_positions
 from kvpress.kernels.shapes import check_query_and_slots, check_scales, check_slot_options
+
+FUSED_REFUSAL = ("softcap", "sinks", "starts", "index")
+FUSED = ("scaling", "positions", "query_positions")
+FLASH_REFUSAL = ("positions", "query_positions", "starts", "lengths", "index", "sinks")
+FLASH = ("scaling", "positions", "query_positions", "starts", "lengths", "softcap")
 
 
 def attend(
@@ -42,7 +52,7 @@ def attend(
         index: `[batch, kv_heads or 1, n]` integer: attend to these slots only; `-1` is no slot, a slot listed twice
             counts twice.
         causal: the query rows are the last slots, in order: row `i` sees the first `slots - rows + i + 1` slots. Excludes
-            `positions`, `starts` and `index`.
+            `positions`.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: `[query_heads]` logits that take part in the softmax and carry no value (gpt-oss).
         keys_scale, values_scale: of int8 slots: the factor of each slot's row, `[batch, kv_heads, slots]` or flat `[rows]`.
@@ -62,54 +72,37 @@ def attend(
     )
     if causal and (positions is not None or starts is not None or index is not None):
         raise ValueError("causal describes dense slots in order: it excludes positions, starts and index")
-    whole = causal and query.shape[2] == keys.shape[2]
-    refusals = {
+    arguments: dict[str, Any] = {
+        "scaling": scaling,
+        "positions": positions,
+        "query_positions": query_positions,
+        "starts": starts,
+        "lengths": lengths,
+        "index": index,
+        "softcap": softcap,
+        "sinks": sinks,
+        "keys_scale": keys_scale,
+        "values_scale": values_scale,
+    }
+    refusals: dict[str, Callable[[], str | None]] = {
         "native": lambda: native.refusal(query, keys, values, kv_heads),
-        "fused": lambda: fused.refusal(query, keys, values, softcap=softcap, sinks=sinks, starts=starts, index=index),
+        "flash": lambda: _flash_refusal(query, keys, values, causal, arguments),
+        "triton": lambda: triton_support.refusal(query, keys, values) or triton_support.storage_refusal(keys, values),
+        "fused": lambda: fused.refusal(query, keys, values, **_taken(arguments, FUSED_REFUSAL)),
         "reference": lambda: None,
     }
-    if whole:  # a whole prompt: torch's blocked matrix products win
-        refusals = {name: refusals[name] for name in ("fused", "native", "reference")}
+    if causal and query.shape[2] == keys.shape[2] and query.device.type == "cpu":
+        refusals = {"fused": refusals["fused"], **refusals}  # a whole prompt: torch's blocked matrix products win
     chosen = choose("attention", impl, refusals)
-    if chosen == "fused":
-        output = fused.attend(
-            query, keys, values, scaling=scaling, positions=positions, query_positions=query_positions, causal=causal
-        )
-        return output, None
-    if causal:
-        positions, query_positions = causal_positions(query, keys)
     if chosen == "native":
-        return native.attend(
-            query,
-            keys,
-            values,
-            kv_heads=kv_heads,
-            scaling=scaling,
-            positions=positions,
-            query_positions=query_positions,
-            starts=starts,
-            lengths=lengths,
-            index=index,
-            softcap=softcap,
-            sinks=sinks,
-            keys_scale=keys_scale,
-            values_scale=values_scale,
-        )[:2]
-    return reference.attend(
-        query,
-        keys,
-        values,
-        scaling=scaling,
-        positions=positions,
-        query_positions=query_positions,
-        starts=starts,
-        lengths=lengths,
-        index=index,
-        softcap=softcap,
-        sinks=sinks,
-        keys_scale=keys_scale,
-        values_scale=values_scale,
-    )[:2]
+        return native.attend(query, keys, values, kv_heads=kv_heads, causal=causal, **arguments)[:2]
+    if chosen == "fused":
+        return fused.attend(query, keys, values, causal=causal, **_taken(arguments, FUSED)), None
+    if causal:
+        arguments["positions"], arguments["query_positions"] = causal_positions(query, keys)
+    if chosen == "flash":
+        return flash.attend(query, keys, values, **_taken(arguments, FLASH))
+    return _implementation(chosen).attend(query, keys, values, **arguments)[:2]
 
 
 def attend_with_weights(
@@ -155,47 +148,46 @@ def attend_with_weights(
         impl,
         {
             "native": lambda: native.refusal(query, keys, values, kv_heads, weights=True),
+            "triton": lambda: triton_support.refusal(query, keys, values)
+            or triton_support.storage_refusal(keys, values),
             "reference": lambda: None,
         },
     )
-    if chosen == "native":
-        output, lse, weights = native.attend(
-            query,
-            keys,
-            values,
-            kv_heads=kv_heads,
-            scaling=scaling,
-            positions=positions,
-            query_positions=query_positions,
-            starts=starts,
-            lengths=lengths,
-            index=index,
-            softcap=softcap,
-            sinks=sinks,
-            keys_scale=keys_scale,
-            values_scale=values_scale,
-            weights=reduction,
-        )
-    else:
-        output, lse, weights = reference.attend(
-            query,
-            keys,
-            values,
-            scaling=scaling,
-            positions=positions,
-            query_positions=query_positions,
-            starts=starts,
-            lengths=lengths,
-            index=index,
-            softcap=softcap,
-            sinks=sinks,
-            keys_scale=keys_scale,
-            values_scale=values_scale,
-            weights=reduction,
-        )
-    if weights is None:
-        raise RuntimeError(f"{chosen} attention returned no weights")
+    arguments: dict[str, Any] = {"kv_heads": kv_heads} if chosen == "native" else {}
+    output, lse, weights = _implementation(chosen).attend(
+        query,
+        keys,
+        values,
+        scaling=scaling,
+        positions=positions,
+        query_positions=query_positions,
+        starts=starts,
+        lengths=lengths,
+        index=index,
+        softcap=softcap,
+        sinks=sinks,
+        keys_scale=keys_scale,
+        values_scale=values_scale,
+        weights=reduction,
+        **arguments,
+    )
     return output, lse, weights
+
+
+def _implementation(name: str) -> Any:
+    """The module of an implementation; Triton's is imported when it is first needed, for it imports `triton`."""
+    return {"native": native, "reference": reference}.get(name) or import_module(f"kvpress.kernels.attention.{name}")
+
+
+def _flash_refusal(query: Tensor, keys: Tensor, values: Tensor, causal: bool, arguments: dict[str, Any]) -> str | None:
+    taken = _taken(arguments, FLASH_REFUSAL)
+    if causal:
+        taken["positions"], taken["query_positions"] = causal_positions(query, keys)
+    return flash.refusal(query, keys, values, **taken)
+
+
+def _taken(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: arguments[name] for name in names}
 
 
 def _check(

@@ -1,4 +1,5 @@
-"""Attention over slots by the `flash-attn` package, where it is installed: prefill over dense slots, and decoding of ragged heads.
+"""Attention over slots by the `flash-attn` package, where it is installed: prefill over dense slots, and decoding of
+ragged heads.
 
 In the flat layout each KV head is a sequence of its own, with the query heads of its group as that sequence's heads.
 Checked against the interface of flash-attn 2.7 (`flash_attn_func`, `flash_attn_varlen_func`).
@@ -51,7 +52,8 @@ def unfit(
     if query.dtype not in HALVES or not query.dtype == keys.dtype == values.dtype:
         return f"flash-attn takes fp16 or bf16 alike for all, got {query.dtype}, {keys.dtype} and {values.dtype}"
     if query.shape[-1] > MOST_DIM or query.shape[-1] % 8 or values.shape[-1] != query.shape[-1]:
-        return f"flash-attn takes one head size, a multiple of 8 up to {MOST_DIM}, got {query.shape[-1]} and {values.shape[-1]}"
+        sizes = f"{query.shape[-1]} and {values.shape[-1]}"
+        return f"flash-attn takes one head size, a multiple of 8 up to {MOST_DIM}, got {sizes}"
     if index is not None or sinks is not None:
         return "flash-attn has no index list and no sinks"
     if starts is None and query.shape[2] == 1:

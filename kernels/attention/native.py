@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress.kernels.native import extension
 from kvpress.kernels.native import tensors as native
 
 REDUCTIONS = {"sum": 1, "mean": 2, "max": 3}
@@ -31,6 +30,7 @@ def attend(
     starts: Tensor | None,
     lengths: Tensor | None,
     index: Tensor | None,
+    causal: bool = False,
     softcap: float | None,
     sinks: Tensor | None,
     keys_scale: Tensor | None,
@@ -38,21 +38,9 @@ def attend(
     weights: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `kvpress.kernels.attention.attend`; the third value is that of `attend_with_weights` where `weights` asks for it."""
-    built = extension
-    if built is None:
-        raise RuntimeError("native attention called without the extension")
     batch, query_heads, rows, _ = query.shape
     output = torch.empty(batch, query_heads, rows, values.shape[-1], dtype=query.dtype)
     lse = torch.empty(batch, query_heads, rows, dtype=torch.float32)
-    fields, owners = native.slot_fields(
-        keys, values, batch, kv_heads, positions, starts, lengths, index, keys_scale, values_scale
-    )
-    seen = (0, 0)
-    if query_positions is not None:
-        query_positions = native.as_int64(query_positions)
-        seen = (query_positions.data_ptr(), query_positions.stride(0) if query_positions.shape[0] == batch else 0)
-    if sinks is not None:
-        sinks = sinks.float().contiguous()
     reduced, entries = None, 0
     if weights is not None:
         if index is not None:
@@ -62,28 +50,28 @@ def attend(
         else:
             entries = keys.shape[2]
         reduced = torch.empty(batch, kv_heads, entries, dtype=torch.float32)
-    query_strides = query.stride()
-    built.attention(
-        torch.get_num_threads(),
-        batch,
-        query_heads,
-        kv_heads,
-        rows,
-        query.data_ptr(),
-        native.FLOATS[query.dtype],
-        query_strides[0],
-        query_strides[1],
-        query_strides[2],
-        *fields,
-        *seen,
-        scaling,
-        softcap or 0.0,
-        0 if sinks is None else sinks.data_ptr(),
-        output.data_ptr(),
-        lse.data_ptr(),
-        0 if reduced is None else reduced.data_ptr(),
-        REDUCTIONS[weights] if weights is not None else 0,
-        entries,
+    fields, owners = native.attention_fields(
+        query,
+        keys,
+        values,
+        kv_heads=kv_heads,
+        scaling=scaling,
+        positions=positions,
+        query_positions=query_positions,
+        starts=starts,
+        lengths=lengths,
+        index=index,
+        causal=causal,
+        softcap=softcap,
+        sinks=sinks,
+        keys_scale=keys_scale,
+        values_scale=values_scale,
+        output=output.data_ptr(),
+        lse=lse.data_ptr(),
+        weights=0 if reduced is None else reduced.data_ptr(),
+        reduction=0 if weights is None else REDUCTIONS[weights],
+        entries=entries,
     )
+    native.built().attention(*fields)
     del owners
     return output, lse, reduced

@@ -1,4 +1,6 @@
-"""Attention over slots on GPUs: the launch of the Triton kernels, with the context split over programs where rows are few."""
+"""Attention over slots on GPUs: the launch of the Triton kernels, with the context split over programs where rows are
+few.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +11,15 @@ from torch import Tensor
 
 from kvpress.kernels.attention import triton_kernels
 from kvpress.kernels.triton_blocks import FULL, arithmetic, precision
-from kvpress.kernels import triton_support
 from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, strides
 
 WEIGHTS_BLOCK = 256  # entries whose weights a program reduces
 
 
-def refusal(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
-    return triton_support.refusal(query, keys, values) or triton_support.storage_refusal(keys, values)
-
-
 def block_rows(packed: int, block_d: int, block_v: int, full: bool) -> int:
-    """Packed query rows a program holds: at least the tensor cores' 16, at most what leaves the accumulator in registers."""
+    """Packed query rows a program holds: at least the tensor cores' 16, at most what leaves the accumulator in
+    registers.
+    """
     most = 16 if full else 64 if block_d + block_v <= 256 else 32
     return min(most, max(16, power_of_two(packed)))
 
@@ -46,11 +44,13 @@ def attend(
     rotate_by: str = "position",
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `kvpress.kernels.attention.attend`; the third value is that of `attend_with_weights` where `weights` asks for it.
+    """See `kvpress.kernels.attention.attend`; the third value is that of `attend_with_weights` where `weights` asks
+    for it.
 
     Args:
         weights: `"mean"`, `"sum"` or `"max"` over the query heads of a KV head, for a single row.
-        rotation: cosine and sine tables, each `[places, rotary_dim]` with its two halves alike: keys are stored unrotated and turned
+        rotation: cosine and sine tables, each `[places, rotary_dim]` with its two halves alike: keys are stored
+            unrotated and turned
             as they are read, channel `d` with `d + rotary_dim / 2`. Queries come rotated.
         rotate_by: the place of a key is its `"position"`, or its `"entry"` in the list that is read.
         splits: parts of the context that programs of their own read; `None`: as many as keep the GPU busy.
@@ -101,7 +101,8 @@ def attend(
             positions=positions, query_positions=query_positions,
             starts=None if starts is None else starts.contiguous(),
             lengths=None if lengths is None else lengths.contiguous(),
-            index=index, sinks=None if parts > 1 else sinks, cosine=cosine, sine=sine, output=part_output, lse=part_lse, scores_out=scores,
+            index=index, sinks=None if parts > 1 else sinks, cosine=cosine, sine=sine,
+            output=part_output, lse=part_lse, scores_out=scores,
             scaling=scaling, softcap=softcap, rows=rows, entries=entries, splits=parts,
             **strides("q", query, "bhrd"), **slot_strides("k", keys, "bhsd"), **slot_strides("v", values, "bhsd"),
             **slot_strides("x", keys_scale, "bhs"), **slot_strides("y", values_scale, "bhs"),

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvpress.kernels.triton_blocks import FAR, LN2, LOG2E, listed_slots, query_tile, soft_capped, tile_scores
+from kvpress.kernels.triton_blocks import FAR, LOG2E, listed_slots, query_tile, soft_capped, tile_scores
 from kvpress.kernels.triton_support import timed
 
 SCAN = tl.constexpr(512)  # positions looked at at once to find where a block of rows may stop
@@ -18,27 +18,28 @@ CONFIGS = [
 KEY = ["GROUP", "BLOCK_M", "BLOCK_D", "BLOCK_V", "SPLIT", "CAUSAL"]
 
 
-def choices(block_d: int, block_v: int, full: bool, amd: bool) -> list[triton.Config]:
+def choices(block_m: int, block_d: int, block_v: int, full: bool, amd: bool) -> list[triton.Config]:
     """Configurations that compile without a spill on every target, best guess first; `full`: fp32 arithmetic."""
     narrow, many_warps, short = CONFIGS
-    if full:
+    wide = block_d + block_v > 256
+    if full or (amd and wide):
         return [short]
-    if block_d + block_v <= 256:
+    if amd or (block_m <= 16 and not wide):
         return [narrow, short]
-    return [short] if amd else [many_warps]
+    return [many_warps] if wide else [many_warps, short]
 
 
 def prune(configs, _, **arguments):
     """What the autotuner is to time: nothing in the interpreter, where the first choice is taken."""
-    full = arguments["ARITHMETIC"] == tl.float32
-    return timed(choices(arguments["BLOCK_D"], arguments["BLOCK_V"], full, bool(torch.version.hip)))
+    blocks = (arguments["BLOCK_M"], arguments["BLOCK_D"], arguments["BLOCK_V"])
+    return timed(choices(*blocks, arguments["ARITHMETIC"] == tl.float32, bool(torch.version.hip)))
 
 
 @triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
 @triton.jit(do_not_specialize=["rows", "entries", "splits", "stride_ih", "stride_ph", "stride_rb"])
 def attend_kernel(
-    query, keys, values, keys_scale, values_scale, positions, query_positions, starts, lengths, index, sinks, cosine, sine,
-    output, lse, scores_out,
+    query, keys, values, keys_scale, values_scale, positions, query_positions, starts, lengths, index, sinks,
+    cosine, sine, output, lse, scores_out,
     scaling, softcap, rows, entries, splits,
     stride_qb, stride_qh, stride_qr, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
@@ -54,7 +55,9 @@ def attend_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: `BLOCK_M` of the rows of the query heads of one KV head, packed as `row * GROUP + head`, and one split of its slots."""
+    """One program: `BLOCK_M` of the rows of the query heads of one KV head, packed as `row * GROUP + head`, and one
+    split of its slots.
+    """
     part = tl.program_id(2)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
@@ -128,25 +131,25 @@ def attend_kernel(
             visible = visible & (position[None, :] <= row_position[:, None])
         place = entry if BY_ENTRY else position
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, place, cosine, sine, ROTARY,
-            DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
+            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd,
+            place, cosine, sine, ROTARY, DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
         scores = scores * scaling
         if keys_scale is not None:
             scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
         if softcap is not None:
             scores = soft_capped(scores, softcap)
-        scores = tl.where(visible, scores * LOG2E, -float("inf"))
+        scores = tl.where(visible, scores, -float("inf"))
         if scores_out is not None:  # a single row: for the weights, once the sums are known
             tl.store(
                 scores_out + (batch * (KV_HEADS * GROUP) + query_head)[:, None] * entries + entry[None, :],
-                scores * LN2,
+                scores,
                 mask=row_held[:, None] & (entry < end)[None, :],
             )
         peak = tl.maximum(highest, tl.max(scores, axis=1))
         anchor = tl.where(peak == -float("inf"), 0.0, peak)
-        weights = tl.exp2(scores - anchor[:, None])
-        fade = tl.exp2(highest - anchor)
+        weights = tl.exp2((scores - anchor[:, None]) * LOG2E)
+        fade = tl.exp2((highest - anchor) * LOG2E)
         total = total * fade + tl.sum(weights, axis=1)
         value = tl.load(
             values + slot[:, None] * stride_vs + value_channel[None, :].to(tl.int64) * stride_vd,
@@ -163,7 +166,7 @@ def attend_kernel(
     some = total > 0
     divisor = tl.where(some, total, 1.0)
     result = weighted / divisor[:, None]
-    log_sum = tl.where(some, highest * LN2 + tl.log(divisor), -float("inf"))
+    log_sum = tl.where(some, highest + tl.log(divisor), -float("inf"))
     if not SPLIT:
         if sinks is not None:
             sink = tl.load(sinks + query_head, mask=row_held, other=0.0).to(tl.float32)

@@ -1,19 +1,19 @@
-"""Attention mass on GPUs: the launch of the Triton kernels. A single row reads the keys once, several rows read them twice."""
+"""Attention mass on GPUs: the launch of the Triton kernels. A single row reads the keys once, several rows read them
+twice.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
 from kvpress.kernels.attention_mass import triton_kernels
 from kvpress.kernels.triton_blocks import FULL, arithmetic, precision
 from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, strides
 
-
-def refusal(query: Tensor, keys: Tensor) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
-    return triton_support.refusal(query, keys) or triton_support.storage_refusal(keys)
+LOW = 0xFFFFFFFF
 
 
 def block_rows(packed: int, full: bool) -> int:
@@ -41,9 +41,11 @@ def attention_mass(
     """See `kvpress.kernels.attention_mass.attention_mass`.
 
     Args:
-        lse: `[batch, query_heads, rows]`, the log-sum-exp that attention returned for the same rows, which spares the first pass
+        lse: `[batch, query_heads, rows]`, the log-sum-exp that attention returned for the same rows, which spares the
+            first pass
             over the keys; only without noise and at temperature 1. It holds the sinks already.
-        splits: parts of the context that programs of their own read in the first pass; `None`: as many as keep the GPU busy.
+        splits: parts of the context that programs of their own read in the first pass; `None`: as many as keep the
+            GPU busy.
     """
     if lse is not None and (noise_seed is not None or temperature != 1.0):
         raise ValueError("lse can be given only without noise and at temperature 1: it belongs to the plain scores")
@@ -53,9 +55,9 @@ def attention_mass(
     mass = query.new_zeros(*query.shape[:2], slots, dtype=torch.float32)
     if mass.numel() == 0 or rows == 0:
         return mass
-    options = dict(
-        scaling=scaling, positions=positions, query_positions=query_positions, starts=starts, lengths=lengths, slots=slots,
-        softcap=softcap, keys_scale=keys_scale, temperature=temperature, noise_seed=noise_seed,
+    options: dict[str, Any] = dict(
+        scaling=scaling, positions=positions, query_positions=query_positions, starts=starts, lengths=lengths,
+        slots=slots, softcap=softcap, keys_scale=keys_scale, temperature=temperature, noise_seed=noise_seed,
     )  # fmt: skip
     if lse is None:
         lse, scores = row_sums(query, keys, splits=splits, store=rows == 1, **options)
@@ -77,15 +79,29 @@ def attention_mass(
     return mass
 
 
+def noise_base(seed: int) -> int:
+    """What the noise takes of a 64-bit seed: its two halves hashed into 32 bits, as
+    `kvpress.kernels.attention_mass.noise` does.
+    """
+    return _mixed(_mixed(seed & LOW) ^ ((seed >> 32) & LOW))
+
+
+def _mixed(x: int) -> int:
+    """The finalizer of MurmurHash3."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * factor & LOW
+    return x ^ (x >> 16)
+
+
 def row_sums(
-    query: Tensor, keys: Tensor, *, splits: int | None, store: bool, slots: int, **options: object
+    query: Tensor, keys: Tensor, *, splits: int | None, store: bool, slots: int, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The log-sum-exp `[batch, query_heads, rows]` of every row, without sinks.
 
     With `store`, for a single row, also its scores `[batch, query_heads, slots]`, `-inf` where a slot is not visible.
     """
     batch, query_heads, rows, _ = query.shape
-    arguments = _shared(query, keys, slots=slots, **options)  # type: ignore[arg-type]
+    arguments = _shared(query, keys, slots=slots, **options)
     kv_heads, group = arguments["KV_HEADS"], arguments["GROUP"]
     block_m = block_rows(group * rows, arguments["ARITHMETIC"] == FULL)
     blocks = -(-group * rows // block_m)
@@ -116,20 +132,22 @@ def _shared(
     keys_scale: Tensor | None,
     temperature: float,
     noise_seed: int | None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The arguments that both kernels take."""
-    if positions is None and starts is None:
-        query_positions = None  # nothing is masked: every slot holds a token that every row sees
+    # without positions in the dense layout every row sees every slot, and the rows' positions serve the noise alone
+    causal = query_positions is not None and (positions is not None or starts is not None)
     kv_heads = starts.shape[1] if starts is not None else keys.shape[1]
     kind = arithmetic(query, keys)
     block_d = max(16, power_of_two(query.shape[-1]))
     return dict(
         query=query, keys=keys, keys_scale=keys_scale, positions=positions, query_positions=query_positions,
-        starts=None if starts is None else starts.contiguous(), lengths=None if lengths is None else lengths.contiguous(),
-        scaling=scaling, softcap=softcap, seed=noise_seed, coolness=1.0 / temperature, rows=query.shape[2], entries=slots,
+        starts=None if starts is None else starts.contiguous(),
+        lengths=None if lengths is None else lengths.contiguous(),
+        scaling=scaling, softcap=softcap, noise_base=None if noise_seed is None else noise_base(noise_seed),
+        coolness=1.0 / temperature, rows=query.shape[2], entries=slots,
         **strides("q", query, "bhrd"), **slot_strides("k", keys, "bhsd"), **slot_strides("x", keys_scale, "bhs"),
         **strides("p", positions, "bhs"), **strides("r", query_positions, "br"),
-        KV_HEADS=kv_heads, GROUP=query.shape[1] // kv_heads, DIM=query.shape[-1], CAUSAL=query_positions is not None,
+        KV_HEADS=kv_heads, GROUP=query.shape[1] // kv_heads, DIM=query.shape[-1], CAUSAL=causal,
         ARITHMETIC=kind, PRECISION=precision(),
         BLOCK_D=block_d, CHUNK_D=min(block_d, 64) if kind == FULL and block_d > 128 else block_d,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvpress.kernels.triton_blocks import FAR, LN2, LOG2E, gumbel, listed_slots, query_tile, soft_capped, tile_scores
+from kvpress.kernels.triton_blocks import FAR, LOG2E, gumbel, listed_slots, query_tile, soft_capped, tile_scores
 from kvpress.kernels.triton_support import timed
 
 SCAN = tl.constexpr(512)  # positions looked at at once to find where the visible rows begin, or the visible slots end
@@ -28,10 +28,10 @@ def prune(configs, _, **arguments):
 
 
 @triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
-@triton.jit(do_not_specialize=["rows", "entries", "splits", "seed", "stride_ph", "stride_rb"])
+@triton.jit(do_not_specialize=["rows", "entries", "splits", "noise_base", "stride_ph", "stride_rb"])
 def lse_kernel(
     query, keys, keys_scale, positions, query_positions, starts, lengths, lse, scores_out,
-    scaling, softcap, seed, coolness, rows, entries, splits,
+    scaling, softcap, noise_base, coolness, rows, entries, splits,
     stride_qb, stride_qh, stride_qr, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_xb, stride_xh, stride_xs,
@@ -58,10 +58,11 @@ def lse_kernel(
     if BLOCK_D == CHUNK_D:
         asked = query_tile(query_at, tl.arange(0, BLOCK_D), row_held, stride_qd, DIM, ARITHMETIC)
     row_position = tl.full([BLOCK_M], FAR, tl.int32)
+    row_place = row
+    if query_positions is not None:
+        row_place = tl.load(query_positions + batch * stride_rb + row * stride_rr, mask=row_held, other=-1)
     if CAUSAL:
-        row_position = tl.load(query_positions + batch * stride_rb + row * stride_rr, mask=row_held, other=-1).to(
-            tl.int32
-        )
+        row_position = row_place.to(tl.int32)
     last_position = tl.max(row_position, axis=0)
 
     positions_base = batch * stride_pb + head * stride_ph
@@ -107,8 +108,11 @@ def lse_kernel(
             scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
         if softcap is not None:
             scores = soft_capped(scores, softcap)
-        if seed is not None:
-            scores += gumbel(seed, batch, query_head, row, slot, BLOCK_M, BLOCK_N)
+        if noise_base is not None:
+            key_place = slot if positions is None else position
+            scores += gumbel(
+                noise_base.to(tl.uint32), query_head.to(tl.uint32), row_place.to(tl.uint32), key_place.to(tl.uint32)
+            )
         scores = tl.where(visible, scores * coolness, -float("inf"))
         if scores_out is not None:
             tl.store(
@@ -116,22 +120,22 @@ def lse_kernel(
                 scores,
                 mask=row_held[:, None] & (entry < end)[None, :],
             )
-        scores = scores * LOG2E
         peak = tl.maximum(highest, tl.max(scores, axis=1))
         anchor = tl.where(peak == -float("inf"), 0.0, peak)
-        total = total * tl.exp2(highest - anchor) + tl.sum(tl.exp2(scores - anchor[:, None]), axis=1)
+        fade = tl.exp2((highest - anchor) * LOG2E)
+        total = total * fade + tl.sum(tl.exp2((scores - anchor[:, None]) * LOG2E), axis=1)
         highest = peak
     some = total > 0
-    log_sum = tl.where(some, highest * LN2 + tl.log(tl.where(some, total, 1.0)), -float("inf"))
+    log_sum = tl.where(some, highest + tl.log(tl.where(some, total, 1.0)), -float("inf"))
     batches = tl.num_programs(1) // KV_HEADS
     tl.store(lse + ((part * batches + batch) * (KV_HEADS * GROUP) + query_head) * rows + row, log_sum, mask=row_held)
 
 
 @triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
-@triton.jit(do_not_specialize=["rows", "entries", "seed", "stride_ph", "stride_rb"])
+@triton.jit(do_not_specialize=["rows", "entries", "noise_base", "stride_ph", "stride_rb"])
 def column_kernel(
     query, keys, keys_scale, positions, query_positions, starts, lengths, lse, output,
-    scaling, softcap, seed, coolness, rows, entries,
+    scaling, softcap, noise_base, coolness, rows, entries,
     stride_qb, stride_qh, stride_qr, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_xb, stride_xh, stride_xs,
@@ -141,7 +145,9 @@ def column_kernel(
     ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: the sums of `BLOCK_N` slots of one KV head, over all rows, for each head of its group (padded to `BLOCK_G`)."""
+    """One program: the sums of `BLOCK_N` slots of one KV head, over all rows, for each head of its group (padded to
+    `BLOCK_G`).
+    """
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     ROWS: tl.constexpr = BLOCK_M // BLOCK_G
@@ -186,10 +192,11 @@ def column_kernel(
         if BLOCK_D == CHUNK_D:
             asked = query_tile(query_at, tl.arange(0, BLOCK_D), row_held, stride_qd, DIM, ARITHMETIC)
         visible = held[None, :] & row_held[:, None]
+        row_place = row
+        if query_positions is not None:
+            row_place = tl.load(query_positions + batch * stride_rb + row * stride_rr, mask=row_held, other=-1)
         if CAUSAL:
-            at = query_positions + batch * stride_rb + row * stride_rr
-            row_position = tl.load(at, mask=row_held, other=-1).to(tl.int32)
-            visible = visible & (position[None, :] <= row_position[:, None])
+            visible = visible & (position[None, :] <= row_place.to(tl.int32)[:, None])
         scores = tile_scores(
             asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
             DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
@@ -199,8 +206,11 @@ def column_kernel(
             scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
         if softcap is not None:
             scores = soft_capped(scores, softcap)
-        if seed is not None:
-            scores += gumbel(seed, batch, query_head, row, slot, BLOCK_M, BLOCK_N)
+        if noise_base is not None:
+            key_place = slot if positions is None else position
+            scores += gumbel(
+                noise_base.to(tl.uint32), query_head.to(tl.uint32), row_place.to(tl.uint32), key_place.to(tl.uint32)
+            )
         log_sum = tl.load(
             lse + (batch * (KV_HEADS * GROUP) + query_head) * rows + row, mask=row_held, other=float("inf")
         )

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvpress.kernels import triton_support
 from kvpress.kernels.compaction import triton_kernels
 from kvpress.kernels.triton_support import on_device, power_of_two, strides
 
 BLOCK_ELEMENTS = 4096  # elements of a tile
-
-
-def refusal(slots: Tensor, index: Tensor) -> str | None:
-    """Why this implementation cannot serve, or `None`; slots of any type will do."""
-    return triton_support.refusal(slots.new_empty(0, dtype=triton_support.STORAGE[0]), index)
 
 
 def compact(slots: Tensor, index: Tensor) -> Tensor:

@@ -1,22 +1,18 @@
-"""Head vote on GPUs: one pass over the keys stores scores and their log-sum-exp, a second one over the scores sums the votes."""
+"""Head vote on GPUs: one pass over the keys stores scores and their log-sum-exp, a second one over the scores sums
+the votes.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
 from kvpress.kernels.attention_mass.triton import row_sums
 from kvpress.kernels.head_vote import triton_kernels
 from kvpress.kernels.triton_support import on_device
 
 BLOCK_HEADS = 16
 BLOCK_SLOTS = 256
-
-
-def refusal(query: Tensor, keys: Tensor) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
-    return triton_support.refusal(query, keys) or triton_support.storage_refusal(keys)
 
 
 def head_vote(
@@ -31,7 +27,8 @@ def head_vote(
     keys_scale: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Votes `[batch, slots]` in fp32: the softmax over the visible slots of each query head, summed over heads (arXiv 2411.02886).
+    """Votes `[batch, slots]` in fp32: the softmax over the visible slots of each query head, summed over heads (arXiv
+    2411.02886).
 
     Args:
         query: `[batch, query_heads, 1, dim]`; query head `h` belongs to KV head `h // (query_heads // kv_heads)`.

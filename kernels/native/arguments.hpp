@@ -21,7 +21,8 @@ struct Slots {
   const float* key_scale;                            // int8: one factor a slot
   const float* value_scale;
   int64_t scale_batch, scale_head;                   // the same for both; slots lie side by side
-  const int64_t* positions;
+  const void* positions;
+  int64_t position_bytes;                            // 4 or 8: the size of one
   int64_t position_batch, position_head;             // slots lie side by side
   const int64_t* starts;                             // flat: [batch * kv_heads], contiguous
   const int64_t* lengths;
@@ -38,6 +39,7 @@ struct Attention {
   Slots slots;
   const int64_t* query_positions;
   int64_t query_position_batch;                      // rows lie side by side
+  int64_t causal;                                    // not 0: the rows are the last slots, in order; no positions are given
   double scaling, softcap;                           // softcap 0: none
   const float* sinks;
   void* output;                                      // [batch, query_heads, rows, value_dim], contiguous, of query_kind
@@ -47,8 +49,90 @@ struct Attention {
   int64_t weights_entries;                           // a head, as the caller allocated them
 };
 
+struct Mass {
+  Attention attention;   // lse: given, or null; weights: the mass [batch, query_heads, weights_entries]; no output
+  double temperature;
+  int64_t noise, seed;   // noise not 0: Gumbel noise from `seed`
+  const float* row_weights;  // [batch or 1, rows], or null
+  int64_t row_weights_batch;
+};
+
+struct Vote {
+  Attention attention;   // one row; weights: the votes [batch, weights_entries]; no output
+};
+
+struct PageBounds {
+  int64_t threads, batch, kv_heads, slots, dim, page_size;
+  const void* keys;
+  int64_t kind, key_batch, key_head, key_slot;
+  const void* positions;
+  int64_t position_bytes, position_batch, position_head;
+  void* lowest;          // [batch, kv_heads, pages, dim], contiguous, of `kind`
+  void* highest;
+};
+
+struct PageScores {
+  int64_t threads, batch, query_heads, kv_heads, pages, dim;
+  const void* query;
+  int64_t query_kind, query_batch, query_head;
+  const void* lowest;
+  const void* highest;
+  int64_t kind, low_batch, low_head, low_page, high_batch, high_head, high_page;
+  float* scores;         // [batch, query_heads, pages], contiguous
+};
+
+struct Rotation {
+  int64_t threads, batch, heads, slots, dim, rotary;
+  const void* source;
+  int64_t kind, batch_stride, head_stride, slot_stride;
+  const float* cosine;   // strides of both tables; with positions only `table_slot`
+  const float* sine;
+  int64_t table_batch, table_head, table_slot;
+  const int64_t* positions;
+  int64_t position_batch, position_head, table_rows;
+  double sign;           // -1 undoes a rotation
+  void* output;          // [batch, heads, slots, dim], contiguous, of `kind`
+};
+
+struct Gather {          // one column: rows of `bytes` bytes
+  int64_t threads, batch, heads, slots, kept, bytes;
+  const char* source;
+  int64_t batch_stride, head_stride, slot_stride;  // bytes
+  const int64_t* index;
+  int64_t index_batch, index_head;
+  char* output;          // [batch, heads, kept], contiguous
+};
+
+struct Overwrite {       // one column: rows of `bytes` bytes, one new row a head
+  int64_t batch, heads, slots, bytes;
+  char* column;
+  int64_t batch_stride, head_stride, slot_stride;  // bytes
+  const int64_t* starts;                           // flat layout, else null
+  const int64_t* slot;                             // [batch, heads], contiguous
+  const char* source;
+  int64_t source_batch, source_head;               // bytes
+};
+
+struct Weakest {
+  int64_t batch, heads, slots;
+  const float* scores;
+  int64_t score_batch, score_head;
+  const void* positions;
+  int64_t position_bytes, position_batch, position_head;
+  const int64_t* lengths;      // [batch, heads] slots that exist, or null: all
+  const int64_t* sinks;        // [batch, heads]: positions below are protected; null: `all_sinks`
+  const int64_t* recent;       // [batch, heads]: positions from here on are protected; null: `all_recent`
+  int64_t all_sinks, all_recent;
+  int64_t* slot;               // [batch, heads]
+};
+
 enum Status : int { OK = 0, OUT_OF_MEMORY = 1, INDEX_OUT_OF_RANGE = 2, FLAT_OUT_OF_RANGE = 3 };
 
 struct Level {  // the operations compiled for one instruction set
   int (*attention)(const Attention&);
+  int (*attention_mass)(const Mass&);
+  int (*head_vote)(const Vote&);
+  int (*page_bounds)(const PageBounds&);
+  int (*page_scores)(const PageScores&);
+  int (*rotate)(const Rotation&);
 };

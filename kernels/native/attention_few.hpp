@@ -199,7 +199,7 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
     const Tile& tile = tiles[turn];
     Tile& next = tiles[turn ^ 1];
     entry = head.collect(next, entry, end, limit);
-    const bool mask = seen_until && s.positions && tile.newest > earliest;
+    const bool mask = seen_until && tile.newest > earliest;
     for (int quad = 0; quad < quads; ++quad) {
       float* scores = few.scores + quad * (TILE + 8) * 4;
       const int here = int(queries - quad * 4 < 4 ? queries - quad * 4 : 4);

@@ -113,7 +113,7 @@ struct Rows {  // one block of query rows of one KV head
 
   Rows(const Attention& a, int64_t b_, int64_t h_, int64_t first_, int64_t count_)
       : b(b_), h(h_), first(first_), count(count_), until(nullptr), earliest(INT64_MAX), latest(INT64_MAX) {
-    if (!a.query_positions || !a.slots.positions) return;
+    if (!a.query_positions) return;
     until = a.query_positions + b * a.query_position_batch + first;
     latest = INT64_MIN;
     for (int64_t r = 0; r < count; ++r) {
@@ -211,9 +211,35 @@ static int attend_kind(const Attention& a) {
   return a.weights || group * a.rows <= FEW ? attend_few<T>(a) : attend_many<T>(a);
 }
 
-static int attention(const Attention& a) {
-  const int wrong = check_slots(a.slots, a.batch, a.kv_heads);
-  if (wrong) return wrong;
+// Arguments checked and brought to one form. Slots without positions have their numbers for positions; to these, causal
+// rows get query positions that fit. Without positions, a row of ragged or listed slots sees all or, where its own
+// position is negative, nothing; a row of plain dense slots sees all.
+struct Prepared {
+  Attention a;
+  Buffer<int64_t> made;
+  int status;
+  explicit Prepared(const Attention& given) : a(given), made(given.batch * given.rows) {
+    const Slots& s = a.slots;
+    status = made.data ? check_slots(s, a.batch, a.kv_heads) : OUT_OF_MEMORY;
+    if (status || s.positions || !(a.causal || a.query_positions)) return;
+    if (!a.causal && !s.starts && !s.index) {
+      a.query_positions = nullptr;
+      return;
+    }
+    for (int64_t b = 0; b < a.batch; ++b)
+      for (int64_t r = 0; r < a.rows; ++r) {
+        const bool padding = !a.causal && a.query_positions[b * a.query_position_batch + r] < 0;
+        made.data[b * a.rows + r] = a.causal ? s.slots - a.rows + r : (padding ? -1 : INT64_MAX);
+      }
+    a.query_positions = made.data;
+    a.query_position_batch = a.rows;
+  }
+};
+
+static int attention(const Attention& given) {
+  const Prepared prepared(given);
+  if (prepared.status) return prepared.status;
+  const Attention& a = prepared.a;
   switch (a.slots.kind) {
     case BF16: return attend_kind<BFloat16>(a);
     case FP16: return attend_kind<Float16>(a);

@@ -4,6 +4,10 @@
 #include "slots.hpp"
 #include "attention_few.hpp"
 #include "attention_many.hpp"
+#include "mass.hpp"
+#include "vote.hpp"
+#include "pages.hpp"
+#include "rotation.hpp"
 
 extern const Level level;
-const Level level = {attention};
+const Level level = {attention, attention_mass, head_vote, page_bounds, page_scores, rotate};

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "arguments.hpp"
+#include "columns.hpp"
 
 namespace baseline { extern const Level level; }
 #if defined(__x86_64__)
@@ -87,16 +88,25 @@ PyObject* call(PyObject* const* args, Py_ssize_t count, const char* fields, int 
   return finish(status);
 }
 
-#define OPERATION(name, Arguments, fields)                                                          \
+#define OPERATION(name, Arguments, fields, function)                                               \
   static_assert(sizeof(fields) - 1 == sizeof(Arguments) / 8, "one letter a field of " #Arguments);  \
-  PyObject* name(PyObject*, PyObject* const* args, Py_ssize_t count) {                              \
-    return call<Arguments>(args, count, fields, used->level->name);                                 \
+  PyObject* call_##name(PyObject*, PyObject* const* args, Py_ssize_t count) {                       \
+    return call<Arguments>(args, count, fields, function);                                          \
   }
 
-#define SLOTS "iiiiiiiiiiiiiiiiiiiiiiiiii"
+#define SLOTS "iiiiiiiiiiiiiiiiiiiiiiiiiii"
 static_assert(sizeof(SLOTS) - 1 == sizeof(Slots) / 8, "one letter a field of Slots");
+#define ATTENTION "iiiii" "iiiii" SLOTS "iii" "dd" "iiii" "ii"
 
-OPERATION(attention, Attention, "iiiii" "iiiii" SLOTS "ii" "dd" "iiiiii")
+OPERATION(attention, Attention, ATTENTION, used->level->attention)
+OPERATION(attention_mass, Mass, ATTENTION "dii" "ii", used->level->attention_mass)
+OPERATION(head_vote, Vote, ATTENTION, used->level->head_vote)
+OPERATION(page_bounds, PageBounds, "iiiiii" "iiiii" "iiii" "ii", used->level->page_bounds)
+OPERATION(page_scores, PageScores, "iiiiii" "iiii" "ii" "iiiiiii" "i", used->level->page_scores)
+OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "i", used->level->rotate)
+OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)
+OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii", overwrite)
+OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
 
 PyObject* get_levels(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
@@ -135,7 +145,16 @@ PyObject* use_level(PyObject*, PyObject* name) {
 #define FAST(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(function)), METH_FASTCALL
 
 PyMethodDef methods[] = {
-    {"attention", FAST(attention), "Attention over slots; see arguments.hpp for the order of the arguments."},
+    // the order of the arguments is that of the structs in arguments.hpp
+    {"attention", FAST(call_attention), "Attention over slots."},
+    {"attention_mass", FAST(call_attention_mass), "Column sums of attention weights."},
+    {"head_vote", FAST(call_head_vote), "Softmax weights summed over all query heads."},
+    {"page_bounds", FAST(call_page_bounds), "Lowest and highest key of each page."},
+    {"page_scores", FAST(call_page_scores), "Upper bounds of a query's scores over pages."},
+    {"rotate", FAST(call_rotate), "Rotary position embedding."},
+    {"gather", FAST(call_gather), "Rows of a column by slot index."},
+    {"overwrite", FAST(call_overwrite), "One new row a head into a column."},
+    {"weakest", FAST(call_weakest), "The slot to evict of each head."},
     {"levels", get_levels, METH_NOARGS, "The instruction sets this machine can run, best first."},
     {"level", get_level, METH_NOARGS, "The instruction set in use."},
     {"use_level", use_level, METH_O, "Use another of levels(), for every later call of the process (for tests)."},

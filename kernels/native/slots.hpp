@@ -5,12 +5,22 @@ constexpr int TILE = 64;  // slots worked on at a time
 
 struct Tile {
   int count;
-  int64_t newest, oldest;        // positions; both 0 where none are given
+  int64_t newest, oldest;        // positions
   const void* key[TILE + 8];     // padded with repeats of the last, so that kernels may read in twos and fours
   const void* value[TILE + 8];
   float key_scale[TILE + 8], value_scale[TILE + 8];
   int64_t position[TILE + 8];
   int64_t entry[TILE + 8];       // place in the head's entries
+};
+
+struct Positions {  // of one head, in either integer type
+  const int32_t* narrow;
+  const int64_t* wide;
+  Positions(const void* base, int64_t bytes, int64_t offset)
+      : narrow(base && bytes == 4 ? static_cast<const int32_t*>(base) + offset : nullptr),
+        wide(base && bytes == 8 ? static_cast<const int64_t*>(base) + offset : nullptr) {}
+  explicit operator bool() const { return narrow || wide; }
+  int64_t operator[](int64_t slot) const { return narrow ? narrow[slot] : wide[slot]; }
 };
 
 template <class T>
@@ -20,11 +30,12 @@ struct Head {  // the entries of one (batch row, KV head)
   const T* values;
   const float* key_scale;
   const float* value_scale;
-  const int64_t* positions;
+  Positions positions;
   const int64_t* index;
   int64_t length, entries;
 
-  Head(const Slots& s, int64_t kv_heads, int64_t b, int64_t h) : slots(s) {
+  Head(const Slots& s, int64_t kv_heads, int64_t b, int64_t h)
+      : slots(s), positions(s.positions, s.position_bytes, b * s.position_batch + h * s.position_head) {
     const bool flat = s.starts != nullptr;
     const int64_t start = flat ? s.starts[b * kv_heads + h] : 0;
     length = flat ? s.lengths[b * kv_heads + h] : s.slots;
@@ -33,24 +44,25 @@ struct Head {  // the entries of one (batch row, KV head)
     const int64_t scale = flat ? start : b * s.scale_batch + h * s.scale_head;
     key_scale = s.key_scale ? s.key_scale + scale : nullptr;
     value_scale = s.value_scale ? s.value_scale + scale : nullptr;
-    positions = s.positions ? s.positions + b * s.position_batch + h * s.position_head : nullptr;
     index = s.index ? s.index + b * s.index_batch + h * s.index_head : nullptr;
     entries = index ? s.index_count : length;
   }
 
-  // Collect into `tile` the next slots from `entry` on (below `end`) that hold a token no newer than `limit`;
-  // return the entry to go on from.
+  // Collect into `tile` the next slots from `entry` on (below `end`) that hold a token no newer than `limit`; return
+  // the entry to go on from. Without positions a slot's position is its number.
   int64_t collect(Tile& tile, int64_t entry, int64_t end, int64_t limit) const {
     int n = 0;
     int64_t newest = INT64_MIN, oldest = INT64_MAX;
     if (!index && !positions) {
+      if (limit < end) end = limit + 1 > entry ? limit + 1 : entry;
       n = int(end - entry < TILE ? end - entry : TILE);
       for (int i = 0; i < n; ++i) {
         tile.key[i] = keys + (entry + i) * slots.key_slot;
         tile.value[i] = values + (entry + i) * slots.value_slot;
-        tile.entry[i] = entry + i;
+        tile.entry[i] = tile.position[i] = entry + i;
       }
-      newest = oldest = 0;
+      oldest = entry;
+      newest = entry + n - 1;
       if (key_scale)
         for (int i = 0; i < n; ++i) tile.key_scale[i] = key_scale[entry + i];
       if (value_scale)
@@ -60,11 +72,8 @@ struct Head {  // the entries of one (batch row, KV head)
       for (; entry < end && n < TILE; ++entry) {
         const int64_t slot = index ? index[entry] : entry;
         if (slot < 0 || slot >= length) continue;
-        int64_t position = 0;
-        if (positions) {
-          position = positions[slot];
-          if (position < 0 || position > limit) continue;
-        }
+        const int64_t position = positions ? positions[slot] : slot;
+        if (position < 0 || position > limit) continue;
         if (position > newest) newest = position;
         if (position < oldest) oldest = position;
         tile.key[n] = keys + slot * slots.key_slot;

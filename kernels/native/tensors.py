@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kvpress.kernels.native import missing
+from kvpress.kernels.native import extension, missing
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_DIM = 512
 
 
+def built() -> Any:
+    """The extension; a caller has asked `refusal` first."""
+    if extension is None:
+        raise RuntimeError(str(missing))
+    return extension
+
+
 def as_int64(tensor: Tensor) -> Tensor:
     """The same integers as int64 with a contiguous last dimension; no copy where they already are."""
     tensor = tensor.long()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """The same integers as int32 or int64 with a contiguous last dimension; no copy where they already are."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        tensor = tensor.long()
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -79,11 +95,15 @@ def slot_fields(
             owners.append(values_scale)
             value_pointer = values_scale.data_ptr()
         scales = (keys_scale.data_ptr(), value_pointer, scale_strides[0], scale_strides[1])
-    placed = (0, 0, 0)
+    placed = (0, 0, 0, 0)
     if positions is not None:
-        positions = as_int64(positions)
+        positions = as_integers(positions)
         owners.append(positions)
-        placed = (positions.data_ptr(), *batch_and_head_strides(positions, batch, kv_heads))
+        placed = (
+            positions.data_ptr(),
+            positions.element_size(),
+            *batch_and_head_strides(positions, batch, kv_heads),
+        )
     listed = (0, 0, 0, 0)
     if index is not None:
         index = as_int64(index)
@@ -100,5 +120,70 @@ def slot_fields(
         *placed,
         *flat,
         *listed,
+    )
+    return fields, owners
+
+
+def attention_fields(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    kv_heads: int,
+    scaling: float,
+    positions: Tensor | None,
+    query_positions: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    index: Tensor | None,
+    causal: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+    keys_scale: Tensor | None,
+    values_scale: Tensor | None,
+    output: int,
+    lse: int,
+    weights: int,
+    reduction: int,
+    entries: int,
+) -> tuple[tuple[float, ...], list[Tensor]]:
+    """The fields of `Attention`, and the tensors to keep until the call returns; results are given by address."""
+    batch, query_heads, rows, _ = query.shape
+    slots, owners = slot_fields(
+        keys, values, batch, kv_heads, positions, starts, lengths, index, keys_scale, values_scale
+    )
+    seen = (0, 0)
+    if query_positions is not None:
+        query_positions = as_int64(query_positions)
+        owners.append(query_positions)
+        seen = (query_positions.data_ptr(), query_positions.stride(0) if query_positions.shape[0] == batch else 0)
+    sink_pointer = 0
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+        owners.append(sinks)
+        sink_pointer = sinks.data_ptr()
+    strides = query.stride()
+    fields = (
+        torch.get_num_threads(),
+        batch,
+        query_heads,
+        kv_heads,
+        rows,
+        query.data_ptr(),
+        FLOATS[query.dtype],
+        strides[0],
+        strides[1],
+        strides[2],
+        *slots,
+        *seen,
+        int(causal),
+        scaling,
+        softcap or 0.0,
+        sink_pointer,
+        output,
+        lse,
+        weights,
+        reduction,
+        entries,
     )
     return fields, owners

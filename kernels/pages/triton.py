@@ -1,11 +1,12 @@
-"""Pages on GPUs: bounds of the keys of each page, and the scores that bound a query's dot products over a page (arXiv 2406.10774)."""
+"""Pages on GPUs: bounds of the keys of each page, and the scores that bound a query's dot products over a page (arXiv
+2406.10774).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
 from kvpress.kernels.pages import triton_kernels
 from kvpress.kernels.triton_support import on_device, power_of_two, strides
 
@@ -13,18 +14,15 @@ BLOCK_PAGES = 32
 MOST_PAGE = 128  # slots of a page that a program holds in registers
 
 
-def refusal(query: Tensor, *others: Tensor | None) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
-    return triton_support.refusal(query, *others)
-
-
 def page_bounds(keys: Tensor, *, page_size: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Lowest and highest key of each page, channel by channel, each `[batch, kv_heads, pages, dim]` in the type of `keys`.
+    """Lowest and highest key of each page, channel by channel, each `[batch, kv_heads, pages, dim]` in the type of
+    `keys`.
 
     Args:
         keys: `[batch, kv_heads, slots, dim]`; the last page may be short.
         page_size: slots a page, 1 to 128.
-        positions: `[batch, kv_heads or 1, slots]`; slots at `-1` take no part. A page without a token is `+inf` and `-inf`.
+        positions: `[batch, kv_heads or 1, slots]`; slots at `-1` take no part. A page without a token is `+inf` and
+            `-inf`.
 
     Raises:
         ValueError: `page_size` out of range.
@@ -47,7 +45,8 @@ def page_bounds(keys: Tensor, *, page_size: int, positions: Tensor | None = None
 
 
 def page_scores(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """Upper bounds `[batch, query_heads, pages]` in fp32 of a query head's dot products over each page; `-inf` for an empty page.
+    """Upper bounds `[batch, query_heads, pages]` in fp32 of a query head's dot products over each page; `-inf` for an
+    empty page.
 
     Args:
         query: `[batch, query_heads, 1, dim]`.

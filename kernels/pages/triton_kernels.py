@@ -12,7 +12,9 @@ def bounds_kernel(
     stride_kb, stride_kh, stride_ks, stride_kd, stride_pb, stride_ph, stride_ps,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: the lowest and highest key of one page, channel by channel; `+inf` and `-inf` for a page without a token."""
+    """One program: the lowest and highest key of one page, channel by channel; `+inf` and `-inf` for a page without a
+    token.
+    """
     page = tl.program_id(0).to(tl.int64)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvpress.kernels import triton_support
 from kvpress.kernels.rotation import triton_kernels
 from kvpress.kernels.triton_support import on_device, power_of_two, strides
 
 BLOCK_ELEMENTS = 4096  # elements of a tile
 
 
-def refusal(slots: Tensor, cosine: Tensor, sine: Tensor) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
-    return triton_support.refusal(slots, cosine, sine)
-
-
 def rotate(slots: Tensor, cosine: Tensor, sine: Tensor, *, inverse: bool = False) -> Tensor:
-    """`slots * cosine + rotate_half(slots) * sine` over the first `rotary_dim` channels, in the type of `slots` (fp32 arithmetic).
+    """`slots * cosine + rotate_half(slots) * sine` over the first `rotary_dim` channels, in the type of `slots` (fp32
+    arithmetic).
 
     Args:
         slots: `[batch, heads, slots, dim]`.
-        cosine, sine: `[batch or 1, heads or 1, slots, rotary_dim]`, the two halves alike, scaled as the model scales them.
+        cosine, sine: `[batch or 1, heads or 1, slots, rotary_dim]`, the two halves alike, scaled as the model scales
+            them.
         inverse: rotate the other way, which undoes a rotation by unscaled tables.
 
     Raises:

@@ -1,4 +1,6 @@
-"""Triton kernel of rotary position embedding (arXiv 2104.09864), rotate-half pairing: channel `d` with `d + rotary_dim / 2`."""
+"""Triton kernel of rotary position embedding (arXiv 2104.09864), rotate-half pairing: channel `d` with `d +
+rotary_dim / 2`.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 

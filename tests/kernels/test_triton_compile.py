@@ -1,7 +1,10 @@
-"""Every Triton kernel, compiled for GPUs that are not there: no spill, shared memory within the limit, occupancy reported.
+"""Every Triton kernel, compiled for GPUs that are not there: no spill, shared memory within the limit, occupancy
+reported.
 
-The launchers run with their kernels replaced by a recorder, so that what is compiled is what they would launch: argument types,
-specialisation and tiles. `KVPRESS_SLOW_TESTS=1` compiles every head size, storage type and configuration, which takes minutes.
+The launchers run with their kernels replaced by a recorder, so that what is compiled is what they would launch:
+argument types,
+specialisation and tiles. `KVPRESS_SLOW_TESTS=1` compiles every head size, storage type and configuration, which takes
+minutes.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +41,9 @@ OPERATIONS = ("attention", "attention_mass", "head_vote", "pages", "compaction",
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU target and what one of its multiprocessors has. Sources: CUDA programming guide, CDNA3 instruction set guide."""
+    """A GPU target and what one of its multiprocessors has. Sources: CUDA programming guide, CDNA3 instruction set
+    guide.
+    """
 
     target: GPUTarget
     program_memory: int  # bytes of shared memory that one program may have
@@ -87,7 +93,7 @@ class Recorder:
         self.kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
         self.launches = launches
 
-    def __getitem__(self, grid: object):  # noqa: ANN204
+    def __getitem__(self, grid: object) -> Callable[..., None]:
         return self.record
 
     def record(self, *args: object, **kwargs: object) -> None:
@@ -154,7 +160,7 @@ def configurations(launch: Launch, device: Device) -> list[triton.Config]:
     full, amd = arguments["ARITHMETIC"] == tl.float32, device.target.backend == "hip"
     module = importlib.import_module(launch.function.__module__)
     if "BLOCK_V" in arguments:
-        return module.choices(arguments["BLOCK_D"], arguments["BLOCK_V"], full, amd)
+        return module.choices(arguments["BLOCK_M"], arguments["BLOCK_D"], arguments["BLOCK_V"], full, amd)
     return module.choices(arguments["BLOCK_D"], full, amd)
 
 
@@ -163,7 +169,8 @@ def compiled(launch: Launch, config: triton.Config, device: Device) -> Usage:
     binary = triton.compile(source(launch, config.kwargs), target=device.target, options=options)
     shared = binary.metadata.shared
     if device.target.backend == "hip":
-        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", binary.asm["amdgcn"]))
+        pattern = r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)"
+        found = dict(re.findall(pattern, binary.asm["amdgcn"]))
         spilled = int(found["vgpr_spill_count"]) + int(found["private_segment_fixed_size"])
         return Usage(int(found["vgpr_count"]), spilled, shared, config.num_warps)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -193,7 +200,9 @@ def check(monkeypatch: pytest.MonkeyPatch, name: str, call: partial, kernels: in
             assert usage.occupancy(device) > 0, label
 
 
-def attention(kind: torch.dtype, dim: int, *, rows: int = 1, storage: torch.dtype | None = None, **options: object) -> partial:
+def attention(
+    kind: torch.dtype, dim: int, *, rows: int = 1, storage: torch.dtype | None = None, **options: object
+) -> partial:
     """A call of attention with 32 query heads on 8 KV heads, split over the context for a single row."""
     from kvpress.kernels.attention.triton import attend
 
@@ -201,7 +210,7 @@ def attention(kind: torch.dtype, dim: int, *, rows: int = 1, storage: torch.dtyp
     slots = torch.zeros(2, 8, 64, dim, dtype=storage or kind)
     arguments = dict.fromkeys(("positions", "query_positions", "starts", "lengths", "index", "softcap", "sinks"))
     if rows > 1:
-        arguments |= {"positions": torch.zeros(2, 1, 64, dtype=torch.int64), "query_positions": torch.zeros(1, rows).long()}
+        arguments |= {"positions": torch.zeros(2, 1, 64).long(), "query_positions": torch.zeros(1, rows).long()}
     if storage == torch.int8:
         arguments |= {"keys_scale": torch.ones(2, 8, 64), "values_scale": torch.ones(2, 8, 64)}
     arguments |= options

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from kvpress.cache import PolicyCache
 from kvpress.policies import H2O
 from kvpress.testing.families import random_tokens

@@ -1,0 +1,51 @@
+"""Gumbel noise that depends on what it is for alone: seed, query head, and the positions of row and key (specification).
+
+A counter-based generator: any tile of any implementation makes the same numbers in any order. 32-bit arithmetic, wrapping;
+`mix` is the finalizer of MurmurHash3 (Appleby, public domain), `n32` the low 32 bits of `n`:
+
+    base   = mix(mix(seed32) ^ (seed >> 32)32)
+    head   = mix(base + (query_head + 1) * 0x9e3779b9)
+    first  = mix(head ^ (row_position32 * 0xc2b2ae3d));    second = mix(first + 0x27d4eb2f)
+    word   = (mix(key_position32 * 0x9e3779b9 + first) ^ second) * 0x9e3779b1;    word ^= word >> 15
+    u      = ((word >> 8) + 0.5) / 2^24;    noise = -log(-log(u))
+
+The batch row is not among them: a prompt gets the same noise alone and in a batch. Noise lies between -2.9 and 17.4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOW = 0xFFFFFFFF
+
+
+def mix(x: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3 over int64 numbers below 2^32."""
+    x = x ^ (x >> 16)
+    x = (x * 0x85EBCA6B) & LOW
+    x = x ^ (x >> 13)
+    x = (x * 0xC2B2AE35) & LOW
+    return x ^ (x >> 16)
+
+
+def exponential(seed: int, query_heads: Tensor, row_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """`-log(u)` in fp32: standard exponential variates, of which Gumbel noise is `-log`.
+
+    Args:
+        seed: 64-bit integer.
+        query_heads, row_positions, key_positions: integers that broadcast together.
+    """
+    base = mix(mix(torch.tensor(seed & LOW)) ^ ((seed >> 32) & LOW)).to(query_heads.device)
+    head = mix((base + (query_heads.long() + 1) * 0x9E3779B9) & LOW)
+    first = mix(head ^ ((row_positions.long() * 0xC2B2AE3D) & LOW))
+    second = mix((first + 0x27D4EB2F) & LOW)
+    word = mix((key_positions.long() * 0x9E3779B9 + first) & LOW)
+    word = ((word ^ second) * 0x9E3779B1) & LOW
+    word = word ^ (word >> 15)
+    return -torch.log(((word >> 8).float() + 0.5) * (1.0 / 16777216.0))
+
+
+def gumbel(seed: int, query_heads: Tensor, row_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """Standard Gumbel noise; see `exponential`."""
+    return -torch.log(exponential(seed, query_heads, row_positions, key_positions))

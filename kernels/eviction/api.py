@@ -1,0 +1,97 @@
+"""Eviction of one slot a head: validation and dispatch. `reference.py` is the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kvpress.kernels.dispatch import choose
+from kvpress.kernels.eviction import native, reference
+
+
+def weakest(
+    scores: Tensor,
+    positions: Tensor,
+    *,
+    sinks: int | Tensor = 0,
+    first_recent: int | Tensor | None = None,
+    lengths: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The slot of each head to evict: an empty one if there is any, else the lowest score, of equals the smallest position.
+
+    NaN and `-inf` count as the lowest finite score, `+inf` as the largest. Protected slots (`position < sinks` or
+    `position >= first_recent`) go only when a head holds no others, and then the smallest position goes.
+
+    Args:
+        scores: `[batch, kv_heads or 1, slots]` fp32, higher = keep.
+        positions: `[batch, kv_heads or 1, slots]` int32 or int64, `-1` for an empty slot.
+        sinks: an integer, or integers that broadcast to `[batch, kv_heads, 1]`.
+        first_recent: likewise; with `newest` the last position and a window of `w`, `newest - w + 1`. `None`: no window.
+        lengths: `[batch, kv_heads]` integer: a head's slots end here (ragged heads). `None`: all are its own.
+        impl: `"auto"` or the name of an implementation.
+
+    Returns:
+        `[batch, kv_heads]` int64; of equal scores and positions the first slot; -1 for a head without slots.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown `impl`, or an explicit one that cannot serve.
+    """
+    shape, other = scores.shape, positions.shape
+    if len(shape) != 3 or len(other) != 3 or shape[0] != other[0] or shape[2] != other[2]:
+        raise ValueError(f"scores and positions must be [batch, kv_heads or 1, slots], got {tuple(shape)}, {tuple(other)}")
+    kv_heads = max(shape[1], other[1])
+    if shape[1] not in (1, kv_heads) or other[1] not in (1, kv_heads):
+        raise ValueError(f"scores and positions must agree in KV heads, got {tuple(shape)} and {tuple(other)}")
+    if lengths is not None and lengths.shape != (shape[0], kv_heads):
+        raise ValueError(f"lengths must be [batch, kv_heads] = {(shape[0], kv_heads)}, got {tuple(lengths.shape)}")
+    chosen = choose(
+        "weakest slot", impl, {"native": lambda: native.refusal(scores, positions), "reference": lambda: None}
+    )
+    if chosen == "native":
+        return native.weakest(scores, positions, sinks, first_recent, lengths)
+    return reference.weakest(scores, positions, sinks, first_recent, lengths)
+
+
+def overwrite(
+    columns: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    slot: Tensor,
+    *,
+    starts: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """Write one new row per head into every column, in place: `columns[i][b, h, slot[b, h]] = rows[i][b, h]`.
+
+    Args:
+        columns: `[batch, kv_heads, slots]` or `[batch, kv_heads, slots, dim]` each (keys, values, positions, scores …); or
+            flat, `[rows]` or `[rows, dim]`, with `starts`.
+        rows: for each column what to write, `[batch, kv_heads]` or `[batch, kv_heads, dim]`, of the column's type; a size of
+            1 stands for all batch rows or heads.
+        slot: `[batch, kv_heads]` int64.
+        starts: `[batch, kv_heads]` integer, of the flat layout.
+        impl: `"auto"` or the name of an implementation.
+
+    Raises:
+        ValueError: shapes or types that do not fit, an unknown `impl`, or an explicit one that cannot serve.
+        IndexError: a slot that does not exist; columns before it may be written.
+    """
+    if slot.dim() != 2 or (starts is not None and starts.shape != slot.shape):
+        raise ValueError(f"slot (and starts) must be [batch, kv_heads], got {tuple(slot.shape)}")
+    if len(columns) != len(rows):
+        raise ValueError(f"columns and rows must be equally many, got {len(columns)} and {len(rows)}")
+    leading = 2 if starts is None else 0
+    for column, row in zip(columns, rows, strict=True):
+        if column.dtype != row.dtype:
+            raise ValueError(f"rows must have the type of their column, got {row.dtype} for {column.dtype}")
+        if column.shape[leading + 1 :] != row.shape[2:] or row.dim() - 2 != column.dim() - leading - 1:
+            raise ValueError(f"rows must be [batch, kv_heads, …] as their column, got {tuple(row.shape)}")
+        if leading and column.shape[:2] != slot.shape:
+            raise ValueError(f"columns must be [batch, kv_heads, …] as slot, got {tuple(column.shape)}")
+    chosen = choose(
+        "overwriting a slot",
+        impl,
+        {"native": lambda: native.overwrite_refusal(columns, rows, slot), "reference": lambda: None},
+    )
+    (native if chosen == "native" else reference).overwrite(columns, rows, slot, starts)

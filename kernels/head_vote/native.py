@@ -1,0 +1,55 @@
+"""Head vote by the compiled CPU kernels (`kernels/native/vote.hpp`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress.kernels.native import tensors as native
+
+
+def refusal(query: Tensor, keys: Tensor) -> str | None:
+    """Why this implementation cannot serve, or `None`."""
+    return native.refusal(query, keys, keys)
+
+
+def head_vote(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    kv_heads: int,
+    scaling: float,
+    positions: Tensor | None,
+    query_positions: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    keys_scale: Tensor | None,
+) -> Tensor:
+    """See `kvpress.kernels.head_vote.head_vote`."""
+    entries = keys.shape[2] if lengths is None else int(lengths.max()) if lengths.numel() else 0
+    votes = torch.empty(query.shape[0], entries, dtype=torch.float32)
+    fields, owners = native.attention_fields(
+        query,
+        keys,
+        keys,
+        kv_heads=kv_heads,
+        scaling=scaling,
+        positions=positions,
+        query_positions=query_positions,
+        starts=starts,
+        lengths=lengths,
+        index=None,
+        causal=False,
+        softcap=None,
+        sinks=None,
+        keys_scale=keys_scale,
+        values_scale=None,
+        output=0,
+        lse=0,
+        weights=votes.data_ptr(),
+        reduction=0,
+        entries=entries,
+    )
+    native.built().head_vote(*fields)
+    del owners
+    return votes

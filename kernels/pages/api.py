@@ -1,0 +1,98 @@
+"""Pages: validation and dispatch. `reference.py` is the specification."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from torch import Tensor
+
+from kvpress.kernels import triton_support
+from kvpress.kernels.dispatch import choose
+from kvpress.kernels.pages import native, reference
+
+TRITON_PAGE = 128  # slots of a page that a GPU program holds in registers
+
+
+def page_bounds(
+    keys: Tensor, *, page_size: int, positions: Tensor | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Lowest and highest key of each page, channel by channel (Quest, arXiv 2406.10774).
+
+    Args:
+        keys: `[batch, kv_heads, slots, dim]`; the last page may be short.
+        page_size: slots a page.
+        positions: `[batch, kv_heads or 1, slots]`; slots at `-1` take no part. A page without a token is `+inf` and `-inf`.
+        impl: `"auto"` or the name of an implementation.
+
+    Returns:
+        Two tensors `[batch, kv_heads, pages, dim]` in the type of `keys`.
+
+    Raises:
+        ValueError: `page_size` below 1, shapes that do not fit, an unknown `impl`, or an explicit one that cannot serve.
+    """
+    if keys.dim() != 4:
+        raise ValueError(f"keys must be [batch, kv_heads, slots, dim], got shape {tuple(keys.shape)}")
+    if page_size < 1:
+        raise ValueError(f"page_size must be at least 1, got {page_size}")
+    batch, kv_heads, slots, _ = keys.shape
+    if positions is not None:
+        shape = positions.shape
+        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, kv_heads) or shape[2] != slots:
+            raise ValueError(
+                f"positions must be [batch, kv_heads or 1, slots] = {(batch, kv_heads, slots)}, got {tuple(shape)}"
+            )
+    chosen = choose(
+        "page bounds",
+        impl,
+        {
+            "native": lambda: native.refusal(keys, keys),
+            "triton": lambda: triton_support.refusal(keys, positions)
+            or (f"pages of more than {TRITON_PAGE} slots" if page_size > TRITON_PAGE else None),
+            "reference": lambda: None,
+        },
+    )
+    if chosen == "triton":
+        launched: tuple[Tensor, Tensor] = import_module("kvpress.kernels.pages.triton").page_bounds(
+            keys, page_size=page_size, positions=positions
+        )
+        return launched
+    return (native if chosen == "native" else reference).page_bounds(keys, page_size, positions)
+
+
+def page_scores(query: Tensor, lowest: Tensor, highest: Tensor, *, impl: str = "auto") -> Tensor:
+    """Upper bounds of a query head's dot products over each page: `sum_c max(q_c low_c, q_c high_c)`.
+
+    Args:
+        query: `[batch, query_heads, 1, dim]`.
+        lowest, highest: `[batch, kv_heads, pages, dim]`, of `page_bounds`.
+        impl: `"auto"` or the name of an implementation.
+
+    Returns:
+        `[batch, query_heads, pages]` in fp32 (fp64 for fp64 input); `-inf` for a page without a token.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown `impl`, or an explicit one that cannot serve.
+    """
+    if query.dim() != 4 or query.shape[2] != 1:
+        raise ValueError(f"query must be [batch, query_heads, 1, dim], got shape {tuple(query.shape)}")
+    if lowest.dim() != 4 or lowest.shape != highest.shape:
+        raise ValueError(
+            "lowest and highest must be [batch, kv_heads, pages, dim] alike, "
+            f"got {tuple(lowest.shape)} and {tuple(highest.shape)}"
+        )
+    batch, kv_heads, _, dim = lowest.shape
+    if query.shape[0] != batch or query.shape[1] % kv_heads or query.shape[3] != dim:
+        raise ValueError(f"query must fit the bounds {tuple(lowest.shape)}, got {tuple(query.shape)}")
+    chosen = choose(
+        "page scores",
+        impl,
+        {
+            "native": lambda: native.refusal(query, lowest, highest),
+            "triton": lambda: triton_support.refusal(query, lowest, highest),
+            "reference": lambda: None,
+        },
+    )
+    if chosen == "triton":
+        launched: Tensor = import_module("kvpress.kernels.pages.triton").page_scores(query, lowest, highest)
+        return launched
+    return (native if chosen == "native" else reference).page_scores(query, lowest, highest)

@@ -1,0 +1,71 @@
+"""Pages by the compiled CPU kernels (`kernels/native/pages.hpp`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress.kernels.native import tensors as native
+
+
+def refusal(query: Tensor, *bounds: Tensor) -> str | None:
+    """Why this implementation cannot serve, or `None`."""
+    first, last = bounds[0], bounds[-1]
+    return native.refusal(query, first, last) or (
+        "native pages take fp32, bf16 and fp16, not int8" if first.dtype not in native.FLOATS else None
+    )
+
+
+def page_bounds(keys: Tensor, page_size: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `kvpress.kernels.pages.page_bounds`."""
+    batch, kv_heads, slots, dim = keys.shape
+    lowest = torch.empty(batch, kv_heads, -(-slots // page_size), dim, dtype=keys.dtype)
+    highest = torch.empty_like(lowest)
+    placed = (0, 0, 0, 0)
+    if positions is not None:
+        positions = native.as_integers(positions)
+        placed = (
+            positions.data_ptr(),
+            positions.element_size(),
+            *native.batch_and_head_strides(positions, batch, kv_heads),
+        )
+    native.built().page_bounds(
+        torch.get_num_threads(),
+        batch,
+        kv_heads,
+        slots,
+        dim,
+        page_size,
+        keys.data_ptr(),
+        native.FLOATS[keys.dtype],
+        *keys.stride()[:3],
+        *placed,
+        lowest.data_ptr(),
+        highest.data_ptr(),
+    )
+    return lowest, highest
+
+
+def page_scores(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """See `kvpress.kernels.pages.page_scores`."""
+    batch, query_heads, _, dim = query.shape
+    kv_heads, pages = lowest.shape[1:3]
+    scores = torch.empty(batch, query_heads, pages, dtype=torch.float32)
+    native.built().page_scores(
+        torch.get_num_threads(),
+        batch,
+        query_heads,
+        kv_heads,
+        pages,
+        dim,
+        query.data_ptr(),
+        native.FLOATS[query.dtype],
+        *query.stride()[:2],
+        lowest.data_ptr(),
+        highest.data_ptr(),
+        native.FLOATS[lowest.dtype],
+        *lowest.stride()[:3],
+        *highest.stride()[:3],
+        scores.data_ptr(),
+    )
+    return scores

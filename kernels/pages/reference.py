@@ -1,0 +1,33 @@
+"""Pages in plain torch: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvpress.kernels.scores import accumulator_type
+
+
+def page_bounds(keys: Tensor, page_size: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `kvpress.kernels.pages.page_bounds`."""
+    slots = keys.shape[2]
+    pages = -(-slots // page_size)
+    absent = torch.zeros(1, 1, slots, dtype=torch.bool, device=keys.device) if positions is None else positions < 0
+    bounds = []
+    for worst, reduce in ((torch.inf, torch.amin), (-torch.inf, torch.amax)):
+        held = keys.masked_fill(absent[..., None], worst)
+        whole = pad(held, (0, 0, 0, pages * page_size - slots), value=worst)
+        bounds.append(reduce(whole.unflatten(2, (pages, page_size)), dim=3))
+    return bounds[0], bounds[1]
+
+
+def page_scores(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """See `kvpress.kernels.pages.page_scores`."""
+    kind = accumulator_type(query)
+    batch, kv_heads, pages, dim = lowest.shape
+    empty = (lowest > highest).any(dim=-1)
+    grouped = query.to(kind).reshape(batch, kv_heads, -1, 1, dim)
+    bounds = [bound.to(kind).masked_fill(empty[..., None], 0)[:, :, None] for bound in (lowest, highest)]
+    scores = torch.maximum(grouped * bounds[0], grouped * bounds[1]).sum(dim=-1)
+    return scores.masked_fill(empty[:, :, None], -torch.inf).reshape(batch, query.shape[1], pages)

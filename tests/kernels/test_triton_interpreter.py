@@ -1,0 +1,33 @@
+"""The Triton kernels run by Triton's interpreter on CPU tensors, in a process of their own: the switch is read at
+import.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+FOLDER = Path(__file__).parent / "triton_interpreted"
+FILES = {"attention": 80, "attention_mass": 45, "selection": 15, "storage": 18}  # and the least number of tests in each
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_interpreted(name: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / f"interpreted_{name}.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert passed is not None and int(passed.group(1)) >= FILES[name], run.stdout[-2000:]
+    assert "skipped" not in run.stdout
+
+
+def test_every_interpreted_file_is_run() -> None:
+    assert {path.stem for path in FOLDER.glob("interpreted_*.py")} == {f"interpreted_{name}" for name in FILES}

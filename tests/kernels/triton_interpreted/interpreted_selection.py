@@ -1,0 +1,99 @@
+"""Head vote and pages, interpreted, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvpress.kernels.head_vote.triton import head_vote, top_slots
+from kvpress.kernels.pages.triton import page_bounds, page_scores
+
+
+def softmax_votes(query, keys, positions=None):
+    """TokenSelect's soft vote in the type of `query`: no scaling, `h // group`."""
+    batch, _, _, dim = query.shape
+    kv_heads = keys.shape[1]
+    scores = torch.einsum("bhgd,bhsd->bhgs", query.view(batch, kv_heads, -1, dim), keys)
+    if positions is not None:
+        scores = scores.masked_fill(positions[:, :, None] < 0, -torch.inf)
+    return torch.exp(scores - scores.logsumexp(-1, keepdim=True)).nan_to_num(0).sum((1, 2))
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_head_vote(generator, within_budget, group, splits):
+    query = torch.randn(2, 3 * group, 1, 80, generator=generator)
+    keys = torch.randn(2, 3, 270, 80, generator=generator)
+    positions = torch.arange(270).view(1, 1, -1).repeat(2, 1, 1)
+    positions[:, :, :9] = positions[0, :, 200:] = -1
+    votes = head_vote(query, keys, positions=positions, splits=splits)
+    within_budget(votes, softmax_votes(query.double(), keys.double(), positions), softmax_votes(query, keys, positions))
+    assert (votes[:, :9] == 0).all()
+    torch.testing.assert_close(votes.sum(-1), torch.full((2,), 3.0 * group))
+
+
+def test_int8_index_of_keys(generator, within_budget):
+    query = torch.randn(1, 4, 1, 32, generator=generator)
+    keys = torch.randint(-127, 128, (1, 2, 70, 32), generator=generator, dtype=torch.int8)
+    scale = torch.rand(1, 2, 70, generator=generator) * 0.02
+    votes = head_vote(query, keys, keys_scale=scale)
+    whole = keys * scale[..., None]
+    exact = softmax_votes(query.double(), keys.double() * scale[..., None].double())
+    within_budget(votes, exact, softmax_votes(query, whole))
+
+
+def test_nobody_votes_for_nothing(generator):
+    query, keys = torch.randn(1, 4, 1, 16, generator=generator), torch.randn(1, 2, 20, 16, generator=generator)
+    assert (head_vote(query, keys, positions=torch.full((1, 1, 20), -1)) == 0).all()
+    assert head_vote(query, keys[:, :, :0]).shape == (1, 0)
+    with pytest.raises(ValueError, match="single row"):
+        head_vote(query.expand(1, 4, 2, 16), keys)
+
+
+def test_top_slots_are_in_order():
+    votes = torch.tensor([[0.1, 3.0, 0.0, 2.0, 5.0], [9.0, 1.0, 2.0, 0.5, 0.25]])
+    assert top_slots(votes, 3).tolist() == [[1, 3, 4], [0, 1, 2]]
+    assert top_slots(votes, 9).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize("page_size", [16, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_page_bounds_are_exact(generator, page_size, dtype):
+    keys = torch.randn(2, 2, 50, 20, generator=generator).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    positions = torch.arange(50).view(1, 1, -1).repeat(1, 2, 1)
+    positions[:, 1, 10:45] = -1
+    lowest, highest = page_bounds(keys, page_size=page_size, positions=positions)
+    assert lowest.shape == highest.shape == (2, 2, -(-50 // page_size), 20)
+    for head in range(2):
+        for page in range(lowest.shape[2]):
+            slots = [s for s in range(page * page_size, min(50, (page + 1) * page_size)) if positions[0, head, s] >= 0]
+            inside = keys[:, head, slots]
+            low = inside.amin(1) if slots else torch.full((2, 20), torch.inf, dtype=dtype)
+            high = inside.amax(1) if slots else torch.full((2, 20), -torch.inf, dtype=dtype)
+            assert torch.equal(lowest[:, head, page], low) and torch.equal(highest[:, head, page], high)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_page_scores_bound_every_slot(generator, within_budget, group):
+    query = torch.randn(2, 2 * group, 1, 80, generator=generator)
+    keys = torch.randn(2, 2, 16 * 37, 80, generator=generator)
+    lowest, highest = keys.unflatten(2, (37, 16)).amin(3), keys.unflatten(2, (37, 16)).amax(3)
+    lowest[0, 0, 4], highest[0, 0, 4] = torch.inf, -torch.inf
+
+    def bound(kind):
+        asked = query.to(kind).view(2, 2, group, 1, 80)
+        at_least, at_most = lowest.to(kind)[:, :, None], highest.to(kind)[:, :, None]
+        total = torch.maximum(asked * at_least, asked * at_most).sum(-1)
+        total[0, 0, :, 4] = -torch.inf
+        return total.reshape(2, 2 * group, 37)
+
+    scores = page_scores(query, lowest, highest)
+    within_budget(scores, bound(torch.float64), bound(torch.float32))
+    dots = torch.einsum("bhgd,bhsd->bhgs", query.view(2, 2, group, 80), keys).reshape(2, 2 * group, 37, 16)
+    held = torch.isfinite(scores)
+    assert (scores[held][:, None] >= dots[held] - 1e-4).all() and held.sum() == scores.numel() - group
+
+
+def test_page_size_is_checked(generator):
+    with pytest.raises(ValueError, match="page_size must be from 1 to 128, got 0"):
+        page_bounds(torch.zeros(1, 1, 4, 16), page_size=0)
