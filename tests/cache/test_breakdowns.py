@@ -121,7 +121,7 @@ def test_threads_do_not_see_each_other():
 
 def test_a_thousand_generations_leave_nothing():
     model, ids = tiny_model("llama", num_hidden_layers=1), random_tokens(1, 8)
-    names = [item.name for item in BUDGETED]
+    names = [item.name for item in BUDGETED if "not_exact_budget" not in item.promises]
 
     def once(index):
         name = names[index % len(names)]

@@ -74,7 +74,7 @@ def test_inference_mode_then_no_grad_then_gradients():
                 a = model(text[:, start:stop], past_key_values=cache).logits
             with torch.no_grad():
                 b = model(text[:, start:stop], past_key_values=other).logits
-            assert torch.equal(a.detach(), b)
+            assert float((a.detach() - b).abs().max()) <= 1e-5  # with gradients torch may take another kernel
         assert torch.equal(cache.kept_positions(1), other.kept_positions(1))
 
 
