@@ -1,4 +1,5 @@
-"""Choice of an implementation: `"auto"` picks the first that can serve and says once which; an explicit name never falls back."""
+"""Choice of an implementation: `"auto"` picks the first that can serve and says once which; an explicit name never
+falls back."""
 
 from __future__ import annotations
 

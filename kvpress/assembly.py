@@ -86,7 +86,7 @@ def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedM
         reader = None
         if policies.selection is not None or rotation is not None:
             selector = None if policies.selection is None else policies.selection.selector(*place, shared)
-            reader = Reader(policies.selection, selector, rotation, policies.eviction.same_for_all_heads)
+            reader = Reader(policies.selection, selector, rotation, policies.eviction.heads_agree)
         layers.append(
             PolicyLayer(
                 policies.eviction,

@@ -42,8 +42,8 @@ class Forward:
     before: tuple[int, ...]
     tokens: Tokens | None = None
     visible: Tensor | None = None
-    ragged: bool = False
     token_ids: Tensor | None = None
+    ragged: bool = False
     rotated_to: Tensor | None = None
 
     @property

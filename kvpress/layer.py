@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -17,9 +18,11 @@ from kvpress.eviction import ranked, strongest, survivors, weakest
 from kvpress.forward import Forward
 from kvpress.kernels.attention import attend
 from kvpress.masks import LogicalLength
+from kvpress.memory import held_bytes
 from kvpress.observation import AttentionArguments, Observation
-from kvpress.policies.budget import Budget
+from kvpress.policies.budget import layer_budgets
 from kvpress.reading import Reader
+from kvpress.recent_queries import RecentQueries
 from kvpress.rope import Rotation
 from kvpress.slots import SlotTable
 from kvpress.token_ids import TokenIds
@@ -27,6 +30,7 @@ from kvpress.tokens import TokenClock, Tokens
 
 if TYPE_CHECKING:
     from kvpress.policies.base import EvictionPolicy
+    from kvpress.policies.selection import Selector
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -67,13 +71,15 @@ class PolicyLayer(CacheLayerMixin):
         self.expands_keys = expands_keys
         self.reader = reader
         self.token_ids = token_ids
-        self.budget = None if policy.budget is None else Budget.parse(policy.budget)
+        self.budget = None if policy.budget is None else layer_budgets(policy.budget, ordinal, layers)
         self.attended = True  # our attention function follows every update
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the parameters."""
         self.table = SlotTable(self.policy.columns)
+        self.recent = RecentQueries(self.policy.recent_queries) if self.policy.recent_queries else None
+        self.decoded = 0  # tokens since the last prompt
         self.is_initialized = False
         self.seen = 0
         self.evictions = 0  # tokens that left the KV head that lost most
@@ -188,7 +194,7 @@ class PolicyLayer(CacheLayerMixin):
         if self._waiting is not None:
             self._crop_waiting(removed)
         elif removed:
-            if self.evictions or self.table.column_names:
+            if self.evictions or self.table.column_names or self.recent is not None:
                 raise CacheStateError(
                     f"crop({tokens_to_remove}) would need evicted tokens or earlier scores back: call activate_past_recording() "
                     "before the forward that may be taken back"
@@ -207,8 +213,10 @@ class PolicyLayer(CacheLayerMixin):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().view(-1)
         self.table.select_batch(indices)
-        if self.reader is not None and self.reader.selector is not None:
-            self.reader.selector.select_batch(indices)
+        if self.recent is not None:
+            self.recent.select_batch(indices)
+        if self.selector is not None:
+            self.selector.select_batch(indices)
         rows = indices.tolist()
         self.seen_rows = tuple(self.seen_rows[row] for row in rows)
         self.prompt_rows = tuple(self.prompt_rows[row] for row in rows)
@@ -228,7 +236,10 @@ class PolicyLayer(CacheLayerMixin):
             "prompt_rows": self.prompt_rows,
             "budgets": self.budgets,
             "evictions": self.evictions,
+            "decoded": self.decoded,
+            "recent": None if self.recent is None else self.recent.state(),
             "record_past": self.record_past,
+            "selection": None if self.selector is None else self.selector.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -236,8 +247,12 @@ class PolicyLayer(CacheLayerMixin):
         self.reset()
         self.table.load_state(state["table"])
         self.is_initialized = True
-        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "record_past"):
+        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "decoded", "record_past"):
             setattr(self, name, state[name])
+        if self.recent is not None:
+            self.recent.load_state(state["recent"])
+        if self.selector is not None:
+            self.selector.load_state(state["selection"])
 
     # -- one forward ---------------------------------------------------------------------------------------------------
 
@@ -256,9 +271,16 @@ class PolicyLayer(CacheLayerMixin):
             forward.visible = self.table.positions
         self.seen_rows = tokens.seen
         if self.rotation is not None:
+            if self.ordinal == 0:
+                self.rotation.begin()
             forward.rotated_to = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
             self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
         return tokens
+
+    @property
+    def selector(self) -> Selector | None:
+        """The selection's state in this layer."""
+        return None if self.reader is None else self.reader.selector
 
     @property
     def rotation(self) -> Rotation | None:
@@ -312,10 +334,11 @@ class PolicyLayer(CacheLayerMixin):
             waiting, self._waiting = self._waiting, None
             self._evict(*waiting)
 
-    @torch.no_grad()
+    @torch.no_grad()  # a model called with gradients must not keep its graphs alive in the columns
     def _evict(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         table, tokens = self.table, forward.placed
         prompt = self.budgets is None or (forward.rows > 1 and not self.record_past)
+        self.decoded = 0 if prompt else self.decoded + forward.rows
         if prompt:
             self.prompt_rows = tuple(past + new for past, new in zip(self.prompt_rows, tokens.counts, strict=True))
         if self.budget is None and not self.policy.columns:
@@ -323,11 +346,14 @@ class PolicyLayer(CacheLayerMixin):
             table.settle()
             return
         observation = self._observation(forward, query, keys, arguments)
+        if self.recent is not None and query is not None:
+            self.recent.push(query, observation.key_heads, tokens.positions)
         if self.policy.columns:
             self.policy.observe(observation)
         if prompt or self.budgets is None:
             self.budgets = self._allocate(observation)
-            table.limit = None if self.budget is None else int(self.budgets.max()) + self.policy.interval
+            unlimited = self.budget is None or self.policy.recounts
+            table.limit = None if unlimited else int(self.budgets.max()) + self.policy.interval
         if table.spare is not None and self.policy.interval == 1:
             scores = self._ranked(observation, self.budgets)
             if table.rows is not None:
@@ -360,9 +386,11 @@ class PolicyLayer(CacheLayerMixin):
         self.evictions += int((table.held - counts).max())
         if table.spare is not None:
             table.vacate(strongest(scores, table.positions, counts), counts)
+            if self.selector is not None:
+                self.selector.vacate()
             return
-        if self.reader is not None and self.reader.selector is not None:
-            self.reader.selector.rearrange()
+        if self.selector is not None:
+            self.selector.rearrange()
         if goes is None and budgets.min() != budgets.max():
             table.keep_ragged(survivors(scores, counts), counts, budgets + 1 + slack)
         else:
@@ -392,9 +420,17 @@ class PolicyLayer(CacheLayerMixin):
         batch, kv_heads = observation.positions.shape[:2]
         if self.budget is None:
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
-        cost, fixed = self.layers * self.table.bytes_per_token, self.layers * self.table.fixed_bytes
-        budgets = self.budget.resolve(self.prompt_rows, cost, spare=self.policy.interval, fixed_bytes=fixed)
-        rows = self.policy.allocate(observation, budgets)
+        cost = self.layers * self.table.bytes_per_token
+        recent = 0 if self.recent is None else held_bytes(self.recent.tensors())
+        fixed = self.layers * (self.table.fixed_bytes + recent)
+        given = [budget.resolve(self.prompt_rows, cost, fixed, spare=self.policy.interval) for budget in self.budget]
+        if len(given) > 1 and len(given) != kv_heads:
+            raise ValueError(
+                f"budget of {self.policy.name} must have an entry for each of {kv_heads} KV heads in layer {self.layer_idx}, "
+                f"got {len(given)}"
+            )
+        rows: Sequence[int] | Sequence[Sequence[int]]
+        rows = self.policy.allocate(observation, given[0]) if len(given) == 1 else list(zip(*given, strict=True))
         per_head = [[row] * kv_heads if isinstance(row, numbers.Integral) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
 
@@ -428,6 +464,8 @@ class PolicyLayer(CacheLayerMixin):
             visible=visible,
             arguments=arguments,
             token_ids=forward.token_ids,
+            decoded=self.decoded,
+            recent=self.recent,
             **layout,
         )
 
@@ -463,8 +501,8 @@ class PolicyLayer(CacheLayerMixin):
     def _take_back(self, removed: int) -> None:
         if removed > self.seen:
             raise CacheStateError(f"cannot take back {removed} tokens, {self.seen} were seen")
-        if removed and self.reader is not None and self.reader.selector is not None:
-            self.reader.selector.rearrange()
+        if removed and self.selector is not None:
+            self.selector.rearrange()
         before = self.table.held[:, 0].copy()
         self.table.drop_last(removed)
         lost = before - self.table.held[:, 0]

@@ -262,12 +262,11 @@ class SlotTable:
         if self.rows is not None:
             self.rows, order = self.rows.select_batch(rows, self.keys.device)
             self.keys, self.values = self.keys[order], self.values[order]
-            self.count = int(self.rows.capacities.max())  # the longest head may be gone
+            self.count = int(self.rows.capacities.max())  # the longest head may not be among the rows taken
         else:
             self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
-        self.columns = {name: column.index_select(0, index) for name, column in self.columns.items()}
-        if self.rows is not None:
-            self.columns = {name: column[:, :, : self.count].contiguous() for name, column in self.columns.items()}
+        length = None if self.rows is None else self.count
+        self.columns = {name: column[..., :length].index_select(0, index) for name, column in self.columns.items()}
         self.spare = None if self.spare is None else self.spare.index_select(0, index)
         self.held = self.held[rows]
         self._first_rows = None

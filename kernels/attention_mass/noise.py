@@ -1,7 +1,8 @@
-"""Gumbel noise that depends on what it is for alone: seed, query head, and the positions of row and key (specification).
+"""Gumbel noise that depends on what it is for alone: seed, query head, and the positions of row and key
+(specification).
 
-A counter-based generator: any tile of any implementation makes the same numbers in any order. 32-bit arithmetic, wrapping;
-`mix` is the finalizer of MurmurHash3 (Appleby, public domain), `n32` the low 32 bits of `n`:
+A counter-based generator: any tile of any implementation makes the same numbers in any order. 32-bit arithmetic,
+wrapping; `mix` is the finalizer of MurmurHash3 (Appleby, public domain), `n32` the low 32 bits of `n`:
 
     base   = mix(mix(seed32) ^ (seed >> 32)32)
     head   = mix(base + (query_head + 1) * 0x9e3779b9)

@@ -12,6 +12,7 @@ from kvpress.kernels.native import extension, missing
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_DIM = 512
+EMPTY = 8  # the address of an empty list, never read: torch gives 0, which would mean "no list given"
 
 
 def built() -> Any:
@@ -108,7 +109,7 @@ def slot_fields(
     if index is not None:
         index = as_int64(index)
         owners.append(index)
-        listed = (index.data_ptr(), *batch_and_head_strides(index, batch, kv_heads), index.shape[-1])
+        listed = (index.data_ptr() or EMPTY, *batch_and_head_strides(index, batch, kv_heads), index.shape[-1])
     fields = (
         keys.data_ptr(),
         values.data_ptr(),

@@ -50,7 +50,7 @@ def test_it_is_frozen_and_survives_json(name):
 @pytest.mark.parametrize("name", EVICTING_NAMES)
 def test_budgets_hold_at_every_step_and_turn(name):
     """Sizes, order, uniqueness, range; sinks and window; what is gone does not come back."""
-    model, budget = tiny_model(), row(name).budget or row(name).small["capacity"]
+    model, budget = tiny_model(), row(name).budget
     policy = make_policy(name, **row(name).small)
     cache = PolicyCache(model, policy)
     ids, mask = left_padded((0, 5), 60)
