@@ -112,9 +112,9 @@ class SlotTable:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes that do not depend on the number of tokens: which slot is the spare one."""
+        """Bytes that do not depend on the number of tokens: which slot of each head is spare, and where its rows begin."""
         batch, kv_heads = self.columns[POSITION].shape[:2]
-        return batch * kv_heads * torch.long.itemsize
+        return 2 * batch * kv_heads * torch.long.itemsize
 
     def tensors(self) -> Iterator[Tensor | None]:
         """Every tensor held."""

@@ -97,9 +97,9 @@ def keys_and_values_in_different_order(patch):
 def column_of_the_evicted_token_is_inherited(patch):
     original = SlotTable._overwrite
 
-    def overwrite(self, keys, values):
+    def overwrite(self, *arguments):
         kept = {name: self.columns[name].clone() for name in self.column_names}
-        original(self, keys, values)
+        original(self, *arguments)
         self.columns.update(kept)
 
     patch.setattr(SlotTable, "_overwrite", overwrite)
