@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -143,4 +143,5 @@ def _checkpoint_separators(name_or_path: str) -> tuple[int, ...]:
 
     if not name_or_path:
         raise ValueError("the model was not loaded from a checkpoint")
-    return separator_ids(AutoTokenizer.from_pretrained(name_or_path, local_files_only=True))
+    tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
+    return separator_ids(tokenizer)

@@ -123,7 +123,8 @@ def attend(
         arguments["positions"], arguments["query_positions"] = causal_positions(query, keys)
     if chosen == "flash":
         return flash.attend(query, keys, values, **_taken(arguments, FLASH))
-    return _implementation(chosen).attend(query, keys, values, **arguments)[:2]
+    output, lse = _implementation(chosen).attend(query, keys, values, **arguments)[:2]
+    return output, lse
 
 
 def attend_with_weights(

@@ -60,7 +60,9 @@ def page_bounds(
             keys, page_size=page_size, positions=positions
         )
         return launched
-    return (native if chosen == "native" else reference).page_bounds(keys, page_size, positions)
+    if chosen == "native":
+        return native.page_bounds(keys, page_size, positions)
+    return reference.page_bounds(keys, page_size, positions)
 
 
 def page_scores(query: Tensor, lowest: Tensor, highest: Tensor, *, impl: str = "auto") -> Tensor:
@@ -99,4 +101,6 @@ def page_scores(query: Tensor, lowest: Tensor, highest: Tensor, *, impl: str = "
     if chosen == "triton":
         launched: Tensor = import_module("kvpress.kernels.pages.triton").page_scores(query, lowest, highest)
         return launched
-    return (native if chosen == "native" else reference).page_scores(query, lowest, highest)
+    if chosen == "native":
+        return native.page_scores(query, lowest, highest)
+    return reference.page_scores(query, lowest, highest)

@@ -72,4 +72,6 @@ def rotate(
     if chosen == "triton":
         launched: Tensor = import_module("kvpress.kernels.rotation.triton").rotate(slots, cosine, sine, inverse=inverse)
         return launched
-    return (native if chosen == "native" else reference).rotate(slots, cosine, sine, positions, inverse)
+    if chosen == "native":
+        return native.rotate(slots, cosine, sine, positions, inverse)
+    return reference.rotate(slots, cosine, sine, positions, inverse)

@@ -62,7 +62,8 @@ class Step:
 
     def grouped(self) -> Tensor:
         """Weights averaged over the query heads of each KV head: `[kv_heads, new tokens, tokens]`."""
-        return self.weights.unflatten(0, (len(self.held), -1)).mean(dim=1)
+        grouped: Tensor = self.weights.unflatten(0, (len(self.held), -1)).mean(dim=1)
+        return grouped
 
 
 Rule = Callable[[Step], list[list[int]]]

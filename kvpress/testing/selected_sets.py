@@ -118,7 +118,7 @@ def oracle_pass(
     oracle.set_attn_implementation(NAME)
     oracle.set_experts_implementation("eager")
     decoder = oracle.get_decoder()
-    module = sys.modules[type(decoder).__module__]
+    module: Any = sys.modules[type(decoder).__module__]
     apply = module.apply_rotary_pos_emb
     blocks = [
         (first, last, len(forward) == 1 and last - first == 1, index)
