@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,6 +16,7 @@ from kvpress.policies.selection import SelectionPolicy
 from kvpress.reading import Reader
 from kvpress.rope import Rotation
 from kvpress.support import check_config, expands_keys
+from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock
 
 
@@ -37,9 +38,23 @@ class Policies:
         return self.eviction.needs_queries or self.eviction.reindexes or self.selection is not None
 
     @property
+    def stock_refusal(self) -> str | None:
+        """Why a stock attention cannot serve them, or `None`."""
+        names = " and ".join(repr(policy.name) for policy in self.given)
+        if self.need_queries:
+            return f"policy {names} needs queries, which only the attention implementation {NAME!r} hands over"
+        if type(self.eviction).allocate is not EvictionPolicy.allocate:
+            return f"policy {names} gives layers or heads budgets of their own, which only the attention implementation {NAME!r} can read"
+        return None
+
+    @property
     def reindex(self) -> bool:
         """Whether attention runs over positions 0 … n-1."""
         return self.eviction.reindexes or (self.selection is not None and self.selection.reindexes)
+
+    def for_model(self, model: PreTrainedModel) -> Policies:
+        """With what the model tells its policies."""
+        return replace(self, eviction=self.eviction.for_model(model))
 
 
 def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedModel | None) -> list[Any]:
@@ -55,11 +70,12 @@ def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedM
         raise UnsupportedModelError(
             f"model type {config.model_type!r} has no full-attention layer to compress: {sorted(set(types))}"
         )
-    if policies.selection is not None and "dummy" in types:
+    if (policies.selection is not None or policies.reindex) and "dummy" in types:
         raise UnsupportedModelError(
-            f"model type {config.model_type!r} shares keys between layers: {policies.selection.name} cannot select for it"
+            f"model type {config.model_type!r} shares keys between layers: {policies.given[-1].name} cannot select or re-index for it"
         )
     rotation = Rotation(model) if policies.reindex and model is not None else None
+    token_ids = TokenIds(model) if policies.eviction.needs_token_ids and model is not None else None
     clock, shared = TokenClock(), dict[str, Any]()
     layers: list[Any] = []
     for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
@@ -70,8 +86,17 @@ def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedM
         reader = None
         if policies.selection is not None or rotation is not None:
             selector = None if policies.selection is None else policies.selection.selector(*place, shared)
-            reader = Reader(policies.selection, selector, rotation, policies.eviction.same_for_all_heads)
-        layers.append(PolicyLayer(policies.eviction, *place, clock, reader=reader, expands_keys=expands_keys(config)))
+            reader = Reader(policies.selection, selector, rotation, policies.eviction.heads_agree)
+        layers.append(
+            PolicyLayer(
+                policies.eviction,
+                *place,
+                clock,
+                reader=reader,
+                token_ids=token_ids,
+                expands_keys=expands_keys(config),
+            )
+        )
     return layers
 
 

@@ -11,6 +11,10 @@ class UnsupportedModelError(KVPressError, ValueError):
     """A model that this cache cannot serve rightly."""
 
 
+class MissingTokenIdsError(KVPressError, ValueError):
+    """A forward without token ids, where the cache's policy needs them."""
+
+
 class CacheStateError(KVPressError, RuntimeError):
     """A cache used in a way that its state does not allow."""
 

@@ -44,6 +44,18 @@ def survivors(scores: Tensor, counts: numpy.ndarray) -> Tensor:
     return best.sort(dim=-1).values.clamp(min=0)
 
 
+def strongest(scores: Tensor, positions: Tensor, counts: numpy.ndarray) -> Tensor:
+    """`[batch, kv_heads, slots]` bool: the best `counts [batch, kv_heads]` slots of each head, in whatever order slots are.
+
+    Of equal scores the larger position is kept.
+    """
+    order = positions.argsort(dim=-1)
+    order = order.gather(-1, scores.gather(-1, order).argsort(dim=-1, stable=True))
+    slots = scores.shape[-1]
+    chosen = torch.arange(slots, device=scores.device) >= slots - torch.from_numpy(counts).to(scores.device)[..., None]
+    return torch.zeros_like(chosen).scatter(-1, order, chosen)
+
+
 def weakest(scores: Tensor, positions: Tensor) -> Tensor:
     """The slot of the lowest score, of equal ones the one with the smallest position: `[batch, kv_heads, 1]`."""
     lowest = scores.amin(dim=-1, keepdim=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -12,19 +14,23 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpress.errors import CacheStateError
-from kvpress.eviction import ranked, survivors, weakest
+from kvpress.eviction import ranked, strongest, survivors, weakest
 from kvpress.forward import Forward
 from kvpress.kernels.attention import attend
 from kvpress.masks import LogicalLength
+from kvpress.memory import held_bytes
 from kvpress.observation import AttentionArguments, Observation
-from kvpress.policies.budget import Budget
+from kvpress.policies.budget import layer_budgets
 from kvpress.reading import Reader
+from kvpress.recent_queries import RecentQueries
 from kvpress.rope import Rotation
 from kvpress.slots import SlotTable
+from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock, Tokens
 
 if TYPE_CHECKING:
     from kvpress.policies.base import EvictionPolicy
+    from kvpress.policies.selection import Selector
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -37,6 +43,7 @@ class PolicyLayer(CacheLayerMixin):
         layers: number of compressed layers.
         clock: shared by the layers of a cache.
         reader: where slots are selected, or positions re-indexed.
+        token_ids: tells the ids of a forward's tokens, for policies that need them.
         expands_keys: the model makes other keys of what `update` returns before it attends (latents): always return all of them.
     """
 
@@ -54,6 +61,7 @@ class PolicyLayer(CacheLayerMixin):
         *,
         expands_keys: bool = False,
         reader: Reader | None = None,
+        token_ids: TokenIds | None = None,
     ) -> None:
         self.policy = policy
         self.layer_idx = layer_idx
@@ -62,13 +70,16 @@ class PolicyLayer(CacheLayerMixin):
         self.clock = clock
         self.expands_keys = expands_keys
         self.reader = reader
-        self.budget = None if policy.budget is None else Budget.parse(policy.budget)
+        self.token_ids = token_ids
+        self.budget = None if policy.budget is None else layer_budgets(policy.budget, ordinal, layers)
         self.attended = True  # our attention function follows every update
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the parameters."""
         self.table = SlotTable(self.policy.columns)
+        self.recent = RecentQueries(self.policy.recent_queries) if self.policy.recent_queries else None
+        self.decoded = 0  # tokens since the last prompt
         self.is_initialized = False
         self.seen = 0
         self.evictions = 0  # tokens that left the KV head that lost most
@@ -130,6 +141,7 @@ class PolicyLayer(CacheLayerMixin):
                 f"layer {self.layer_idx}: an earlier forward broke off before its attention ended. Call cache.reset() and start again"
             )
         batch, _, rows, _ = key_states.shape
+        ids = None if self.token_ids is None else self.token_ids.read(batch, rows).to(key_states.device)
         if not self.is_initialized:
             self.seen_rows = self.prompt_rows = (0,) * batch
             self.is_initialized = True
@@ -137,8 +149,9 @@ class PolicyLayer(CacheLayerMixin):
             raise ValueError(f"batch size must stay {len(self.seen_rows)}, the cache's, got {batch}")
         new = self.table.append(key_states.detach(), value_states.detach())
         self.seen += rows
-        self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows)
-        if self.table.rows is not None and self.attended and not self.expands_keys:
+        self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows, token_ids=ids)
+        self.forward.ragged = self.table.rows is not None
+        if self.forward.ragged and self.attended and not self.expands_keys:
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
         if not self.attended:
@@ -181,7 +194,7 @@ class PolicyLayer(CacheLayerMixin):
         if self._waiting is not None:
             self._crop_waiting(removed)
         elif removed:
-            if self.evictions or self.table.column_names:
+            if self.evictions or self.table.column_names or self.recent is not None:
                 raise CacheStateError(
                     f"crop({tokens_to_remove}) would need evicted tokens or earlier scores back: call activate_past_recording() "
                     "before the forward that may be taken back"
@@ -200,8 +213,10 @@ class PolicyLayer(CacheLayerMixin):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().view(-1)
         self.table.select_batch(indices)
-        if self.reader is not None and self.reader.selector is not None:
-            self.reader.selector.select_batch(indices)
+        if self.recent is not None:
+            self.recent.select_batch(indices)
+        if self.selector is not None:
+            self.selector.select_batch(indices)
         rows = indices.tolist()
         self.seen_rows = tuple(self.seen_rows[row] for row in rows)
         self.prompt_rows = tuple(self.prompt_rows[row] for row in rows)
@@ -221,7 +236,10 @@ class PolicyLayer(CacheLayerMixin):
             "prompt_rows": self.prompt_rows,
             "budgets": self.budgets,
             "evictions": self.evictions,
+            "decoded": self.decoded,
+            "recent": None if self.recent is None else self.recent.state(),
             "record_past": self.record_past,
+            "selection": None if self.selector is None else self.selector.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -229,8 +247,12 @@ class PolicyLayer(CacheLayerMixin):
         self.reset()
         self.table.load_state(state["table"])
         self.is_initialized = True
-        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "record_past"):
+        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "decoded", "record_past"):
             setattr(self, name, state[name])
+        if self.recent is not None:
+            self.recent.load_state(state["recent"])
+        if self.selector is not None:
+            self.selector.load_state(state["selection"])
 
     # -- one forward ---------------------------------------------------------------------------------------------------
 
@@ -249,9 +271,16 @@ class PolicyLayer(CacheLayerMixin):
             forward.visible = self.table.positions
         self.seen_rows = tokens.seen
         if self.rotation is not None:
+            if self.ordinal == 0:
+                self.rotation.begin()
             forward.rotated_to = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
             self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
         return tokens
+
+    @property
+    def selector(self) -> Selector | None:
+        """The selection's state in this layer."""
+        return None if self.reader is None else self.reader.selector
 
     @property
     def rotation(self) -> Rotation | None:
@@ -270,7 +299,7 @@ class PolicyLayer(CacheLayerMixin):
             return self.reader.read(self.table, forward, query, keys, values, arguments)
         several, visible = forward.rows > 1, forward.visible
         layout: dict[str, Any] = {}
-        if self.table.rows is not None:
+        if forward.ragged:
             if self.expands_keys:
                 visible = self.table.positions  # past a short head's slots there is nothing
             else:
@@ -280,7 +309,7 @@ class PolicyLayer(CacheLayerMixin):
             keys,
             values,
             positions=visible,
-            query_positions=forward.placed.positions if several else None,
+            query_positions=forward.placed.positions[:, -query.shape[2] :] if several else None,
             causal=several and visible is None,
             scaling=arguments.scaling,
             softcap=arguments.softcap,
@@ -292,8 +321,10 @@ class PolicyLayer(CacheLayerMixin):
     def finish(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         """The end of a forward: the policy observes, and evicts what exceeds the budget; while past is recorded, at `crop`."""
         self.forward = None
-        if self.record_past and self.budget is not None:
-            self._waiting = (forward, query, keys, arguments)
+        if self.ordinal == self.layers - 1:
+            self.clock.clear()
+        if self.record_past and (self.budget is not None or self.policy.columns):
+            self._waiting = (forward, None if query is None else query.detach(), keys.detach(), arguments)
         else:
             self._evict(forward, query, keys, arguments)
 
@@ -303,9 +334,11 @@ class PolicyLayer(CacheLayerMixin):
             waiting, self._waiting = self._waiting, None
             self._evict(*waiting)
 
+    @torch.no_grad()  # a model called with gradients must not keep its graphs alive in the columns
     def _evict(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         table, tokens = self.table, forward.placed
         prompt = self.budgets is None or (forward.rows > 1 and not self.record_past)
+        self.decoded = 0 if prompt else self.decoded + forward.rows
         if prompt:
             self.prompt_rows = tuple(past + new for past, new in zip(self.prompt_rows, tokens.counts, strict=True))
         if self.budget is None and not self.policy.columns:
@@ -313,24 +346,58 @@ class PolicyLayer(CacheLayerMixin):
             table.settle()
             return
         observation = self._observation(forward, query, keys, arguments)
+        if self.recent is not None and query is not None:
+            self.recent.push(query, observation.key_heads, tokens.positions)
         if self.policy.columns:
             self.policy.observe(observation)
         if prompt or self.budgets is None:
             self.budgets = self._allocate(observation)
-        if table.spare is not None:
+            unlimited = self.budget is None or self.policy.recounts
+            table.limit = None if unlimited else int(self.budgets.max()) + self.policy.interval
+        if table.spare is not None and self.policy.interval == 1:
             scores = self._ranked(observation, self.budgets)
             if table.rows is not None:
                 scores = scores.masked_fill(table.rows.outside, torch.inf)
             table.retire(weakest(scores, table.positions))
             self.evictions += 1
-        elif (table.held > self.budgets).any():
-            counts = numpy.minimum(self.budgets, table.count)
-            self.evictions += int((table.held - self.budgets).max())
-            if self.reader is not None and self.reader.selector is not None:
-                self.reader.selector.rearrange()
-            table.keep(survivors(self._ranked(observation, self.budgets), counts), self.budgets, room=1)
         else:
-            table.settle()
+            self._evict_many(observation, self.budgets)
+
+    def _evict_many(self, observation: Observation, budgets: numpy.ndarray) -> None:
+        """Cut the heads that hold more than `interval - 1` tokens above their budget back to it."""
+        table, slack = self.table, self.policy.interval - 1
+        over = table.held > budgets + slack
+        if over.any() and self.policy.recounts:
+            budgets = self.budgets = self._allocate(observation)
+            over = table.held > budgets + slack
+        if not over.any():
+            if table.spare is None:
+                table.settle()
+            else:
+                table.spare = table.empty_slot()
+            return
+        scores = self._ranked(observation, budgets)
+        counts = numpy.where(over, numpy.minimum(budgets, table.held), table.held)
+        goes = self.policy.discards(observation)
+        if goes is not None:
+            goes = goes & torch.from_numpy(over).to(scores.device)[..., None] & (scores < torch.inf)
+            scores = scores.masked_fill(goes, -torch.inf)
+            counts = numpy.minimum(counts, (scores > -torch.inf).sum(dim=-1).cpu().numpy())
+        self.evictions += int((table.held - counts).max())
+        if table.spare is not None:
+            table.vacate(strongest(scores, table.positions, counts), counts)
+            if self.selector is not None:
+                self.selector.vacate()
+            return
+        if self.selector is not None:
+            self.selector.rearrange()
+        if goes is None and budgets.min() != budgets.max():
+            table.keep_ragged(survivors(scores, counts), counts, budgets + 1 + slack)
+        else:
+            room = int(budgets.max()) + 1 + slack - int(counts.max())
+            if self.policy.recounts:
+                room = max(room, 2)  # not steady: the next count may ask for more slots
+            table.keep(survivors(scores, counts), counts, room)
 
     def _ranked(self, observation: Observation, budgets: numpy.ndarray) -> Tensor:
         sinks: int | Tensor
@@ -353,9 +420,18 @@ class PolicyLayer(CacheLayerMixin):
         batch, kv_heads = observation.positions.shape[:2]
         if self.budget is None:
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
-        budgets = self.budget.resolve(self.prompt_rows, self.layers * self.table.bytes_per_token)
-        rows = self.policy.allocate(observation, budgets)
-        per_head = [[row] * kv_heads if isinstance(row, int) else list(row) for row in rows]
+        cost = self.layers * self.table.bytes_per_token
+        recent = 0 if self.recent is None else held_bytes(self.recent.tensors())
+        fixed = self.layers * (self.table.fixed_bytes + recent)
+        given = [budget.resolve(self.prompt_rows, cost, fixed, spare=self.policy.interval) for budget in self.budget]
+        if len(given) > 1 and len(given) != kv_heads:
+            raise ValueError(
+                f"budget of {self.policy.name} must have an entry for each of {kv_heads} KV heads in layer {self.layer_idx}, "
+                f"got {len(given)}"
+            )
+        rows: Sequence[int] | Sequence[Sequence[int]]
+        rows = self.policy.allocate(observation, given[0]) if len(given) == 1 else list(zip(*given, strict=True))
+        per_head = [[row] * kv_heads if isinstance(row, numbers.Integral) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
 
     def _observation(
@@ -387,6 +463,9 @@ class PolicyLayer(CacheLayerMixin):
             query_positions=tokens.positions,
             visible=visible,
             arguments=arguments,
+            token_ids=forward.token_ids,
+            decoded=self.decoded,
+            recent=self.recent,
             **layout,
         )
 
@@ -413,14 +492,17 @@ class PolicyLayer(CacheLayerMixin):
                 new_keys=forward.new_keys[:, :, :left],
                 tokens=Tokens(left, counts, self.seen_rows, positions, tokens.newest - removed),
                 visible=None if forward.visible is None else self.table.positions,
+                token_ids=None if forward.token_ids is None else forward.token_ids[:, :left],
             )
             query = None if query is None else query[:, :, :left]
             keys = keys[:, :, : self.table.count]
         self._evict(forward, query, keys, arguments)
 
     def _take_back(self, removed: int) -> None:
-        if removed and self.reader is not None and self.reader.selector is not None:
-            self.reader.selector.rearrange()
+        if removed > self.seen:
+            raise CacheStateError(f"cannot take back {removed} tokens, {self.seen} were seen")
+        if removed and self.selector is not None:
+            self.selector.rearrange()
         before = self.table.held[:, 0].copy()
         self.table.drop_last(removed)
         lost = before - self.table.held[:, 0]

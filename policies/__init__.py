@@ -15,11 +15,17 @@ from kvpress.policies.registry import (
 )
 
 if TYPE_CHECKING:
+    from kvpress.policies.adakv import AdaKV
     from kvpress.policies.full import Full
     from kvpress.policies.h2o import H2O
+    from kvpress.policies.keyformer import Keyformer
     from kvpress.policies.knorm import KNorm
+    from kvpress.policies.morphkv import MorphKV
+    from kvpress.policies.pyramidkv import PyramidKV
     from kvpress.policies.quest import Quest
     from kvpress.policies.random import Random
+    from kvpress.policies.separators import separator_ids
+    from kvpress.policies.sepllm import SepLLM
     from kvpress.policies.snapkv import SnapKV
     from kvpress.policies.streaming_llm import StreamingLLM
     from kvpress.policies.tidaldecode import TidalDecode
@@ -29,12 +35,17 @@ if TYPE_CHECKING:
 __all__ = [
     "H2O",
     "TOVA",
+    "AdaKV",
     "EvictionPolicy",
     "Full",
     "KNorm",
+    "Keyformer",
+    "MorphKV",
     "Policy",
+    "PyramidKV",
     "Quest",
     "Random",
+    "SepLLM",
     "SnapKV",
     "StreamingLLM",
     "TidalDecode",
@@ -44,10 +55,15 @@ __all__ = [
     "policy_class",
     "policy_names",
     "register_policy",
+    "separator_ids",
 ]
 
 
 def __getattr__(attribute: str) -> Any:
+    if attribute == "separator_ids":
+        from kvpress.policies.separators import separator_ids
+
+        return separator_ids
     for name, target in _POLICIES.items():
         if target.endswith(f":{attribute}"):
             return policy_class(name)

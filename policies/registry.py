@@ -13,8 +13,13 @@ _POLICIES: dict[str, str] = {  # name -> module:class
     "full": "kvpress.policies.full:Full",
     "streaming_llm": "kvpress.policies.streaming_llm:StreamingLLM",
     "snapkv": "kvpress.policies.snapkv:SnapKV",
+    "pyramidkv": "kvpress.policies.pyramidkv:PyramidKV",
+    "adakv": "kvpress.policies.adakv:AdaKV",
+    "sepllm": "kvpress.policies.sepllm:SepLLM",
     "tova": "kvpress.policies.tova:TOVA",
     "h2o": "kvpress.policies.h2o:H2O",
+    "keyformer": "kvpress.policies.keyformer:Keyformer",
+    "morphkv": "kvpress.policies.morphkv:MorphKV",
     "knorm": "kvpress.policies.knorm:KNorm",
     "random": "kvpress.policies.random:Random",
     "tokenselect": "kvpress.policies.tokenselect:TokenSelect",
@@ -78,7 +83,7 @@ def make_policy(name: str, **parameters: Any) -> Policy:
     missing = [
         field.name
         for field in fields(found)
-        if field.default is MISSING and field.default_factory is MISSING and field.name not in parameters
+        if field.init and field.default is MISSING and field.default_factory is MISSING and field.name not in parameters
     ]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}, got {sorted(parameters) or 'no parameter'}")
@@ -90,6 +95,7 @@ def describe_policies() -> list[Description]:
     rows = []
     for name in policy_names():
         found = policy_class(name)
-        parameters = {field.name: "required" if field.default is MISSING else field.default for field in fields(found)}
+        given = [field for field in fields(found) if field.init]
+        parameters = {field.name: "required" if field.default is MISSING else field.default for field in given}
         rows.append(Description(name, found.__name__, found.kind, found.summary, found.paper, found.needs, parameters))
     return rows

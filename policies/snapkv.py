@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -42,8 +42,8 @@ class SnapKV(EvictionPolicy):
 
     window: int = 32
     kernel_size: int = 7
-    pooling: str = "max"
-    group_reduce: str = "mean"
+    pooling: str = field(default="max", kw_only=True)
+    group_reduce: str = field(default="mean", kw_only=True)
 
     def __post_init__(self) -> None:
         check_integer(self.name, "window", self.window, 1)

@@ -37,8 +37,8 @@ static inline Vec exponential(VecBits weyl, const Noise& noise) {
   x ^= x >> 16;
   x = (x ^ noise.second) * 0x9e3779b1u;
   x ^= x >> 15;
-  const VecInt word = reinterpret_cast<VecInt>(x >> 8);
-  const Vec uniform = (__builtin_convertvector(word, Vec) + splat(0.5f)) * splat(1.f / 16777216.f);
+  const VecInt word = reinterpret_cast<VecInt>(x >> 9);
+  const Vec uniform = (__builtin_convertvector(word, Vec) + splat(0.5f)) * splat(1.f / 8388608.f);
   return -log_vec(uniform);
 }
 

@@ -75,6 +75,29 @@ def best(scores: Tensor, held: Iterable[int], count: int, protected: Iterable[in
     return sorted(order[:count])
 
 
+def snapkv_votes(step: Step, window: int, kernel_size: int, pooling: str = "max", reduce: str = "mean") -> list[Tensor]:
+    """SnapKV's votes of each KV head, `[tokens]`: written down from the formula, with the fading of what was voted before."""
+    votes = []
+    new = step.weights.shape[1]
+    rows = min(new, window)
+    for head, held in enumerate(step.held):
+        group = step.weights.unflatten(0, (len(step.held), -1))[head, :, new - rows :].sum(dim=1)
+        mass = {"mean": group.mean, "sum": group.sum}[reduce](dim=0) if reduce != "max" else group.amax(dim=0)
+        if new > 1:
+            prefix = [position for position in held if position < step.seen - window]
+            raw = [float(mass[position]) for position in prefix]
+            for index, position in enumerate(prefix):
+                around = [index + offset for offset in range(-(kernel_size // 2), kernel_size // 2 + 1)]
+                near = [raw[other] for other in around if 0 <= other < len(raw)]
+                mass[position] = max(near) if pooling == "max" else sum(near) / kernel_size
+        before = step.state.setdefault("votes", {}).get(head, torch.zeros(0, dtype=torch.float64))
+        total = mass.clone()
+        total[: len(before)] += (1 - rows / window) * before
+        step.state["votes"][head] = total
+        votes.append(total)
+    return votes
+
+
 class KeptSets:
     """Feeds a cache and compares what it keeps with a rule.
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+
 from kvpress.cache import PolicyCache
 from kvpress.policies import Policy
 from kvpress.testing.families import random_tokens, tiny_model
 from kvpress.testing.kept_sets import KeptSets, Rule
 
+sys.path[:0] = [str(folder) for folder in Path(__file__).parents[:2]]  # vote_rules, policy_table
 torch.set_num_threads(1)
+logging.getLogger("transformers").setLevel(logging.ERROR)
 
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 MODES = ("plain", "padded", "chunks", "beams", "turns")
@@ -49,7 +56,7 @@ def feed() -> Feed:
             mask[0, : prompt // 3], mask[2, :1] = 0, 0
         with KeptSets(model, PolicyCache(model, policy), rule) as sets:
             cuts = [0, 3, 10, 11, prompt] if mode == "chunks" else [0, prompt]
-            for start, stop in zip(cuts, cuts[1:], strict=False):
+            for start, stop in itertools.pairwise(cuts):
                 sets.feed(ids[:, start:stop], mask[:, start:stop])
             for step in range(prompt, prompt + steps):
                 if mode == "beams" and step % 4 == 1:
