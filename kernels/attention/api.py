@@ -175,16 +175,24 @@ def attend_with_weights(
         raise ValueError(f"query must have a single row for its weights, got {query.shape[2]}")
     if reduction not in native.REDUCTIONS:
         raise ValueError(f"reduction must be one of {sorted(native.REDUCTIONS)}, got {reduction!r}")
-    chosen = choose(
-        "attention with weights",
-        impl,
-        {
-            "native": lambda: native.refusal(query, keys, values, kv_heads, weights=True),
-            "triton": lambda: (
-                triton_support.refusal(query, keys, values) or triton_support.storage_refusal(keys, values)
-            ),
-            "reference": lambda: None,
-        },
+    if impl == "auto" and announced("attention with weights", "native"):  # the path of every decoded token
+        fast = native.refusal(query, keys, values, kv_heads, weights=True) is None
+    else:
+        fast = False
+    chosen = (
+        "native"
+        if fast
+        else choose(
+            "attention with weights",
+            impl,
+            {
+                "native": lambda: native.refusal(query, keys, values, kv_heads, weights=True),
+                "triton": lambda: (
+                    triton_support.refusal(query, keys, values) or triton_support.storage_refusal(keys, values)
+                ),
+                "reference": lambda: None,
+            },
+        )
     )
     arguments: dict[str, Any] = {"kv_heads": kv_heads} if chosen == "native" else {}
     output, lse, weights = _implementation(chosen).attend(

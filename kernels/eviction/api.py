@@ -92,13 +92,15 @@ def overwrite(
     if len(columns) != len(rows):
         raise ValueError(f"columns and rows must be equally many, got {len(columns)} and {len(rows)}")
     leading = 2 if starts is None else 0
+    heads = slot.shape
     for column, row in zip(columns, rows, strict=True):
+        have, given = column.shape, row.shape
         if column.dtype != row.dtype:
             raise ValueError(f"rows must have the type of their column, got {row.dtype} for {column.dtype}")
-        if column.shape[leading + 1 :] != row.shape[2:] or row.dim() - 2 != column.dim() - leading - 1:
-            raise ValueError(f"rows must be [batch, kv_heads, …] as their column, got {tuple(row.shape)}")
-        if leading and column.shape[:2] != slot.shape:
-            raise ValueError(f"columns must be [batch, kv_heads, …] as slot, got {tuple(column.shape)}")
+        if have[leading + 1 :] != given[2:] or len(given) - 2 != len(have) - leading - 1:
+            raise ValueError(f"rows must be [batch, kv_heads, …] as their column, got {tuple(given)}")
+        if leading and have[:2] != heads:
+            raise ValueError(f"columns must be [batch, kv_heads, …] as slot, got {tuple(have)}")
     chosen = choose(
         "overwriting a slot",
         impl,
