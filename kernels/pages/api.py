@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
+from kvpress.kernels import operators, triton_support
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.pages import native, reference
 
@@ -32,6 +33,8 @@ def page_bounds(
         ValueError: `page_size` below 1, shapes that do not fit, an unknown `impl`, or an explicit one that cannot
             serve.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.page_bounds(keys, page_size, positions)
     if keys.dim() != 4:
         raise ValueError(f"keys must be [batch, kv_heads, slots, dim], got shape {tuple(keys.shape)}")
     if page_size < 1:
@@ -79,6 +82,8 @@ def page_scores(query: Tensor, lowest: Tensor, highest: Tensor, *, impl: str = "
     Raises:
         ValueError: shapes that do not fit, an unknown `impl`, or an explicit one that cannot serve.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.page_scores(query, lowest, highest)
     if query.dim() != 4 or query.shape[2] != 1:
         raise ValueError(f"query must be [batch, query_heads, 1, dim], got shape {tuple(query.shape)}")
     if lowest.dim() != 4 or lowest.shape != highest.shape:
