@@ -46,7 +46,9 @@ class Machine(RuleBasedStateMachine):
     @rule(tokens=st.integers(1, 4), data=st.data())
     @precondition(lambda self: self.table.spare is None)
     def grow(self, tokens, data):
-        pads = [data.draw(st.integers(0, tokens - 1)) for _ in self.rows] if self.table.count < 4 else [0] * len(self.rows)
+        pads = (
+            [data.draw(st.integers(0, tokens - 1)) for _ in self.rows] if self.table.count < 4 else [0] * len(self.rows)
+        )
         self.append(tokens, pads)
         self.undoable = tokens
 
@@ -89,7 +91,9 @@ class Machine(RuleBasedStateMachine):
         batch, count = len(self.rows), self.table.count
         capacities = numpy.full((batch, KV_HEADS), self.random.randint(1, count - 1))
         if ragged:
-            capacities = numpy.array([[self.random.randint(1, count + 2) for _ in range(KV_HEADS)] for _ in range(batch)])
+            capacities = numpy.array(
+                [[self.random.randint(1, count + 2) for _ in range(KV_HEADS)] for _ in range(batch)]
+            )
             ragged = capacities.min() != capacities.max()
         wanted = numpy.minimum(capacities, [[len(held) for held in heads] for heads in self.rows])
         most = int(wanted.max())
