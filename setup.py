@@ -48,7 +48,7 @@ native = Extension(
 setup(
     packages=packages(),
     package_dir=ROOTS,
-    package_data={"kvpress.kernels.native": ["*.pyi"]},
+    package_data={"": ["*.pyi", "*.json", "*.j2"]},
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

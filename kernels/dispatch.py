@@ -12,6 +12,11 @@ _announced: set[tuple[str, str]] = set()
 Refusal = str | None  # why an implementation cannot serve these arguments; None = it can
 
 
+def announced(operation: str, name: str) -> bool:
+    """Whether `choose` has already said that it picks `name` for `operation`."""
+    return (operation, name) in _announced
+
+
 def choose(operation: str, impl: str, refusals: Mapping[str, Callable[[], Refusal]]) -> str:
     """Return the implementation of `operation` to call.
 

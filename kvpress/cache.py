@@ -142,8 +142,8 @@ class PolicyCache(Cache):
             self._check_attention(key_states.shape[0])
         elif layer.seen + key_states.shape[2] != first.seen:
             raise CacheStateError(
-                f"layer {layer_idx} has seen {layer.seen} tokens where layer {first.layer_idx} had seen {first.seen - key_states.shape[2]}: "
-                "an earlier forward broke off. Call cache.reset() and start again"
+                f"layer {layer_idx} has seen {layer.seen} tokens, layer {first.layer_idx} had seen "
+                f"{first.seen - key_states.shape[2]}: an earlier forward broke off. Call cache.reset() and start again"
             )
         keys, values = layer.update(key_states, value_states)
         if layer.forward is not None:
@@ -163,8 +163,8 @@ class PolicyCache(Cache):
             raise UnsupportedModelError(f"{refusal}, got {implementation!r}: use PolicyCache(model, policy)")
         if not attended and batch > 1 and self.policies.eviction.budget is not None:
             raise UnsupportedModelError(
-                f"batch must be 1 under the attention implementation {implementation!r}, got {batch}: it does not show padding to the cache. "
-                "Use PolicyCache(model, policy)"
+                f"batch must be 1 under the attention implementation {implementation!r}, got {batch}: it does not show "
+                "padding to the cache. Use PolicyCache(model, policy)"
             )
         for layer in self.policy_layers:
             layer.attended = attended

@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from kvpress.memory import allocate, filled, growth, grown, held_bytes, take
+from kvpress.memory import allocate, filled, grown, growth, held_bytes, take
 from kvpress.ragged import RaggedRows
 
 POSITION = "position"

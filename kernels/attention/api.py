@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpress.kernels import triton_support
 from kvpress.kernels.attention import flash, fused, native, reference
-from kvpress.kernels.dispatch import choose
+from kvpress.kernels.dispatch import announced, choose
 from kvpress.kernels.scores import causal_positions
 from kvpress.kernels.shapes import check_query_and_slots, check_scales, check_slot_options
 
@@ -73,6 +73,26 @@ def attend(
     )
     if causal and (positions is not None or starts is not None or index is not None):
         raise ValueError("causal describes dense slots in order: it excludes positions, starts and index")
+    whole = causal and query.shape[2] == keys.shape[2]
+    if impl == "auto" and not whole and announced("attention", "native"):  # the path of every decoded token
+        if native.refusal(query, keys, values, kv_heads) is None:
+            return native.attend(
+                query,
+                keys,
+                values,
+                kv_heads=kv_heads,
+                scaling=scaling,
+                positions=positions,
+                query_positions=query_positions,
+                starts=starts,
+                lengths=lengths,
+                index=index,
+                causal=causal,
+                softcap=softcap,
+                sinks=sinks,
+                keys_scale=keys_scale,
+                values_scale=values_scale,
+            )[:2]
     arguments: dict[str, Any] = {
         "scaling": scaling,
         "positions": positions,
@@ -92,7 +112,7 @@ def attend(
         "fused": lambda: fused.refusal(query, keys, values, **_taken(arguments, FUSED_REFUSAL)),
         "reference": lambda: None,
     }
-    if causal and query.shape[2] == keys.shape[2] and query.device.type == "cpu":
+    if whole and query.is_cpu:
         refusals = {"fused": refusals["fused"], **refusals}  # a whole prompt: torch's blocked matrix products win
     chosen = choose("attention", impl, refusals)
     if chosen == "native":

@@ -197,12 +197,9 @@ def test_memory_is_what_is_kept(name):
             per_token = 2 * 64 * 4 + 4 * (
                 1 + len(cache.policies.eviction.columns)
             )  # keys, values, position, named columns
-            recent = sum(
-                held_bytes(layer.recent.tensors()) for layer in cache.policy_layers if layer.recent is not None
-            )
-            assert (
-                kept * per_token <= cache.nbytes <= 1.02 * kept * per_token + recent
-            )  # a ring of the last queries, where needed
+            rings = [layer.recent for layer in cache.policy_layers if layer.recent is not None]
+            recent = sum(held_bytes(ring.tensors()) for ring in rings)  # the last queries, where a policy needs them
+            assert kept * per_token <= cache.nbytes <= 1.02 * kept * per_token + recent
             assert cache.full_nbytes == (600 + step) * 2 * 6 * 2 * 64 * 4
             model(ids[:, :1], past_key_values=cache)
     report = cache.report()
@@ -298,7 +295,7 @@ def test_parameters_beside_an_instance():
 def test_bytes_too_few_are_refused_with_figures():
     model = tiny_model()
     cache = PolicyCache(model, "tova", budget="300B")
-    with pytest.raises(ValueError, match="budget of 300 bytes is too small.*304|budget of 300 bytes is too small"):
+    with pytest.raises(ValueError, match=r"budget of 300 bytes is too small.*304|budget of 300 bytes is too small"):
         run(model, cache, random_tokens(1, 8))
 
 
@@ -331,7 +328,7 @@ def test_models_outside_the_attention_interface():
     config = transformers.GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=128)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError, match="'gptj'.*attention interface.*from_config"):
+    with pytest.raises(UnsupportedModelError, match=r"'gptj'.*attention interface.*from_config"):
         PolicyCache(model, "snapkv", budget=64)
     assert model.config._attn_implementation == before
 
@@ -340,7 +337,7 @@ def test_models_outside_the_attention_interface():
 def test_use_cache_false_is_refused(family):
     model = tiny_model(family)
     cache = PolicyCache(model, "streaming_llm", budget=16)
-    with pytest.raises((UnsupportedModelError, CacheStateError), match="use_cache|fed again"):
+    with pytest.raises((UnsupportedModelError, CacheStateError), match=r"use_cache|fed again"):
         run(model, cache, random_tokens(1, 20), use_cache=False)
 
 
@@ -365,14 +362,14 @@ def test_attention_changed_under_a_cache_made_from_a_configuration():
     PolicyCache(model, "full")
     cache = PolicyCache.from_config(model.config, "tova", budget=16)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(UnsupportedModelError, match="'tova'.*queries"):
+    with pytest.raises(UnsupportedModelError, match=r"'tova'.*queries"):
         run(model, cache, random_tokens(1, 20))
 
 
 def test_padding_under_stock_attention_is_refused():
     model = tiny_model()
     cache = PolicyCache.from_config(model.config, "streaming_llm", budget=16)
-    with pytest.raises(UnsupportedModelError, match="batch must be 1.*got 2"):
+    with pytest.raises(UnsupportedModelError, match=r"batch must be 1.*got 2"):
         run(model, cache, random_tokens(2, 20))
 
 
@@ -397,7 +394,7 @@ def test_another_batch_size_is_refused():
     cache = PolicyCache(model, "streaming_llm", budget=16)
     with torch.no_grad():
         model(random_tokens(1, 20), past_key_values=cache)
-        with pytest.raises(ValueError, match="batch size must stay 1.* got 2"):
+        with pytest.raises(ValueError, match=r"batch size must stay 1.* got 2"):
             model(random_tokens(2, 1), past_key_values=cache)
 
 

@@ -4,11 +4,12 @@ from functools import cache as remembered
 
 import pytest
 import torch
+from transformers import DynamicCache
+
 from kvpress import PolicyCache
 from kvpress.policies import Quest, TidalDecode, TokenSelect
 from kvpress.testing.families import FAMILIES, tiny_model
 from kvpress.testing.generation import WAYS, Outcome
-from transformers import DynamicCache
 
 # a prompt of 24 tokens: TokenSelect selects from 13 tokens on, all candidates
 ROOMY = {
@@ -50,12 +51,24 @@ def test_every_candidate_chosen_equals_full_while_selection_runs(feed, llama, po
     mask[0, :12] = 0
     policy = TokenSelect(top_k=18, sinks=2, local=8, chunk=4, tail=2, threshold=2, positions=positions)
     fed = feed(llama, PolicyCache(llama, policy), ids, (24, 1, 1, 1, 1), mask)
-    full = feed(llama, PolicyCache(llama, TokenSelect(top_k=99, local=8, chunk=4, positions="keep")), ids, (24, 1, 1, 1, 1), mask)
+    full = feed(
+        llama,
+        PolicyCache(llama, TokenSelect(top_k=99, local=8, chunk=4, positions="keep")),
+        ids,
+        (24, 1, 1, 1, 1),
+        mask,
+    )
     assert max(float((a - b).abs().max()) for a, b in zip(fed.logits[:1], full.logits[:1], strict=True)) < 1e-9
     assert fed.cache.report().selections == 0
     fed = feed(llama, PolicyCache(llama, policy), ids, (24, 1, 1, 1, 1, 1), mask)
     assert fed.cache.report().selections == 2
-    full = feed(llama, PolicyCache(llama, TokenSelect(top_k=99, local=8, chunk=4, positions="keep")), ids, (24, 1, 1, 1, 1, 1), mask)
+    full = feed(
+        llama,
+        PolicyCache(llama, TokenSelect(top_k=99, local=8, chunk=4, positions="keep")),
+        ids,
+        (24, 1, 1, 1, 1, 1),
+        mask,
+    )
     assert float((fed.logits[0] - full.logits[0]).abs().max()) < 1e-9
 
 
