@@ -41,4 +41,8 @@ def choose_policies(policy: Policy | str | Sequence[Policy], parameters: Mapping
             f"{selection.name} lets layers attend to what another layer chose, which needs the same tokens in all layers: "
             f"it does not go with {eviction.name}"
         )
+    if eviction.reindexes and selection is not None and not selection.reindexes:
+        raise ValueError(
+            f"{selection.name} selects by keys as the model rotates them, which positions='reindex' of {eviction.name} does not store"
+        )
     return Policies(eviction, selection)

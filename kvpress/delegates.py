@@ -42,5 +42,6 @@ def _default_implementation(kind: type[PreTrainedConfig]) -> str:
 def original_attention(module: torch.nn.Module) -> Callable[..., Any]:
     """The attention function that `module` would use without us."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(original_implementation(module.config), eager)
+    config: Any = module.config
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(original_implementation(config), eager)  # type: ignore[arg-type]
     return function

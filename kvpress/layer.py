@@ -30,6 +30,7 @@ from kvpress.tokens import TokenClock, Tokens
 
 if TYPE_CHECKING:
     from kvpress.policies.base import EvictionPolicy
+    from kvpress.policies.selection import Selector
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -214,8 +215,8 @@ class PolicyLayer(CacheLayerMixin):
         self.table.select_batch(indices)
         if self.recent is not None:
             self.recent.select_batch(indices)
-        if self.reader is not None and self.reader.selector is not None:
-            self.reader.selector.select_batch(indices)
+        if self.selector is not None:
+            self.selector.select_batch(indices)
         rows = indices.tolist()
         self.seen_rows = tuple(self.seen_rows[row] for row in rows)
         self.prompt_rows = tuple(self.prompt_rows[row] for row in rows)
@@ -238,6 +239,7 @@ class PolicyLayer(CacheLayerMixin):
             "decoded": self.decoded,
             "recent": None if self.recent is None else self.recent.state(),
             "record_past": self.record_past,
+            "selection": None if self.selector is None else self.selector.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -249,6 +251,8 @@ class PolicyLayer(CacheLayerMixin):
             setattr(self, name, state[name])
         if self.recent is not None:
             self.recent.load_state(state["recent"])
+        if self.selector is not None:
+            self.selector.load_state(state["selection"])
 
     # -- one forward ---------------------------------------------------------------------------------------------------
 
@@ -267,9 +271,16 @@ class PolicyLayer(CacheLayerMixin):
             forward.visible = self.table.positions
         self.seen_rows = tokens.seen
         if self.rotation is not None:
+            if self.ordinal == 0:
+                self.rotation.begin()
             forward.rotated_to = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
             self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
         return tokens
+
+    @property
+    def selector(self) -> Selector | None:
+        """The selection's state in this layer."""
+        return None if self.reader is None else self.reader.selector
 
     @property
     def rotation(self) -> Rotation | None:
@@ -375,9 +386,11 @@ class PolicyLayer(CacheLayerMixin):
         self.evictions += int((table.held - counts).max())
         if table.spare is not None:
             table.vacate(strongest(scores, table.positions, counts), counts)
+            if self.selector is not None:
+                self.selector.vacate()
             return
-        if self.reader is not None and self.reader.selector is not None:
-            self.reader.selector.rearrange()
+        if self.selector is not None:
+            self.selector.rearrange()
         if goes is None and budgets.min() != budgets.max():
             table.keep_ragged(survivors(scores, counts), counts, budgets + 1 + slack)
         else:
@@ -488,8 +501,8 @@ class PolicyLayer(CacheLayerMixin):
     def _take_back(self, removed: int) -> None:
         if removed > self.seen:
             raise CacheStateError(f"cannot take back {removed} tokens, {self.seen} were seen")
-        if removed and self.reader is not None and self.reader.selector is not None:
-            self.reader.selector.rearrange()
+        if removed and self.selector is not None:
+            self.selector.rearrange()
         before = self.table.held[:, 0].copy()
         self.table.drop_last(removed)
         lost = before - self.table.held[:, 0]

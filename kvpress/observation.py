@@ -162,7 +162,8 @@ class Observation:
     def grouped_mass(self, rows: int, reduce: str, **arguments: Any) -> Tensor:
         """`attention_mass` reduced over the query heads of each KV head by `"mean"`, `"max"` or `"sum"`: `[batch, kv_heads, slots]`."""
         mass = self.attention_mass(rows, **arguments)
-        groups = mass.unflatten(1, (self.positions.shape[1], -1))
+        batch, kv_heads = self.positions.shape[:2]
+        groups = mass.view(batch, kv_heads, -1, mass.shape[-1])
         if reduce == "max":
             return groups.amax(dim=2)
         return groups.sum(dim=2) if reduce == "sum" else groups.mean(dim=2)

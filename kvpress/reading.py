@@ -89,7 +89,7 @@ class Reader:
         tokens = forward.placed
         rows = Rows(query, keys, values, table.positions, tokens.positions, tokens.newest, forward.new)
         padded = forward.visible is not None
-        if not padded or forward.rows == 1 or self.policy is None or len(self.policy.blocks(forward.rows)) == 1:
+        if forward.rows == 1 or not tokens.padded or self.policy is None or not self.policy.selects_for_prompts:
             return self._read(rows, padded, arguments)
         # a prompt is cut into blocks from its first real token on, so batch rows of unequal length are read one by one
         output = query.new_zeros(*query.shape[:3], values.shape[-1])
@@ -110,9 +110,13 @@ class Reader:
                 tokens.seen[row] - 1,
                 slice(0, 0),
             )
-            if tokens.counts[row]:
-                output[row : row + 1, :, real] = self._read(alone, not complete, arguments)
-                last_read.append(self.read_positions())
+            if not tokens.counts[row]:
+                last_read.append(held.new_full((1, 0), -1, dtype=torch.long))
+                continue
+            output[row : row + 1, :, real] = self._read(alone, not complete, arguments)
+            last_read.append(self.read_positions())
+        if any(item.dim() == 3 for item in last_read):
+            last_read = [item if item.dim() == 3 else item[:, None].expand(-1, keys.shape[1], -1) for item in last_read]
         longest = max(item.shape[-1] for item in last_read)
         padding = [torch.nn.functional.pad(item, (0, longest - item.shape[-1]), value=-1) for item in last_read]
         self._last = (torch.cat(padding), None)
@@ -133,6 +137,7 @@ class Reader:
                 newest=block.newest,
                 scaling=arguments.scaling,
                 ordered=not padded and isinstance(block.newest, int) and end == block.newest + 1,
+                ascending=isinstance(block.new, slice),
                 decoding=not several,
                 new=block.new,
                 shared=self.shared,

@@ -31,7 +31,7 @@ class Rotation:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[no-untyped-call]
         module = getattr(decoder, "rotary_emb", None)
         apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
         if module is None or apply is None:
@@ -52,6 +52,10 @@ class Rotation:
         self._halves = False  # whether cosines are given once for both halves of a head
         self._check(model)
 
+    def begin(self) -> None:
+        """A new forward: position ids that look like the former ones may have been changed in place."""
+        self._seen = None
+
     def undo(self, rotated: Tensor, position_ids: Tensor) -> Tensor:
         """What `rotated [batch, heads, tokens, dim]` was before the model rotated it to `position_ids [batch or 1, tokens]`."""
         wide = rotated.to(torch.promote_types(rotated.dtype, torch.float32))
@@ -60,9 +64,9 @@ class Rotation:
             self._seen = (position_ids, cos, sin)
         _, cos, sin = self._seen
         cos, sin = cos.expand(rotated.shape[0], -1, -1), sin.expand(rotated.shape[0], -1, -1)
-        scale = (cos[..., :1].square() + sin[..., :1].square()).unsqueeze(
-            1
-        )  # the module may scale (YaRN), and does so again later
+        # the module may scale (YaRN), and does so again later; in fp64 its fp32 cosines are not quite on the unit circle
+        scale = (cos.square() + sin.square()).unsqueeze(1)
+        scale = torch.cat([scale, scale], dim=-1) if self._halves else scale
         plain = self._rotate(wide, cos, -sin)
         width = cos.shape[-1] * (2 if self._halves else 1)
         return torch.cat([plain[..., :width] / scale, plain[..., width:]], dim=-1).to(rotated.dtype)
@@ -120,7 +124,8 @@ class Rotation:
         with torch.no_grad():
             name = "layer_past" if "layer_past" in inspect.signature(module.forward).parameters else "past_key_values"
             module(hidden_states=states, position_embeddings=(cos, sin), attention_mask=None, **{name: cache})
-        keys = cache.layers[module.layer_idx].keys
+        layer: Any = cache.layers[int(module.layer_idx)]  # type: ignore[arg-type]
+        keys: Tensor = layer.keys
         error = torch.inf
         for self._halves in (False, True):
             if cos.shape[-1] * (2 if self._halves else 1) > keys.shape[-1]:

@@ -11,6 +11,28 @@ from kvpress.policies.base import Policy
 from kvpress.rope import Rotation
 
 
+def best_slots(scores: Tensor, count: int, positions: Tensor | None = None) -> Tensor:
+    """The `count` slots of highest score, ascending: `[…, count]` of scores `[…, slots]`; of equal ones the later token is chosen.
+
+    Args:
+        scores: without NaN; fewer than `count` slots are all returned.
+        positions: like `scores`, where slots are in no order; the result then ascends by position.
+    """
+    count = min(count, scores.shape[-1])
+    order = None
+    if positions is not None:
+        order = positions.expand_as(scores).argsort(dim=-1)
+        scores = scores.gather(-1, order)
+    least = scores.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    taken = scores >= least
+    if int(taken.sum()) > count * (scores.numel() // scores.shape[-1]):
+        above, ties = scores > least, scores == least
+        wanted = count - above.sum(dim=-1, keepdim=True)
+        taken = above | (ties & (ties.flip(-1).cumsum(dim=-1).flip(-1) <= wanted))
+    chosen = taken.nonzero()[:, -1].view(*scores.shape[:-1], count)
+    return chosen if order is None else order.gather(-1, chosen)
+
+
 @dataclass
 class SlotView:
     """What a selector sees when some query rows are about to attend.
@@ -22,6 +44,7 @@ class SlotView:
         newest: position of the last of these rows: an int when all batch rows are alike, else `[batch, 1, 1]`.
         scaling: factor of the dot products in attention.
         ordered: slots ascend by position, from 0, none is empty.
+        ascending: slots ascend by position, empty ones first.
         decoding: a single token after a prompt.
         new: slots of this forward's tokens: a slice, or `[batch, kv_heads, 1]`.
         shared: one kept set for all KV heads, so that one index may serve them all.
@@ -34,6 +57,7 @@ class SlotView:
     newest: int | Tensor
     scaling: float
     ordered: bool
+    ascending: bool
     decoding: bool
     new: slice | Tensor
     shared: bool
@@ -56,13 +80,29 @@ class Selector:
     def rearrange(self) -> None:
         """Slots were moved, evicted in bulk, or taken back: what is known of them by slot is void."""
 
+    def vacate(self) -> None:
+        """Some tokens were evicted, the others stay in their slots. (A token that replaces another comes with the next view.)"""
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Everything from which `load_state` makes an equal selector: numbers and tensors."""
+        return {"hits": self.hits, "misses": self.misses}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.hits, self.misses = state["hits"], state["misses"]
+
 
 @dataclass(frozen=True)
 class SelectionPolicy(Policy):
-    """Decides what is attended to. Attributes say how a prompt is cut before its rows select."""
+    """Decides what is attended to."""
 
     kind: ClassVar[str] = "selection"
     same_slots_in_all_layers: ClassVar[bool] = False  # layers use slots that another layer chose
+    selects_for_prompts: ClassVar[bool] = False  # not only for decoded tokens
 
     @property
     def reindexes(self) -> bool:

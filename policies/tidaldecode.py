@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvpress.kernels.scores import accumulator_type
 from kvpress.policies.base import check_integer
-from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
+from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,17 @@ class TidalDecode(SelectionPolicy):
         if self.reselect_layer is not None:
             check_integer(self.name, "reselect_layer", self.reselect_layer, self.dense_layers + 1)
 
+    def _reselect_layer(self, layers: int) -> int:
+        if self.reselect_layer is None:
+            return max(self.dense_layers + 1, round(0.4 * layers))
+        if self.reselect_layer >= layers:
+            raise ValueError(
+                f"reselect_layer of {self.name} must be below the model's {layers} compressed layers, got {self.reselect_layer}"
+            )
+        return self.reselect_layer
+
     def selector(self, layer: int, ordinal: int, layers: int, shared: dict[str, Any]) -> TidalSelector:
-        again = self.reselect_layer if self.reselect_layer is not None else max(self.dense_layers + 1, 2 * layers // 5)
-        chooses = ordinal in (self.dense_layers, again)
+        chooses = ordinal in (self.dense_layers, self._reselect_layer(layers))
         return TidalSelector(self.top_k, chooses=chooses, dense=ordinal < self.dense_layers, shared=shared)
 
 
@@ -75,8 +84,9 @@ class TidalSelector(Selector):
 def largest_products(view: SlotView, top_k: int) -> Tensor:
     """The slots of the `top_k` largest dot products of each KV head: `[batch, kv_heads, top_k]`, `-1` where there are fewer."""
     batch, _, _, dim = view.query.shape
-    grouped = view.query.float().view(batch, view.keys.shape[1], -1, dim)
-    products = torch.matmul(grouped, view.keys.float().transpose(-1, -2)).amax(dim=2)
-    products = products.masked_fill(view.positions < 0, -torch.inf)
-    best = products.topk(top_k, dim=-1)
-    return best.indices.masked_fill(best.values == -torch.inf, -1)
+    kind = accumulator_type(view.query)
+    grouped = view.query.to(kind).view(batch, view.keys.shape[1], -1, dim)
+    products = torch.matmul(grouped, view.keys.to(kind).transpose(-1, -2)).amax(dim=2)
+    products = products.nan_to_num(-torch.inf).masked_fill(view.positions < 0, -torch.inf)
+    best = best_slots(products, top_k, None if view.ascending else view.positions)
+    return best.masked_fill(view.positions.gather(-1, best) < 0, -1)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from kvpress.kernels.scores import accumulator_type
 from kvpress.policies.base import check_choice, check_integer
-from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
+from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class TokenSelect(SelectionPolicy):
     summary: ClassVar[str] = "tokens that the query heads vote for"
     paper: ClassVar[str] = "arXiv 2411.02886"
     needs: ClassVar[str] = "queries"
+    selects_for_prompts: ClassVar[bool] = True
 
     top_k: int = 2048
     sinks: int = 128
@@ -77,6 +79,9 @@ class TokenSelect(SelectionPolicy):
         return VoteSelector(self)
 
 
+CACHED = ("query", "chosen", "chosen_positions", "live")
+
+
 class VoteSelector(Selector):
     """Votes, and the Selection Cache of one layer: the query that selected last, what it selected, and where that stood."""
 
@@ -86,39 +91,53 @@ class VoteSelector(Selector):
         self.query: Tensor | None = None  # [batch, query_heads * dim]
         self.chosen: Tensor | None = None  # slots, [batch, kv_heads or 1, top_k]
         self.chosen_positions: Tensor | None = None
+        self.live: Tensor | None = (
+            None  # [batch] rows that had more candidates than top_k: the others chose nothing yet
+        )
 
     def rearrange(self) -> None:
-        self.query = None
+        self.query = self.chosen = self.chosen_positions = self.live = None
 
     def select_batch(self, index: Tensor) -> None:
-        if self.query is not None and self.chosen is not None and self.chosen_positions is not None:
-            self.query, self.chosen = self.query[index], self.chosen[index]
-            self.chosen_positions = self.chosen_positions[index]
+        for name in CACHED:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor[index.to(tensor.device)])
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (getattr(self, name) for name in CACHED) if tensor is not None]
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), **{name: getattr(self, name) for name in CACHED}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        for name in CACHED:
+            setattr(self, name, state[name])
 
     def select(self, view: SlotView) -> Tensor | None:
         policy = self.policy
+        if not view.decoding:
+            self.rearrange()  # a prompt brings tokens that an earlier selection could not choose
         if view.keys.shape[2] <= policy.sinks + policy.top_k + policy.local:
             return None
         query = view.query.mean(dim=2)
         if not view.decoding:
-            return assemble(view, self._vote(view, query), policy.sinks, policy.local)
+            return assemble(view, self._vote(view, query)[0], policy.sinks, policy.local)
         flat = query.flatten(1)
         positions = view.positions if not view.shared else view.positions[:, :1]
-        if self.query is not None and self.query.shape == flat.shape:
-            same = cosine_similarity(flat.float(), self.query.float(), dim=-1) >= policy.threshold
+        if self.query is not None and self.live is not None:
+            same = (cosine_similarity(flat.float(), self.query.float(), dim=-1) >= policy.threshold) & self.live
             if bool(same.all()):
                 self.hits += 1
                 return assemble(view, self._still_there(positions), policy.sinks, policy.local)
         else:
             same = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
         self.misses += 1
-        chosen = self._vote(view, query)
-        if (
-            bool(same.any()) and self.chosen is not None and self.query is not None
-        ):  # rows that hit keep their selection
+        chosen, live = self._vote(view, query)
+        if self.query is not None and bool(same.any()):  # rows that hit keep their selection
             chosen = torch.where(same[:, None, None], self._still_there(positions), chosen)
-            flat = torch.where(same[:, None], self.query, flat)
-        self.query, self.chosen = flat, chosen
+            flat, live = torch.where(same[:, None], self.query, flat), live | same
+        self.query, self.chosen, self.live = flat, chosen, live
         self.chosen_positions = positions.gather(-1, chosen.clamp(min=0))
         return assemble(view, chosen, policy.sinks, policy.local)
 
@@ -128,8 +147,9 @@ class VoteSelector(Selector):
             raise RuntimeError("nothing was selected yet")
         return self.chosen.where(positions.gather(-1, self.chosen.clamp(min=0)) == self.chosen_positions, -1)
 
-    def _vote(self, view: SlotView, query: Tensor) -> Tensor:
-        """The `top_k` candidates with most votes: slots `[batch, kv_heads or 1, top_k]`, `-1` where there are fewer."""
+    def _vote(self, view: SlotView, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The `top_k` candidates with most votes, slots `[batch, kv_heads or 1, top_k]`, `-1` where there are fewer; and `[batch]`
+        whether there were more to choose from."""
         policy, keys = self.policy, view.keys
         batch, _, dim = query.shape
         kv_heads = keys.shape[1]
@@ -147,7 +167,8 @@ class VoteSelector(Selector):
             keys = keys[:, :, first : int(view.newest) + 1 - policy.local]
         else:
             candidates = candidate_slots(view, policy.sinks, policy.local)
-        scores = torch.matmul(grouped.float(), keys.float().transpose(-1, -2))  # [batch, kv_heads, group, slots]
+        kind = accumulator_type(query)
+        scores = torch.matmul(grouped.to(kind), keys.to(kind).transpose(-1, -2))  # [batch, kv_heads, group, slots]
         if candidates is not None:
             scores = scores.masked_fill(~candidates[:, :, None], -torch.inf)
         votes = scores.softmax(dim=-1).nan_to_num(0.0).sum(dim=2)
@@ -156,8 +177,15 @@ class VoteSelector(Selector):
             candidates = None if candidates is None else candidates[:, :1]
         if candidates is not None:
             votes = votes.masked_fill(~candidates, -1.0)
-        best = votes.topk(min(policy.top_k, votes.shape[-1]), dim=-1)
-        return (best.indices + first).masked_fill(best.values < 0, -1)
+        if candidates is None:
+            live = torch.full((batch,), True, device=votes.device)
+        else:
+            live = (candidates.sum(dim=-1) > policy.top_k).any(dim=-1)
+        if candidates is None:
+            return best_slots(votes, policy.top_k) + first, live
+        positions = view.positions[:, : votes.shape[1]]
+        best = best_slots(votes, policy.top_k, None if view.ascending else positions)
+        return best.masked_fill(~candidates.expand_as(votes).gather(-1, best), -1), live
 
 
 def candidate_slots(view: SlotView, sinks: int, local: int) -> Tensor:
@@ -168,10 +196,10 @@ def candidate_slots(view: SlotView, sinks: int, local: int) -> Tensor:
 def assemble(view: SlotView, chosen: Tensor, sinks: int, local: int) -> Tensor:
     """Sinks, chosen slots and local window: `[batch, kv_heads or 1, n]`, ascending by position where slots are ordered."""
     if view.ordered:
-        slots = torch.arange(view.positions.shape[-1], device=chosen.device)
         last = int(view.newest) + 1
-        ends = torch.cat([slots[:sinks], slots[last - local : last]]).expand(*chosen.shape[:2], -1)
-        return torch.cat([ends, chosen], dim=-1).sort(dim=-1).values
+        first = torch.arange(sinks, device=chosen.device).expand(*chosen.shape[:2], -1)
+        window = torch.arange(last - local, last, device=chosen.device).expand(*chosen.shape[:2], -1)
+        return torch.cat([first, chosen, window], dim=-1)
     positions = view.positions if chosen.shape[1] > 1 or not view.shared else view.positions[:, :1]
     always = (positions >= 0) & (positions <= view.newest) & ((positions < sinks) | (positions > view.newest - local))
     ends = always.int().topk(min(sinks + local, positions.shape[-1]), dim=-1)

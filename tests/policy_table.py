@@ -43,7 +43,7 @@ PROMISES = {
     "chunk_invariant": "a prompt in chunks keeps the tokens that it keeps in one piece (first layer; deeper keys differ by what was evicted)",
     "chunk_invariant_everywhere": "the same in every layer: what is kept depends on positions alone",
     "one_set": "all KV heads of a layer keep the same tokens",
-    "not_exact_budget": "the method keeps fewer tokens than its budget, or has a documented slack",
+    "not_exact_budget": "layers or heads share the budget unequally, or the method keeps fewer or has a documented slack",
 }
 
 
@@ -58,7 +58,7 @@ ROWS = (
     _row("full", budget=None),
     _row("streaming_llm", "chunk_invariant", "chunk_invariant_everywhere", "one_set", sinks=2),
     _row("snapkv", window=4, kernel_size=3),
-    _row("pyramidkv", window=4, kernel_size=3, beta=4),
+    _row("pyramidkv", "not_exact_budget", window=4, kernel_size=3, beta=4),
     _row("adakv", "not_exact_budget", window=4, kernel_size=3),
     _row("tova", "one_set"),
     _row("h2o"),
@@ -78,6 +78,7 @@ ROWS = (
     ),
 )
 EVICTING = tuple(row for row in ROWS if row.budget is not None)
+BUDGETED = tuple(row for row in EVICTING if row.limit == "budget")
 
 
 def row(name: str) -> PolicyRow:

