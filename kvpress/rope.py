@@ -15,13 +15,14 @@ from transformers import DynamicCache, PreTrainedModel
 from kvpress.errors import UnsupportedModelError
 
 TABLE = 4096  # positions of the first table; a longer one has a power of two of them
+TABLES = 4  # held at a time
 
 
 class Rotation:
     """The rotary embedding of one model.
 
-    Two private copies of the model's module are used, so that a module whose frequencies follow the sequence length (dynamic NTK) is not
-    disturbed: one sees what the model sees, and undoes its rotations; the other only ever sees re-indexed positions.
+    What the model rotated is undone by its own module, called once more with the same positions, since frequencies may follow the length
+    of whatever text the model read last (dynamic NTK). Re-indexed positions are rotated by a module apart.
 
     Args:
         model: whose rotary module and `apply_rotary_pos_emb` are the source of truth.
@@ -39,18 +40,23 @@ class Rotation:
                 f"model type {model.config.model_type!r} has no rotary module to undo: positions='reindex' cannot serve it"
             )
         self._apply: Callable[..., tuple[Tensor, Tensor]] = apply
-        self._as_seen = copy.deepcopy(module)
-        self._reindexed = copy.deepcopy(module)
+        self._as_seen = module
         typed = "layer_type" in inspect.signature(module.forward).parameters
         self._arguments: dict[str, Any] = {"layer_type": "full_attention"} if typed else {}
-        self._table: tuple[Tensor, Tensor] | None = None
+        self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}  # by positions they have
         config = model.config.get_text_config(decoder=True)
         parameters = getattr(config, "rope_parameters", None) or {}
         self._follows_length = parameters.get("rope_type") in ("dynamic", "longrope")
         self._trained = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # position ids of this forward, their cosines and sines
         self._halves = False  # whether cosines are given once for both halves of a head
+        self._reindexed = type(module)(module.config) if self._follows_length else copy.deepcopy(module)  # as for a short text
+        self._as_seen = copy.deepcopy(module)  # a trial on three tokens must not disturb it
         self._check(model)
+        self._as_seen = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rotation:
+        return self  # the model's, and tables
 
     def begin(self) -> None:
         """A new forward: position ids that look like the former ones may have been changed in place."""
@@ -74,6 +80,8 @@ class Rotation:
     def rotate(self, plain: Tensor, positions: Tensor) -> Tensor:
         """`plain [batch, heads, tokens, dim]` rotated to `positions [batch, heads or 1, tokens]`; negative ones count as 0."""
         batch, heads, tokens, dim = plain.shape
+        if self._follows_length and positions.shape[0] > 1:  # each row is a text of its own length
+            return torch.cat([self.rotate(row[None], at[None]) for row, at in zip(plain, positions, strict=True)])
         cos, sin = self._lookup(plain, positions.clamp(min=0).long())
         wide = plain.to(cos.dtype)
         if positions.shape[1] == 1:
@@ -89,17 +97,15 @@ class Rotation:
         else:
             size = max(TABLE, 1 << (needed - 1).bit_length())
         kind = torch.promote_types(like.dtype, torch.float32)
-        table = self._table
-        known = table is not None and table[0].device == like.device and table[0].dtype == kind
-        if (
-            table is None
-            or not known
-            or table[0].shape[0] < size
-            or (self._follows_length and table[0].shape[0] != size)
-        ):
+        key = (size, like.device, kind)
+        table = self._tables.get(key)
+        if table is None:
+            module = copy.deepcopy(self._reindexed).to(like.device) if self._follows_length else self._reindexed
             probe = torch.empty(0, dtype=kind, device=like.device)
-            cos, sin = self._reindexed(probe, torch.arange(size, device=like.device)[None], **self._arguments)
-            table = self._table = (cos[0], sin[0])
+            cos, sin = module(probe, torch.arange(size, device=like.device)[None], **self._arguments)
+            if len(self._tables) >= TABLES:
+                self._tables.clear()
+            table = self._tables[key] = (cos[0], sin[0])
         return table[0][positions], table[1][positions]
 
     def _rotate(self, plain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class TokenSelect(SelectionPolicy):
         return VoteSelector(self)
 
 
+ROUNDING = 1e-12  # of the cosine of a query with itself
 CACHED = ("query", "chosen", "chosen_positions", "live")
 
 
@@ -126,7 +127,8 @@ class VoteSelector(Selector):
         flat = query.flatten(1)
         positions = view.positions if not view.shared else view.positions[:, :1]
         if self.query is not None and self.live is not None:
-            same = (cosine_similarity(flat.float(), self.query.float(), dim=-1) >= policy.threshold) & self.live
+            cosine = cosine_similarity(flat.double(), self.query.double(), dim=-1)
+            same = (cosine >= policy.threshold - ROUNDING) & self.live
             if bool(same.all()):
                 self.hits += 1
                 return assemble(view, self._still_there(positions), policy.sinks, policy.local)

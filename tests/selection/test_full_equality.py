@@ -28,6 +28,8 @@ def stock(family: str, way: str) -> Outcome:
 def cases():
     for number, family in enumerate(FAMILIES):
         for place, name in enumerate(ROOMY):
+            if family == "deepseek_v3" and name == "tokenselect reindex":
+                continue  # refused: its cached keys are latents
             if family == "llama":
                 yield from ((name, family, way) for way in WAYS)
             else:
@@ -50,17 +52,30 @@ def test_every_candidate_chosen_equals_full_while_selection_runs(feed, llama, po
     mask[0, :12] = 0
     policy = TokenSelect(top_k=18, sinks=2, local=8, chunk=4, tail=2, threshold=2, positions=positions)
     fed = feed(llama, PolicyCache(llama, policy), ids, (24, 1, 1, 1, 1), mask)
-    full = feed(llama, PolicyCache(llama, TokenSelect(top_k=99, local=8, chunk=4, positions="keep")), ids, (24, 1, 1, 1, 1), mask)
+    full = feed(
+        llama,
+        PolicyCache(llama, TokenSelect(top_k=99, local=8, chunk=4, positions="keep")),
+        ids,
+        (24, 1, 1, 1, 1),
+        mask,
+    )
     assert max(float((a - b).abs().max()) for a, b in zip(fed.logits[:1], full.logits[:1], strict=True)) < 1e-9
     assert fed.cache.report().selections == 0
     fed = feed(llama, PolicyCache(llama, policy), ids, (24, 1, 1, 1, 1, 1), mask)
     assert fed.cache.report().selections == 2
-    full = feed(llama, PolicyCache(llama, TokenSelect(top_k=99, local=8, chunk=4, positions="keep")), ids, (24, 1, 1, 1, 1, 1), mask)
+    full = feed(
+        llama,
+        PolicyCache(llama, TokenSelect(top_k=99, local=8, chunk=4, positions="keep")),
+        ids,
+        (24, 1, 1, 1, 1, 1),
+        mask,
+    )
     assert float((fed.logits[0] - full.logits[0]).abs().max()) < 1e-9
 
 
 @pytest.mark.parametrize("name", ROOMY)
-def test_batch_rows_equal_each_alone_when_sets_are_narrow(feed, llama, name):
+def test_batch_rows_equal_each_alone_when_sets_are_narrow(feed, name):
+    llama = tiny_model("llama", dtype=torch.float64, num_hidden_layers=4)  # TidalDecode: two layers choose, two follow
     narrow = {
         "tokenselect keep": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, positions="keep", threshold=0.1),
         "tokenselect reindex": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.1),
