@@ -1,4 +1,5 @@
-"""The import package `kvpress` is assembled from four top-level folders: every folder with an `__init__.py` is a package.
+"""The import package `kvpress` is assembled from four top-level folders: every folder with an `__init__.py` is a
+package.
 
 The native CPU kernels are an optional extension: where no compiler is at hand the install goes on without them.
 """
@@ -47,7 +48,7 @@ native = Extension(
 setup(
     packages=packages(),
     package_dir=ROOTS,
-    package_data={"kvpress.kernels.native": ["*.pyi"]},
+    package_data={"": ["*.pyi", "*.json", "*.j2"]},
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

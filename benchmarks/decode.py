@@ -3,7 +3,8 @@
     python benchmarks/decode.py --contexts 256 8192 32768 --steps 15
 
 The model has the shape of SmolLM2-135M with random weights (time does not depend on them); contexts are filled with random keys and
-values. Stock and ours take turns token by token, so that a busy machine slows both; figures are medians and their ratio. With one thread the process's own CPU time is taken, which a busy machine disturbs less.
+values. Stock and ours take turns token by token, so that a busy machine slows both; figures are medians and their ratio. With
+one thread the process's own CPU time is taken, which a busy machine disturbs less.
 A cache whose logits must equal the stock's is checked first, and its times are not printed when they differ.
 """
 
@@ -76,7 +77,9 @@ def logits_agree(model: LlamaForCausalLM, policy: Policy) -> bool:
     return max((a - b).abs().max().item() for a, b in zip(stock.logits, ours.logits, strict=True)) <= TOLERANCE
 
 
-def measure(model: LlamaForCausalLM, tokens: int, budget: int, steps: int, emit: Callable[[dict[str, object]], None]) -> None:
+def measure(
+    model: LlamaForCausalLM, tokens: int, budget: int, steps: int, emit: Callable[[dict[str, object]], None]
+) -> None:
     """Emit one row per cache at one context."""
     policies = {"full": Full(), "streaming_llm": StreamingLLM(budget=budget), "snapkv": SnapKV(budget=budget)}
     stock = filled_cache(model, tokens)
@@ -87,7 +90,11 @@ def measure(model: LlamaForCausalLM, tokens: int, budget: int, steps: int, emit:
     base = statistics.median(times["stock"])
     for name, seconds in times.items():
         median = statistics.median(seconds)
-        row: dict[str, object] = {"cache": name, "context": tokens, "budget": None if name in ("stock", "full") else budget}
+        row: dict[str, object] = {
+            "cache": name,
+            "context": tokens,
+            "budget": None if name in ("stock", "full") else budget,
+        }
         row |= {"ms_per_token": round(1e3 * median, 2), "speedup": round(base / median, 3), "steps": steps}
         emit(row)
 
@@ -104,7 +111,11 @@ def main() -> None:
     model = smollm2_shape(arguments.layers)
     with torch.no_grad():
         agree = logits_agree(model, Full())
-        print(json.dumps({"check": "full equals stock", "agree": agree, "threads": arguments.threads, "load": os.getloadavg()[0]}))
+        print(
+            json.dumps(
+                {"check": "full equals stock", "agree": agree, "threads": arguments.threads, "load": os.getloadavg()[0]}
+            )
+        )
         if not agree:
             raise SystemExit("logits differ: no figure is printed")
         for tokens in arguments.contexts:

@@ -1,4 +1,5 @@
-"""Choice of an implementation: `"auto"` picks the first that can serve and says once which; an explicit name never falls back."""
+"""Choice of an implementation: `"auto"` picks the first that can serve and says once which; an explicit name never
+falls back."""
 
 from __future__ import annotations
 
@@ -9,6 +10,11 @@ logger = logging.getLogger("kvpress.kernels")
 _announced: set[tuple[str, str]] = set()
 
 Refusal = str | None  # why an implementation cannot serve these arguments; None = it can
+
+
+def announced(operation: str, name: str) -> bool:
+    """Whether `choose` has already said that it picks `name` for `operation`."""
+    return (operation, name) in _announced
 
 
 def choose(operation: str, impl: str, refusals: Mapping[str, Callable[[], Refusal]]) -> str:

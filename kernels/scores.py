@@ -1,4 +1,5 @@
-"""Pieces that the reference implementations share: layouts made dense, and scores with everything invisible at `-inf`."""
+"""Pieces that the reference implementations share: layouts made dense, and scores with everything invisible at
+`-inf`."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def slot_scores(
 
 
 def visible_slots(positions: Tensor | None, query_positions: Tensor | None) -> Tensor | None:
-    """`[batch, kv_heads or 1, rows or 1, slots]` of bool: `0 <= position <= query_position`; `None` when all is visible."""
+    """`[batch, kv_heads or 1, rows or 1, slots]` of bool: `0 <= position <= query_position`; `None` when all is
+    visible."""
     if positions is None:
         return None
     held = (positions >= 0)[:, :, None, :]

@@ -4,10 +4,11 @@ Slots come in one of two layouts:
 
 - *dense*: ``keys [batch, kv_heads, slots, dim]``, any strides with a contiguous last dimension;
 - *flat*: ``keys [rows, dim]`` with ``starts [batch, kv_heads]`` and ``lengths [batch, kv_heads]`` (integers): the slots
-  of head ``h`` of row ``b`` are the rows ``starts[b, h] … starts[b, h] + lengths[b, h] - 1``. Heads need not be equally long.
+  of head ``h`` of row ``b`` are the rows ``starts[b, h] … starts[b, h] + lengths[b, h] - 1``. Heads need not be equally
+  long.
 
-``positions [batch, kv_heads or 1, slots]`` holds the original position of each slot, ``-1`` for an empty one; in the flat
-layout it is padded to the longest head and what lies past ``lengths`` is ignored.
+``positions [batch, kv_heads or 1, slots]`` holds the original position of each slot, ``-1`` for an empty one; in the
+flat layout it is padded to the longest head and what lies past ``lengths`` is ignored.
 """
 
 from __future__ import annotations
@@ -48,10 +49,13 @@ def check_query_and_slots(
 
 
 def check_scales(keys: Tensor, values: Tensor, keys_scale: Tensor | None, values_scale: Tensor | None) -> None:
-    """int8 slots come with one scale a slot (`[batch, kv_heads, slots]`, or `[rows]` in the flat layout), others with none."""
+    """int8 slots come with one scale a slot (`[batch, kv_heads, slots]`, or `[rows]` in the flat layout), others with
+    none."""
     for name, slots, scale in (("keys", keys, keys_scale), ("values", values, values_scale)):
         if (slots.dtype == torch.int8) != (scale is not None):
-            raise ValueError(f"{name}_scale must be given for int8 {name} and for no other type, {name} are {slots.dtype}")
+            raise ValueError(
+                f"{name}_scale must be given for int8 {name} and for no other type, {name} are {slots.dtype}"
+            )
         if scale is not None and scale.shape != slots.shape[:-1]:
             raise ValueError(
                 f"{name}_scale must have the shape of {name} without the last size, {tuple(slots.shape[:-1])}, "
@@ -71,7 +75,9 @@ def check_slot_options(
 ) -> None:
     """Shapes of what says which slots exist and who sees them; `slots` is `None` in the flat layout."""
     if lengths is not None and lengths.shape != (batch, kv_heads):
-        raise ValueError(f"starts and lengths must be [batch, kv_heads] = {(batch, kv_heads)}, got {tuple(lengths.shape)}")
+        raise ValueError(
+            f"starts and lengths must be [batch, kv_heads] = {(batch, kv_heads)}, got {tuple(lengths.shape)}"
+        )
     if positions is not None:
         shape = positions.shape
         fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, kv_heads)
@@ -86,4 +92,6 @@ def check_slot_options(
     if index is not None:
         shape = index.shape
         if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, kv_heads):
-            raise ValueError(f"index must be [batch, kv_heads or 1, n] = {(batch, kv_heads)} + (n,), got {tuple(shape)}")
+            raise ValueError(
+                f"index must be [batch, kv_heads or 1, n] = {(batch, kv_heads)} + (n,), got {tuple(shape)}"
+            )

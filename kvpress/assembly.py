@@ -38,6 +38,16 @@ class Policies:
         return self.eviction.needs_queries or self.eviction.reindexes or self.selection is not None
 
     @property
+    def stock_refusal(self) -> str | None:
+        """Why a stock attention cannot serve them, or `None`."""
+        names = " and ".join(repr(policy.name) for policy in self.given)
+        if self.need_queries:
+            return f"policy {names} needs queries, which only the attention implementation {NAME!r} hands over"
+        if type(self.eviction).allocate is not EvictionPolicy.allocate:
+            return f"policy {names} gives layers or heads budgets of their own, which only the attention implementation {NAME!r} can read"
+        return None
+
+    @property
     def reindex(self) -> bool:
         """Whether attention runs over positions 0 … n-1."""
         return self.eviction.reindexes or (self.selection is not None and self.selection.reindexes)
@@ -60,9 +70,9 @@ def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedM
         raise UnsupportedModelError(
             f"model type {config.model_type!r} has no full-attention layer to compress: {sorted(set(types))}"
         )
-    if policies.selection is not None and "dummy" in types:
+    if (policies.selection is not None or policies.reindex) and "dummy" in types:
         raise UnsupportedModelError(
-            f"model type {config.model_type!r} shares keys between layers: {policies.selection.name} cannot select for it"
+            f"model type {config.model_type!r} shares keys between layers: {policies.given[-1].name} cannot select or re-index for it"
         )
     rotation = Rotation(model) if policies.reindex and model is not None else None
     token_ids = TokenIds(model) if policies.eviction.needs_token_ids and model is not None else None
@@ -76,7 +86,7 @@ def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedM
         reader = None
         if policies.selection is not None or rotation is not None:
             selector = None if policies.selection is None else policies.selection.selector(*place, shared)
-            reader = Reader(policies.selection, selector, rotation, policies.eviction.same_for_all_heads)
+            reader = Reader(policies.selection, selector, rotation, policies.eviction.heads_agree)
         layers.append(
             PolicyLayer(
                 policies.eviction,

@@ -71,11 +71,9 @@ class PolicyCache(Cache):
             raise ValueError(
                 f"policy {policies.eviction.name!r} needs token ids, which only a model shows: use PolicyCache(model, policy)"
             )
-        if policies.need_queries and text_config._attn_implementation != NAME:
-            raise ValueError(
-                f"policy {policies!r} needs queries, which only the attention implementation {NAME!r} hands over, "
-                f"got {text_config._attn_implementation!r}: use PolicyCache(model, policy)"
-            )
+        implementation, refusal = text_config._attn_implementation, policies.stock_refusal
+        if refusal is not None and implementation != NAME:
+            raise ValueError(f"{refusal}, got {implementation!r}: use PolicyCache(model, policy)")
         cache = cls.__new__(cls)
         cache._fill(text_config, policies, make_layers(text_config, policies, None), any_attention=True)
         return cache
@@ -106,7 +104,8 @@ class PolicyCache(Cache):
                 f"policy {taken.policies.eviction.name!r} needs the ids of all tokens, the given cache has none: feed the text again"
             )
         padding = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        for index, (layer, source) in enumerate(zip(taken.layers, cache.layers, strict=True)):
+        sources: list[Any] = cache.layers  # type: ignore[assignment]
+        for index, (layer, source) in enumerate(zip(taken.layers, sources, strict=True)):
             if not isinstance(layer, PolicyLayer):
                 taken.layers[index] = copy.deepcopy(source)
                 continue
@@ -134,7 +133,7 @@ class PolicyCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append a forward's keys and values `[batch, kv_heads, tokens, dim]`; returns what attention shall read."""
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         if not isinstance(layer, PolicyLayer):
             updated: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
             return updated
@@ -143,8 +142,8 @@ class PolicyCache(Cache):
             self._check_attention(key_states.shape[0])
         elif layer.seen + key_states.shape[2] != first.seen:
             raise CacheStateError(
-                f"layer {layer_idx} has seen {layer.seen} tokens where layer {first.layer_idx} had seen {first.seen - key_states.shape[2]}: "
-                "an earlier forward broke off. Call cache.reset() and start again"
+                f"layer {layer_idx} has seen {layer.seen} tokens, layer {first.layer_idx} had seen "
+                f"{first.seen - key_states.shape[2]}: an earlier forward broke off. Call cache.reset() and start again"
             )
         keys, values = layer.update(key_states, value_states)
         if layer.forward is not None:
@@ -159,10 +158,13 @@ class PolicyCache(Cache):
                 f"attention implementation must stay {NAME!r} while a PolicyCache is in use, it was changed to {implementation!r}: "
                 f"call model.set_attn_implementation({NAME!r})"
             )
+        refusal = None if attended else self.policies.stock_refusal
+        if refusal is not None:
+            raise UnsupportedModelError(f"{refusal}, got {implementation!r}: use PolicyCache(model, policy)")
         if not attended and batch > 1 and self.policies.eviction.budget is not None:
             raise UnsupportedModelError(
-                f"batch must be 1 under the attention implementation {implementation!r}, got {batch}: it does not show padding to the cache. "
-                "Use PolicyCache(model, policy)"
+                f"batch must be 1 under the attention implementation {implementation!r}, got {batch}: it does not show "
+                "padding to the cache. Use PolicyCache(model, policy)"
             )
         for layer in self.policy_layers:
             layer.attended = attended
@@ -273,8 +275,9 @@ def layer_nbytes(layer: Any) -> int:
 def _tensors(layer: Any) -> list[Tensor]:
     """Every tensor that a layer holds."""
     if isinstance(layer, PolicyLayer):
+        recent = () if layer.recent is None else layer.recent.tensors()
         selected = [] if layer.selector is None else layer.selector.tensors()
-        return [*(tensor for tensor in layer.table.tensors() if tensor is not None), *selected]
+        return [tensor for tensor in (*layer.table.tensors(), *recent, *selected) if tensor is not None]
     found: list[Tensor] = []
     for value in vars(layer).values():
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]

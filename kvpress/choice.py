@@ -36,7 +36,7 @@ def choose_policies(policy: Policy | str | Sequence[Policy], parameters: Mapping
             raise ValueError(f"a cache takes at most one {kind} policy, got {[item.name for item in found]}")
     eviction = evictions[0] if evictions else Full()
     selection = selections[0] if selections else None
-    if selection is not None and selection.same_slots_in_all_layers and not eviction.same_in_all_layers:
+    if selection is not None and selection.same_slots_in_all_layers and not eviction.layers_agree:
         raise ValueError(
             f"{selection.name} lets layers attend to what another layer chose, which needs the same tokens in all layers: "
             f"it does not go with {eviction.name}"

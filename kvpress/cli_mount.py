@@ -16,8 +16,11 @@ class Mount:
     summary: str
 
 
-# Add a line here to mount a sub-app: "eval": Mount("kvpress.longbench.cli:app", "Measure accuracy."),
-MOUNTS: dict[str, Mount] = {}
+MOUNTS: dict[str, Mount] = {
+    "eval": Mount("kvpress.longbench.cli:eval_app", "Measure accuracy: RULER, LongBench, needle, perplexity."),
+    "report": Mount("kvpress.longbench.cli:report_app", "Make one HTML page of an evaluation's results."),
+    "lm-eval": Mount("kvpress.longbench.cli:lm_eval_app", "Run lm-evaluation-harness on a model with a policy."),
+}
 
 
 class MountingGroup(TyperGroup):

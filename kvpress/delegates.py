@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import MODEL_MAPPING, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "kvpress"
@@ -25,12 +26,22 @@ def remember(config: PreTrainedConfig, implementation: str) -> None:
 
 
 def original_implementation(config: PreTrainedConfig) -> str:
-    """The remembered implementation, `"sdpa"` where none is."""
-    return _originals.get(id(config), "sdpa")
+    """The remembered implementation; for a configuration that came with ours (a copied model) transformers' own default."""
+    known = _originals.get(id(config))
+    return _default_implementation(type(config)) if known is None else known
+
+
+@functools.cache
+def _default_implementation(kind: type[PreTrainedConfig]) -> str:
+    """`"sdpa"` for families that support it: it knows no sinks and no softcap, and would leave them out without a word."""
+    found = MODEL_MAPPING.get(kind, None)
+    models = found if isinstance(found, tuple) else (found,)
+    return "eager" if any(model is not None and not model._supports_sdpa for model in models) else "sdpa"
 
 
 def original_attention(module: torch.nn.Module) -> Callable[..., Any]:
     """The attention function that `module` would use without us."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(original_implementation(module.config), eager)
+    config: Any = module.config
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(original_implementation(config), eager)  # type: ignore[arg-type]
     return function

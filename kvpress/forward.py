@@ -31,6 +31,7 @@ class Forward:
         tokens: set once the mask is known.
         token_ids: `[batch, rows]`, where the policy needs them.
         visible: `[batch, kv_heads, slots]` positions where some slot is empty, `None` where all hold tokens.
+        ragged: whether attention reads ragged rows from the table; layers that share these keys ask when the table may have changed.
         rotated_to: where positions are re-indexed, those to which the model rotated.
     """
 
@@ -42,6 +43,7 @@ class Forward:
     tokens: Tokens | None = None
     visible: Tensor | None = None
     token_ids: Tensor | None = None
+    ragged: bool = False
     rotated_to: Tensor | None = None
 
     @property

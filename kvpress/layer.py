@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -16,9 +18,11 @@ from kvpress.eviction import ranked, strongest, survivors, weakest
 from kvpress.forward import Forward
 from kvpress.kernels.attention import attend
 from kvpress.masks import LogicalLength
+from kvpress.memory import held_bytes
 from kvpress.observation import AttentionArguments, Observation
-from kvpress.policies.budget import Budget
+from kvpress.policies.budget import layer_budgets
 from kvpress.reading import Reader
+from kvpress.recent_queries import RecentQueries
 from kvpress.rope import Rotation
 from kvpress.slots import SlotTable
 from kvpress.token_ids import TokenIds
@@ -67,13 +71,15 @@ class PolicyLayer(CacheLayerMixin):
         self.expands_keys = expands_keys
         self.reader = reader
         self.token_ids = token_ids
-        self.budget = None if policy.budget is None else Budget.parse(policy.budget)
+        self.budget = None if policy.budget is None else layer_budgets(policy.budget, ordinal, layers)
         self.attended = True  # our attention function follows every update
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the parameters."""
         self.table = SlotTable(self.policy.columns)
+        self.recent = RecentQueries(self.policy.recent_queries) if self.policy.recent_queries else None
+        self.decoded = 0  # tokens since the last prompt
         self.is_initialized = False
         self.seen = 0
         self.evictions = 0  # tokens that left the KV head that lost most
@@ -144,7 +150,8 @@ class PolicyLayer(CacheLayerMixin):
         new = self.table.append(key_states.detach(), value_states.detach())
         self.seen += rows
         self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows, token_ids=ids)
-        if self.table.rows is not None and self.attended and not self.expands_keys:
+        self.forward.ragged = self.table.rows is not None
+        if self.forward.ragged and self.attended and not self.expands_keys:
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
         if not self.attended:
@@ -187,7 +194,7 @@ class PolicyLayer(CacheLayerMixin):
         if self._waiting is not None:
             self._crop_waiting(removed)
         elif removed:
-            if self.evictions or self.table.column_names:
+            if self.evictions or self.table.column_names or self.recent is not None:
                 raise CacheStateError(
                     f"crop({tokens_to_remove}) would need evicted tokens or earlier scores back: call activate_past_recording() "
                     "before the forward that may be taken back"
@@ -206,6 +213,8 @@ class PolicyLayer(CacheLayerMixin):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().view(-1)
         self.table.select_batch(indices)
+        if self.recent is not None:
+            self.recent.select_batch(indices)
         if self.selector is not None:
             self.selector.select_batch(indices)
         rows = indices.tolist()
@@ -227,6 +236,8 @@ class PolicyLayer(CacheLayerMixin):
             "prompt_rows": self.prompt_rows,
             "budgets": self.budgets,
             "evictions": self.evictions,
+            "decoded": self.decoded,
+            "recent": None if self.recent is None else self.recent.state(),
             "record_past": self.record_past,
             "selection": None if self.selector is None else self.selector.state(),
         }
@@ -236,8 +247,10 @@ class PolicyLayer(CacheLayerMixin):
         self.reset()
         self.table.load_state(state["table"])
         self.is_initialized = True
-        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "record_past"):
+        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "decoded", "record_past"):
             setattr(self, name, state[name])
+        if self.recent is not None:
+            self.recent.load_state(state["recent"])
         if self.selector is not None:
             self.selector.load_state(state["selection"])
 
@@ -286,7 +299,7 @@ class PolicyLayer(CacheLayerMixin):
             return self.reader.read(self.table, forward, query, keys, values, arguments)
         several, visible = forward.rows > 1, forward.visible
         layout: dict[str, Any] = {}
-        if self.table.rows is not None:
+        if forward.ragged:
             if self.expands_keys:
                 visible = self.table.positions  # past a short head's slots there is nothing
             else:
@@ -296,7 +309,7 @@ class PolicyLayer(CacheLayerMixin):
             keys,
             values,
             positions=visible,
-            query_positions=forward.placed.positions if several else None,
+            query_positions=forward.placed.positions[:, -query.shape[2] :] if several else None,
             causal=several and visible is None,
             scaling=arguments.scaling,
             softcap=arguments.softcap,
@@ -308,8 +321,10 @@ class PolicyLayer(CacheLayerMixin):
     def finish(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         """The end of a forward: the policy observes, and evicts what exceeds the budget; while past is recorded, at `crop`."""
         self.forward = None
-        if self.record_past and self.budget is not None:
-            self._waiting = (forward, query, keys, arguments)
+        if self.ordinal == self.layers - 1:
+            self.clock.clear()
+        if self.record_past and (self.budget is not None or self.policy.columns):
+            self._waiting = (forward, None if query is None else query.detach(), keys.detach(), arguments)
         else:
             self._evict(forward, query, keys, arguments)
 
@@ -319,9 +334,11 @@ class PolicyLayer(CacheLayerMixin):
             waiting, self._waiting = self._waiting, None
             self._evict(*waiting)
 
+    @torch.no_grad()  # a model called with gradients must not keep its graphs alive in the columns
     def _evict(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         table, tokens = self.table, forward.placed
         prompt = self.budgets is None or (forward.rows > 1 and not self.record_past)
+        self.decoded = 0 if prompt else self.decoded + forward.rows
         if prompt:
             self.prompt_rows = tuple(past + new for past, new in zip(self.prompt_rows, tokens.counts, strict=True))
         if self.budget is None and not self.policy.columns:
@@ -329,10 +346,14 @@ class PolicyLayer(CacheLayerMixin):
             table.settle()
             return
         observation = self._observation(forward, query, keys, arguments)
+        if self.recent is not None and query is not None:
+            self.recent.push(query, observation.key_heads, tokens.positions)
         if self.policy.columns:
             self.policy.observe(observation)
         if prompt or self.budgets is None:
             self.budgets = self._allocate(observation)
+            unlimited = self.budget is None or self.policy.recounts
+            table.limit = None if unlimited else int(self.budgets.max()) + self.policy.interval
         if table.spare is not None and self.policy.interval == 1:
             scores = self._ranked(observation, self.budgets)
             if table.rows is not None:
@@ -400,9 +421,17 @@ class PolicyLayer(CacheLayerMixin):
         if self.budget is None:
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
         cost = self.layers * self.table.bytes_per_token
-        budgets = self.budget.resolve(self.prompt_rows, cost, spare=self.policy.interval)
-        rows = self.policy.allocate(observation, budgets)
-        per_head = [[row] * kv_heads if isinstance(row, int) else list(row) for row in rows]
+        recent = 0 if self.recent is None else held_bytes(self.recent.tensors())
+        fixed = self.layers * (self.table.fixed_bytes + recent)
+        given = [budget.resolve(self.prompt_rows, cost, fixed, spare=self.policy.interval) for budget in self.budget]
+        if len(given) > 1 and len(given) != kv_heads:
+            raise ValueError(
+                f"budget of {self.policy.name} must have an entry for each of {kv_heads} KV heads in layer {self.layer_idx}, "
+                f"got {len(given)}"
+            )
+        rows: Sequence[int] | Sequence[Sequence[int]]
+        rows = self.policy.allocate(observation, given[0]) if len(given) == 1 else list(zip(*given, strict=True))
+        per_head = [[row] * kv_heads if isinstance(row, numbers.Integral) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
 
     def _observation(
@@ -435,6 +464,8 @@ class PolicyLayer(CacheLayerMixin):
             visible=visible,
             arguments=arguments,
             token_ids=forward.token_ids,
+            decoded=self.decoded,
+            recent=self.recent,
             **layout,
         )
 
@@ -468,6 +499,8 @@ class PolicyLayer(CacheLayerMixin):
         self._evict(forward, query, keys, arguments)
 
     def _take_back(self, removed: int) -> None:
+        if removed > self.seen:
+            raise CacheStateError(f"cannot take back {removed} tokens, {self.seen} were seen")
         if removed and self.selector is not None:
             self.selector.rearrange()
         before = self.table.held[:, 0].copy()

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+GROWTH = 128  # a growing table gets one part in so many of spare room, so that it never holds much more than it keeps
+
 
 def allocate(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised buffer on the device of `like`, writable in place with and without inference mode."""
@@ -28,3 +30,26 @@ def held_bytes(tensors: Iterable[Tensor | None]) -> int:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr(), str(tensor.device)] = storage.nbytes()
     return sum(storages.values())
+
+
+def growth(count: int) -> int:
+    """Spare slots for a table of `count` slots."""
+    return max(4, count // GROWTH)
+
+
+def take(source: Tensor, index: Tensor, capacity: int) -> Tensor:
+    """Slots `index [batch, kv_heads, n]` of `source [batch, kv_heads, slots, dim]`, in a new buffer of `capacity` slots."""
+    batch, kv_heads, kept = index.shape
+    row = torch.arange(batch, device=source.device)[:, None, None]
+    head = torch.arange(kv_heads, device=source.device)[None, :, None]
+    buffer = allocate((batch, kv_heads, capacity, source.shape[-1]), source)
+    buffer[:, :, :kept] = source[row, head, index]
+    buffer[:, :, kept:] = 0  # a slot never written must not bring NaN into a product with weight 0
+    return buffer
+
+
+def grown(source: Tensor, count: int, capacity: int) -> Tensor:
+    buffer = allocate((*source.shape[:2], capacity, *source.shape[3:]), source)
+    buffer[:, :, :count] = source[:, :, :count]
+    buffer[:, :, count:] = 0
+    return buffer

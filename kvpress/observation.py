@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from kvpress.kernels.attention_mass import attention_mass
-from kvpress.kernels.scores import causal_positions
+from kvpress.kernels.scores import causal_positions, flat_to_dense, slot_scores
+from kvpress.recent_queries import RecentQueries
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Observation:
         query: `[batch, query_heads, rows, dim]`, `None` for a policy that needs none.
         keys: `[batch, heads, slots, dim]` as attention saw them, or `[rows, dim]` with `starts` and `lengths` where heads are ragged.
         query_positions: `[batch or 1, rows]`.
+        decoded: tokens since the last prompt, those of this forward included; 0 for a prompt.
+        recent: the last query rows, where the policy asks for them.
         token_ids: `[batch, rows]`, `None` for a policy that needs none.
         visible: `[batch or 1, kv_heads or 1, slots]` positions for causality in `attention_mass`, `None` when every slot is visible.
     """
@@ -63,6 +66,8 @@ class Observation:
     starts: Tensor | None = None
     lengths: Tensor | None = None
     token_ids: Tensor | None = None
+    decoded: int = 0
+    recent: RecentQueries | None = None
 
     def read_token_ids(self) -> Tensor:
         """Ids `[batch, rows]` of this forward's tokens.
@@ -81,16 +86,32 @@ class Observation:
         else:
             self.columns[column].scatter_(-1, self.new_slots, values.expand(self.new_slots.shape))
 
+    @property
+    def key_heads(self) -> int:
+        """Heads of `keys`: the table's KV heads, or more where the model expands latents."""
+        if self.starts is not None or self.keys is None:
+            return self.positions.shape[1]
+        return self.keys.shape[1]
+
     def in_window(self, window: int) -> Tensor:
         """`[batch, kv_heads, slots]` of bool: the slot holds one of the last `window` tokens."""
         return self.positions > self.newest - window
 
-    def attention_mass(self, rows: int, *, row_weights: Tensor | None = None) -> Tensor:
+    def attention_mass(
+        self,
+        rows: int,
+        *,
+        row_weights: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_seed: int | None = None,
+    ) -> Tensor:
         """`[batch, query_heads, slots]` fp32: softmax weight that each slot received from the last `rows` queries of this forward, summed.
 
         Args:
             rows: how many; padding among them adds nothing.
             row_weights: `[batch or 1, rows]` factor of each row in the sum.
+            temperature: scores are divided by it.
+            noise_seed: add Gumbel noise (`kvpress.kernels.attention_mass.noise`) to the scores first.
 
         Raises:
             ValueError: no queries at hand (the policy did not declare `needs_queries`).
@@ -98,7 +119,9 @@ class Observation:
         if self.query is None or self.keys is None:
             raise ValueError("attention_mass needs query rows: the policy must set needs_queries = True")
         positions, query_positions = self.visible, self.query_positions
-        if rows == 1:
+        if noise_seed is not None:
+            positions = self.positions  # noise goes by positions
+        elif rows == 1:
             query_positions = None  # the newest token sees every slot
         elif positions is None:
             positions, query_positions = causal_positions(self.query, self.keys)
@@ -113,12 +136,34 @@ class Observation:
             starts=self.starts,
             lengths=self.lengths,
             row_weights=row_weights,
+            temperature=temperature,
+            noise_seed=noise_seed,
         )
+
+    def recent_scores(self, among: Tensor) -> Tensor:
+        """Scores of the last queries, summed over the query heads of each KV head: `[batch, kv_heads, window, slots]` fp32.
+
+        They are before any soft cap. `-inf` where `among [batch, kv_heads, slots]` is `False`, for empty slots, and for
+        rows that are padding or have not come yet.
+
+        Raises:
+            ValueError: no such queries (the policy did not declare `recent_queries`).
+        """
+        if self.recent is None or self.recent.queries is None or self.recent.positions is None or self.keys is None:
+            raise ValueError("recent_scores needs the last queries: the policy must set recent_queries")
+        queries, keys, positions = self.recent.queries, self.keys, self.positions.masked_fill(~among, -1)
+        if self.starts is not None and self.lengths is not None:
+            keys, _, positions = flat_to_dense(keys, keys, positions, self.starts, self.lengths)
+        kv_heads, shared = positions.shape[1], queries.shape[1] // positions.shape[1]
+        positions = positions.repeat_interleave(shared, dim=1)
+        scores = slot_scores(queries, keys, positions, self.recent.positions, self.arguments.scaling, None)
+        return scores.squeeze(2).unflatten(1, (kv_heads, shared)).sum(dim=2)
 
     def grouped_mass(self, rows: int, reduce: str, **arguments: Any) -> Tensor:
         """`attention_mass` reduced over the query heads of each KV head by `"mean"`, `"max"` or `"sum"`: `[batch, kv_heads, slots]`."""
         mass = self.attention_mass(rows, **arguments)
-        groups = mass.unflatten(1, (self.positions.shape[1], -1))
+        batch, kv_heads = self.positions.shape[:2]
+        groups = mass.view(batch, kv_heads, -1, mass.shape[-1])
         if reduce == "max":
             return groups.amax(dim=2)
         return groups.sum(dim=2) if reduce == "sum" else groups.mean(dim=2)

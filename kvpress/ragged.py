@@ -29,10 +29,6 @@ class RaggedRows:
         slot = torch.arange(int(self.capacities.max()), device=device)
         self.outside = slot >= self.lengths[..., None]
 
-    def row_of(self, slot: Tensor) -> Tensor:
-        """Flat rows of one slot per head: `slot [batch, kv_heads, 1]` to `[batch * kv_heads]`."""
-        return (self.starts[..., None] + slot).view(-1)
-
     def padded(self, flat: Tensor) -> Tensor:
         """`[rows, dim]` to a dense copy `[batch, kv_heads, longest, dim]`, 0 past each head's length."""
         slot = torch.arange(self.outside.shape[-1], device=flat.device)

@@ -51,9 +51,8 @@ class CacheReport:
         return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "saved": self.saved}
 
     def __str__(self) -> str:
-        table = Table(
-            title=f"{' + '.join(policy['name'] for policy in self.policies)}: {self.seen_tokens} tokens seen, {self.saved:.1%} of a full cache saved"
-        )
+        names = " + ".join(policy["name"] for policy in self.policies)
+        table = Table(title=f"{names}: {self.seen_tokens} tokens seen, {self.saved:.1%} of a full cache saved")
         for heading in ("layer", "kind", "tokens kept", "mean per head", "MB held", "MB full"):
             table.add_column(heading, justify="right")
         for group in _runs(self.layers):

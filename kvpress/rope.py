@@ -33,7 +33,7 @@ class Rotation:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[no-untyped-call]
         module = getattr(decoder, "rotary_emb", None)
         apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
         if module is None or apply is None:
@@ -147,7 +147,8 @@ class Rotation:
         with torch.no_grad():
             name = "layer_past" if "layer_past" in inspect.signature(module.forward).parameters else "past_key_values"
             module(hidden_states=states, position_embeddings=(cos, sin), attention_mask=None, **{name: cache})
-        keys = cache.layers[module.layer_idx].keys
+        layer: Any = cache.layers[int(module.layer_idx)]  # type: ignore[arg-type]
+        keys: Tensor = layer.keys
         error = torch.inf
         trials = ((kernel, halves) for halves in (False, True) for kernel in (True, False))
         for self._by_kernel, self._halves in trials:

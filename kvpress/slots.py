@@ -9,11 +9,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from kvpress.memory import allocate, filled, held_bytes
+from kvpress.memory import allocate, filled, grown, growth, held_bytes, take
 from kvpress.ragged import RaggedRows
 
 POSITION = "position"
-GROWTH = 128  # a growing table gets one part in so many of spare room, so that it never holds much more than it keeps
+_NOTHING = torch.empty(0)
 
 
 class SlotTable:
@@ -33,18 +33,23 @@ class SlotTable:
 
     def __init__(self, columns: tuple[str, ...] = ()) -> None:
         self.column_names = columns
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.keys = _NOTHING
+        self.values = _NOTHING
         self.columns: dict[str, Tensor] = {}
         self.count = 0
         self.held = numpy.zeros((0, 0), dtype=numpy.int64)
         self.spare: Tensor | None = None
         self.rows: RaggedRows | None = None
-        self._owned = (
-            True  # keys and values are this table's own buffers, not a model's tensors taken in for one forward
-        )
+        self.limit: int | None = None  # slots that this table will use at most, where that is known
+        self._first_rows: Tensor | None = None  # row of each head's first slot in the buffers seen as [rows, dim]
+        self._owned = True  # not a model's own tensors, taken in for one forward
 
     # -- reading -------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has come yet."""
+        return not self.columns
 
     @property
     def positions(self) -> Tensor:
@@ -64,7 +69,7 @@ class SlotTable:
 
     def kept_positions(self) -> Tensor:
         """Positions of the kept tokens, ascending with `-1` last: `[batch, kv_heads, most tokens of a head]` int64."""
-        if self.keys is None:
+        if self.is_empty:
             return torch.empty(0, 0, 0, dtype=torch.long)
         kept = self.positions.long()
         if self.spare is not None:
@@ -76,22 +81,22 @@ class SlotTable:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[batch, kv_heads, slots in use, dim]`: views, or a padded copy where heads are ragged."""
-        if self.keys is None or self.values is None:
-            raise RuntimeError("the slot table is empty")
         if self.rows is not None:
             return self.rows.padded(self.keys), self.rows.padded(self.values)
+        if self.keys.shape[2] == self.count:
+            return self.keys, self.values
         return self.keys[:, :, : self.count], self.values[:, :, : self.count]
 
     def flat(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Ragged keys and values `[rows, dim]`, and the `starts` and `lengths` that attention needs to read them."""
-        if self.keys is None or self.values is None or self.rows is None:
+        if self.rows is None:
             raise RuntimeError("the slot table is not ragged")
         return self.keys, self.values, {"starts": self.rows.starts, "lengths": self.rows.lengths}
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token of every KV head and batch row."""
-        if self.keys is None or self.values is None:
+        if self.is_empty:
             return 0
         batch, kv_heads = self.columns[POSITION].shape[:2]
         item = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
@@ -105,11 +110,17 @@ class SlotTable:
             column.element_size() for column in self.columns.values()
         )
 
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that do not depend on the number of tokens: which slot of each head is spare, and where its rows begin."""
+        batch, kv_heads = self.columns[POSITION].shape[:2]
+        return 2 * batch * kv_heads * torch.long.itemsize
+
     def tensors(self) -> Iterator[Tensor | None]:
         """Every tensor held."""
-        yield from (self.keys, self.values, self.spare, *self.columns.values())
+        yield from (self.keys, self.values, self.spare, self._first_rows, *self.columns.values())
         if self.rows is not None:
-            yield from (self.rows.starts, self.rows.lengths)
+            yield from (self.rows.starts, self.rows.lengths, self.rows.outside)
 
     @property
     def nbytes(self) -> int:
@@ -124,17 +135,17 @@ class SlotTable:
         Returns the new slots: a slice, or the overwritten ones `[batch, kv_heads, 1]`.
         """
         tokens = keys.shape[2]
-        if self.keys is None:
+        if self.is_empty:
             return self._adopt(keys, values)
         if self.spare is not None and tokens == 1:
-            self._overwrite(keys, values)
+            self._overwrite(self.spare, keys, values)
             return self.spare
         if self.spare is not None:
-            self._resume_growing(room=tokens)
+            self._resume_growing(self.spare, room=tokens)
         first = self.count
         self._reserve(first + tokens)
         self.keys[:, :, first : first + tokens] = keys
-        self.values[:, :, first : first + tokens] = values  # type: ignore[index]
+        self.values[:, :, first : first + tokens] = values
         self.count += tokens
         new = slice(first, self.count)
         for column in self.columns.values():
@@ -160,8 +171,6 @@ class SlotTable:
 
     def write_keys(self, new: slice | Tensor, keys: Tensor) -> None:
         """Put `keys [batch, kv_heads, tokens, dim]` in the place of those just appended."""
-        if self.keys is None:
-            raise RuntimeError("the slot table is empty")
         if not isinstance(new, slice):
             self.keys.view(-1, keys.shape[-1]).index_copy_(0, self._rows_of(new), keys.reshape(-1, keys.shape[-1]))
         elif self._owned:
@@ -172,7 +181,7 @@ class SlotTable:
     def settle(self) -> None:
         """Keep everything: tensors taken in from the model are copied into own buffers."""
         if not self._owned:
-            self._reserve(self.count + growth(self.count))
+            self._reserve(self._grown_capacity(self.count))
 
     def keep(self, index: Tensor, counts: numpy.ndarray, room: int) -> None:
         """Drop all but the slots `index [batch, kv_heads, n]`, in that order, and free the memory of the rest.
@@ -189,15 +198,15 @@ class SlotTable:
             empty = torch.from_numpy(kept - counts).to(keys.device)[..., None]
             surplus = torch.arange(kept, device=keys.device) < empty
         self.held = counts.astype(numpy.int64)
-        self.keys = _take(keys, index, kept + room)
-        self.values = _take(values, index, kept + room)
+        self.keys = take(keys, index, kept + room)
+        self.values = take(values, index, kept + room)
         for name, column in self.columns.items():
             nothing = -1 if name == POSITION else 0
             fresh = filled((batch, kv_heads, kept + room), nothing, column, column.dtype)
             taken = column[:, :, : self.count].gather(-1, index)
             fresh[:, :, :kept] = taken if surplus is None else taken.masked_fill(surplus, nothing)
             self.columns[name] = fresh
-        self.rows, self._owned = None, True
+        self.rows, self._first_rows, self._owned = None, None, True
         self.spare = filled((batch, kv_heads, 1), kept, keys, torch.long) if room == 1 else None
         self.count = kept + 1 if room == 1 else kept
 
@@ -242,7 +251,7 @@ class SlotTable:
 
     def select_batch(self, index: Tensor) -> None:
         """Row `i` becomes what row `index[i]` was, in every column."""
-        if self.keys is None or self.values is None:
+        if self.is_empty:
             return
         index = index.to(self.keys.device)
         rows = index.tolist()
@@ -253,14 +262,14 @@ class SlotTable:
         if self.rows is not None:
             self.rows, order = self.rows.select_batch(rows, self.keys.device)
             self.keys, self.values = self.keys[order], self.values[order]
-            self.count = int(self.rows.capacities.max())  # the longest head may be gone
+            self.count = int(self.rows.capacities.max())  # the longest head may not be among the rows taken
         else:
             self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
-        self.columns = {name: column.index_select(0, index) for name, column in self.columns.items()}
-        if self.rows is not None:
-            self.columns = {name: column[:, :, : self.count].contiguous() for name, column in self.columns.items()}
+        length = None if self.rows is None else self.count
+        self.columns = {name: column[..., :length].index_select(0, index) for name, column in self.columns.items()}
         self.spare = None if self.spare is None else self.spare.index_select(0, index)
         self.held = self.held[rows]
+        self._first_rows = None
 
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal table."""
@@ -288,8 +297,8 @@ class SlotTable:
         self.keys, self.values, self.spare = state["keys"], state["values"], state["spare"]
         self.columns, self.count, self.held = state["columns"], state["count"], state["held"]
         capacities = state["capacities"]
-        self.rows = None if capacities is None or self.keys is None else RaggedRows(capacities, self.keys.device)
-        self._owned = True
+        self.rows = None if capacities is None else RaggedRows(capacities, self.keys.device)
+        self._owned, self._first_rows = True, None
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -304,44 +313,52 @@ class SlotTable:
         self.columns[POSITION] = filled(shape, -1, keys, torch.int32)
         return slice(0, tokens)
 
-    def _overwrite(self, keys: Tensor, values: Tensor) -> None:
-        rows = self._rows_of(self.spare)
+    def _overwrite(self, spare: Tensor, keys: Tensor, values: Tensor) -> None:
+        rows = self._rows_of(spare)
         self.keys.view(-1, keys.shape[-1]).index_copy_(0, rows, keys.reshape(-1, keys.shape[-1]))
         self.values.view(-1, values.shape[-1]).index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
         for name in self.column_names:
-            self.columns[name].scatter_(-1, self.spare, 0.0)
+            self.columns[name].scatter_(-1, spare, 0.0)
 
     def _rows_of(self, slot: Tensor) -> Tensor:
         """Rows of the buffers, seen as `[rows, dim]`, of one slot per head: `[batch, kv_heads, 1]` to `[batch * kv_heads]`."""
-        if self.rows is not None:
-            return self.rows.row_of(slot)
-        batch, kv_heads, slots = self.columns[POSITION].shape
-        first = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device)
-        return slot.view(-1) + first
+        if self._first_rows is None:
+            batch, kv_heads, slots = self.columns[POSITION].shape
+            if self.rows is not None:
+                self._first_rows = self.rows.starts.view(-1)
+            else:
+                self._first_rows = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device)
+        return slot.view(-1) + self._first_rows
 
-    def _resume_growing(self, room: int) -> None:
+    def _resume_growing(self, spare: Tensor, room: int) -> None:
         """From steady to growing: slots sorted by position, the spare one gone, `room` slots for coming tokens."""
         keys, values = self.dense()
-        positions = self.positions.scatter(-1, self.spare, -1)
+        positions = self.positions.scatter(-1, spare, -1)
         kept = int(self.held.max(initial=0))
         order = positions.argsort(dim=-1, stable=True)[..., self.count - kept :]
-        self.columns[POSITION] = self.columns[POSITION].scatter(-1, self.spare, -1)
-        self.keys, self.values = _take(keys, order, kept + room), _take(values, order, kept + room)
+        self.columns[POSITION] = self.columns[POSITION].scatter(-1, spare, -1)
+        self.keys, self.values = take(keys, order, kept + room), take(values, order, kept + room)
         for name, column in self.columns.items():
             fresh = filled((*column.shape[:2], kept + room), 0, column, column.dtype)
             fresh[:, :, :kept] = column[:, :, : self.count].gather(-1, order)
             self.columns[name] = fresh
-        self.count, self.spare, self.rows = kept, None, None
+        self.count, self.spare, self.rows, self._first_rows = kept, None, None, None
 
     def _reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots, with some to spare."""
         if self._owned and self.keys.shape[2] >= capacity:
             return
-        capacity += growth(capacity) if self._owned else 0
-        self.keys = _grown(self.keys, self.count, capacity)
-        self.values = _grown(self.values, self.count, capacity)
-        self.columns = {name: _grown(column, self.count, capacity) for name, column in self.columns.items()}
+        if self._owned:
+            capacity = self._grown_capacity(capacity)
+        self.keys = grown(self.keys, self.count, capacity)
+        self.values = grown(self.values, self.count, capacity)
+        self.columns = {name: grown(column, self.count, capacity) for name, column in self.columns.items()}
         self._owned = True
+
+    def _grown_capacity(self, capacity: int) -> int:
+        """`capacity` and some spare room, but no slot that would never be filled."""
+        roomy = capacity + growth(capacity)
+        return roomy if self.limit is None or self.limit < capacity else min(roomy, self.limit)
 
     def keep_ragged(self, index: Tensor, counts: numpy.ndarray, capacities: numpy.ndarray) -> None:
         """As `keep`, into heads of unequal size: `capacities [batch, kv_heads]` slots, spare ones included."""
@@ -361,26 +378,4 @@ class SlotTable:
         self.held = counts.astype(numpy.int64)
         self.spare = taken
         self.rows, self.count, self._owned = rows, longest, True
-
-
-def growth(count: int) -> int:
-    """Spare slots for a table of `count` slots."""
-    return max(4, count // GROWTH)
-
-
-def _take(source: Tensor, index: Tensor, capacity: int) -> Tensor:
-    """Slots `index [batch, kv_heads, n]` of `source [batch, kv_heads, slots, dim]`, in a new buffer of `capacity` slots."""
-    batch, kv_heads, kept = index.shape
-    row = torch.arange(batch, device=source.device)[:, None, None]
-    head = torch.arange(kv_heads, device=source.device)[None, :, None]
-    buffer = allocate((batch, kv_heads, capacity, source.shape[-1]), source)
-    buffer[:, :, :kept] = source[row, head, index]
-    buffer[:, :, kept:] = 0  # a slot never written must not bring NaN into a product with weight 0
-    return buffer
-
-
-def _grown(source: Tensor, count: int, capacity: int) -> Tensor:
-    buffer = allocate((*source.shape[:2], capacity, *source.shape[3:]), source)
-    buffer[:, :, :count] = source[:, :, :count]
-    buffer[:, :, count:] = 0
-    return buffer
+        self._first_rows = None

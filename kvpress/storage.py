@@ -157,9 +157,9 @@ def _layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
     """Device of each layer's attention."""
     devices: dict[int, torch.device] = {}
     for module in model.modules():
-        parameter = next(module.parameters(recurse=True), None)
-        if isinstance(getattr(module, "layer_idx", None), int) and parameter is not None:
-            devices.setdefault(module.layer_idx, parameter.device)
+        parameter, index = next(module.parameters(recurse=True), None), getattr(module, "layer_idx", None)
+        if isinstance(index, int) and parameter is not None:
+            devices.setdefault(index, parameter.device)
     return devices
 
 

@@ -43,6 +43,10 @@ class TokenClock:
         self._tokens: Tokens | None = None
         self._checked: Tokens | None = None
 
+    def clear(self) -> None:
+        """The forward ended in every layer: hold on to nothing."""
+        self._key = self._mask = self._tokens = self._checked = None
+
     def read(self, before: tuple[int, ...], rows: int, mask: Tensor | None, device: torch.device) -> Tokens:
         """Tokens of a forward of `rows` tokens after `before` real ones.
 

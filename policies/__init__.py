@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from kvpress.policies.adakv import AdaKV
     from kvpress.policies.full import Full
     from kvpress.policies.h2o import H2O
+    from kvpress.policies.keyformer import Keyformer
     from kvpress.policies.knorm import KNorm
+    from kvpress.policies.morphkv import MorphKV
     from kvpress.policies.pyramidkv import PyramidKV
     from kvpress.policies.quest import Quest
     from kvpress.policies.random import Random
@@ -37,6 +39,8 @@ __all__ = [
     "EvictionPolicy",
     "Full",
     "KNorm",
+    "Keyformer",
+    "MorphKV",
     "Policy",
     "PyramidKV",
     "Quest",

@@ -37,6 +37,8 @@ class AdaKV(SnapKV):
     summary: ClassVar[str] = "as SnapKV, with more tokens for the heads that need them"
     paper: ClassVar[str] = "arXiv 2407.11550"
 
+    shares_out: ClassVar[str | None] = "heads"
+
     floor: float = 0.2
 
     def __post_init__(self) -> None:

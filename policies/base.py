@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor
 
-from kvpress.policies.budget import Budget, BudgetValue
+from kvpress.policies.budget import Budgets, frozen_budgets, token_budgets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,34 +53,64 @@ class EvictionPolicy(Policy):
 
     Args:
         budget: tokens kept per KV head of a layer, sinks and window included (`kvpress.policies.budget`); `None` keeps all.
+            A tuple gives each compressed layer its own; an entry that is a tuple gives each KV head its own.
         interval: evict in bursts: a head is cut back to its budget when it holds `interval` tokens more, and not before.
             Between bursts a decoded token costs no ranking; memory for `interval - 1` tokens more is held.
     """
 
     kind: ClassVar[str] = "eviction"
     columns: ClassVar[tuple[str, ...]] = ()  # fp32 columns kept per slot, 0 for a new token
-    same_for_all_heads: ClassVar[bool] = False  # KV heads of a layer keep the same tokens
+    same_for_all_heads: ClassVar[bool] = False  # KV heads of a layer keep the same tokens, given equal budgets
     same_in_all_layers: ClassVar[bool] = False  # and so do layers
     needs_queries: ClassVar[bool] = False  # the attention function must hand over query rows
     needs_token_ids: ClassVar[bool] = False  # the model must be called with input_ids
     recounts: ClassVar[bool] = False  # `allocate` counts what is held: ask again when its limit is reached
 
-    budget: BudgetValue | None
+    shares_out: ClassVar[str | None] = None  # "layers" or "heads": `allocate` divides a mean budget among them
+
+    budget: Budgets | None
     interval: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         check_integer(self.name, "interval", self.interval, 1)
         if self.budget is None:
             return
-        tokens = Budget.parse(self.budget).tokens
-        if tokens is None:
-            return
-        window = max(self.protected_window(tokens), 1)
-        if tokens < self.protected_sinks + window:
+        object.__setattr__(self, "budget", frozen_budgets(self.budget))
+        self._check_shape()
+        for tokens in token_budgets(self.budget):
+            window = max(self.protected_window(tokens), 1)
+            if tokens < self.protected_sinks + window:
+                raise ValueError(
+                    f"budget of {self.name} must be at least {self.protected_sinks + window} "
+                    f"(sinks={self.protected_sinks} + window={window}), got {tokens}"
+                )
+
+    def _check_shape(self) -> None:
+        """What the policy shares out itself cannot be given."""
+        if (self.shares_out == "layers" and self.budgets_by_layer) or (self.shares_out and self.budgets_by_head):
             raise ValueError(
-                f"budget of {self.name} must be at least {self.protected_sinks + window} "
-                f"(sinks={self.protected_sinks} + window={window}), got {tokens}"
+                f"budget of {self.name} must be one number for all {self.shares_out}, it shares it out itself, got {self.budget!r}"
             )
+
+    @property
+    def budgets_by_layer(self) -> bool:
+        """Each layer has a budget of its own."""
+        return isinstance(self.budget, tuple)
+
+    @property
+    def budgets_by_head(self) -> bool:
+        """The KV heads of some layer have budgets of their own."""
+        return isinstance(self.budget, tuple) and any(isinstance(entry, tuple) for entry in self.budget)
+
+    @property
+    def heads_agree(self) -> bool:
+        """All KV heads of a layer keep the same tokens."""
+        return self.same_for_all_heads and not self.budgets_by_head
+
+    @property
+    def layers_agree(self) -> bool:
+        """All layers keep the same tokens."""
+        return self.same_in_all_layers and not self.budgets_by_layer
 
     def for_model(self, model: PreTrainedModel) -> Self:
         """This policy with what it can learn from the model that it will serve."""
@@ -90,6 +120,11 @@ class EvictionPolicy(Policy):
     def reindexes(self) -> bool:
         """Attention runs over positions 0 … n-1 of what is kept."""
         return False
+
+    @property
+    def recent_queries(self) -> int:
+        """Query rows that a layer keeps for `Observation.recent_scores`."""
+        return 0
 
     @property
     def protected_sinks(self) -> int:

@@ -12,6 +12,8 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 BudgetValue = int | float | str
+HeadBudgets = tuple[int | float, ...]
+Budgets = BudgetValue | tuple[int | float | HeadBudgets, ...]
 
 
 def parse_bytes(value: str | int, *, field: str = "bytes") -> int:
@@ -71,12 +73,15 @@ class Budget:
             return cls(size=parse_bytes(value, field=field))
         raise ValueError(f"{rule}, got {value!r}")
 
-    def resolve(self, prompt_tokens: Sequence[int], bytes_per_token: int, *, spare: int = 1) -> list[int]:
+    def resolve(
+        self, prompt_tokens: Sequence[int], bytes_per_token: int, fixed_bytes: int = 0, *, spare: int = 1
+    ) -> list[int]:
         """Tokens per KV head for each batch row.
 
         Args:
             prompt_tokens: tokens of the prompt of each batch row, padding excluded.
             bytes_per_token: what one more token per KV head of every layer costs for the whole batch.
+            fixed_bytes: what the cache holds besides, however many tokens it keeps.
             spare: slots held beside the kept tokens: the one that the next token overwrites, or more.
 
         Raises:
@@ -86,10 +91,54 @@ class Budget:
             return [self.tokens] * len(prompt_tokens)
         if self.share is not None:
             return [max(1, math.floor(self.share * tokens + 1e-9)) for tokens in prompt_tokens]
-        tokens = (self.size or 0) // bytes_per_token - spare
+        tokens = ((self.size or 0) - fixed_bytes) // bytes_per_token - spare
         if tokens < 1:
             raise ValueError(
                 f"budget of {self.size} bytes is too small: one token and {spare} for those to come take "
-                f"{(1 + spare) * bytes_per_token} bytes"
+                f"{(1 + spare) * bytes_per_token + fixed_bytes} bytes"
             )
         return [tokens] * len(prompt_tokens)
+
+
+def frozen_budgets(value: object, *, field: str = "budget") -> Budgets:
+    """`value` with lists made tuples, checked: one budget, or an entry a layer, which may be a tuple with an entry a KV head.
+
+    Raises:
+        ValueError: naming `field`, the rule and the value.
+    """
+    if not isinstance(value, list | tuple):
+        Budget.parse(value, field=field)  # type: ignore[arg-type]
+        return value  # type: ignore[return-value]
+    if not value:
+        raise ValueError(f"{field} must have an entry for each compressed layer, got {value!r}")
+    layers: list[int | float | HeadBudgets] = []
+    for entry in value:
+        heads = entry if isinstance(entry, list | tuple) else (entry,)
+        if not heads or any(isinstance(head, str) or Budget.parse(head, field=field).size for head in heads):
+            raise ValueError(
+                f"entries of {field} must be tokens or shares, bytes are of the whole cache, got {entry!r}"
+            )
+        layers.append(tuple(heads) if isinstance(entry, list | tuple) else entry)
+    return tuple(layers)
+
+
+def token_budgets(value: Budgets) -> list[int]:
+    """The budgets in `value` that are given in tokens."""
+    entries = [value] if not isinstance(value, tuple) else value
+    heads = [head for entry in entries for head in (entry if isinstance(entry, tuple) else (entry,))]
+    found = [Budget.parse(head).tokens for head in heads]
+    return [tokens for tokens in found if tokens is not None]
+
+
+def layer_budgets(value: Budgets, ordinal: int, layers: int) -> list[Budget]:
+    """The budget of the `ordinal`-th of `layers` compressed layers: one, or one a KV head.
+
+    Raises:
+        ValueError: another number of entries than layers.
+    """
+    if not isinstance(value, tuple):
+        return [Budget.parse(value)]
+    if len(value) != layers:
+        raise ValueError(f"budget must have an entry for each of {layers} compressed layers, got {len(value)}")
+    entry = value[ordinal]
+    return [Budget.parse(head) for head in (entry if isinstance(entry, tuple) else (entry,))]

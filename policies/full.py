@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvpress.policies.base import EvictionPolicy
-from kvpress.policies.budget import BudgetValue
+from kvpress.policies.budget import Budgets
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Full(EvictionPolicy):
     same_for_all_heads: ClassVar[bool] = True
     same_in_all_layers: ClassVar[bool] = True
 
-    budget: BudgetValue | None = None
+    budget: Budgets | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None:

@@ -35,6 +35,8 @@ class PyramidKV(SnapKV):
     summary: ClassVar[str] = "as SnapKV, with more tokens for the lower layers"
     paper: ClassVar[str] = "arXiv 2406.02069"
 
+    shares_out: ClassVar[str | None] = "layers"
+
     beta: int = 20
 
     def __post_init__(self) -> None:

@@ -148,7 +148,8 @@ def page_bounds(keys: Tensor, positions: Tensor, size: int) -> tuple[Tensor, Ten
     padding = (0, 0, 0, -keys.shape[2] % size)
     low = torch.nn.functional.pad(keys.masked_fill(empty, torch.inf), padding, value=torch.inf)
     high = torch.nn.functional.pad(keys.masked_fill(empty, -torch.inf), padding, value=-torch.inf)
-    return low.unflatten(2, (-1, size)).amin(dim=3), high.unflatten(2, (-1, size)).amax(dim=3)
+    pages = (*keys.shape[:2], low.shape[2] // size, size, keys.shape[-1])
+    return low.view(pages).amin(dim=3), high.view(pages).amax(dim=3)
 
 
 def page_bounds_score(query: Tensor, low: Tensor, high: Tensor) -> Tensor:

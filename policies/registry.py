@@ -18,6 +18,8 @@ _POLICIES: dict[str, str] = {  # name -> module:class
     "sepllm": "kvpress.policies.sepllm:SepLLM",
     "tova": "kvpress.policies.tova:TOVA",
     "h2o": "kvpress.policies.h2o:H2O",
+    "keyformer": "kvpress.policies.keyformer:Keyformer",
+    "morphkv": "kvpress.policies.morphkv:MorphKV",
     "knorm": "kvpress.policies.knorm:KNorm",
     "random": "kvpress.policies.random:Random",
     "tokenselect": "kvpress.policies.tokenselect:TokenSelect",

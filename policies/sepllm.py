@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpress.policies.base import EvictionPolicy, check_choice, check_integer
-from kvpress.policies.budget import BudgetValue
+from kvpress.policies.budget import Budgets
 from kvpress.policies.separators import separator_ids
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class SepLLM(EvictionPolicy):
     same_in_all_layers: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("token_id",)  # fp32 holds every id below 2^24
 
-    budget: BudgetValue | None = field(default=None, init=False)
+    budget: Budgets | None = field(default=None, init=False)
     interval: int = field(default=1, init=False)
     initial: int = 4
     separators: int | None = 64

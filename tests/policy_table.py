@@ -19,48 +19,66 @@ class PolicyRow:
         parameters: for prompts of about 24 tokens, the budget left out.
         budget: a small one, in tokens; `None` for a policy that never evicts.
         promises: of `PROMISES`.
+        limit: the parameter that takes the budget.
     """
 
     name: str
     parameters: dict[str, Any] = field(default_factory=dict)
     budget: int | None = 10
     promises: frozenset[str] = frozenset()
+    limit: str = "budget"
 
     @property
     def small(self) -> dict[str, Any]:
         """Parameters with which prompts of the tests lose tokens."""
-        return {**self.parameters, **({} if self.budget is None else {"budget": self.budget})}
+        return {**self.parameters, **({} if self.budget is None else {self.limit: self.budget})}
 
     @property
     def endless(self) -> dict[str, Any]:
         """Parameters with which nothing is ever lost."""
-        return {**self.parameters, **({} if self.budget is None else {"budget": ENDLESS})}
+        return {**self.parameters, **({} if self.budget is None else {self.limit: ENDLESS})}
 
 
 PROMISES = {
     "chunk_invariant": "a prompt in chunks keeps the tokens that it keeps in one piece (first layer; deeper keys differ by what was evicted)",
     "chunk_invariant_everywhere": "the same in every layer: what is kept depends on positions alone",
     "one_set": "all KV heads of a layer keep the same tokens",
-    "not_exact_budget": "the method keeps fewer tokens than its budget, or has a documented slack",
+    "not_exact_budget": "layers or heads share the budget unequally, or the method keeps fewer or has a documented slack",
 }
 
 
-def _row(name: str, *promises: str, budget: int | None = 10, **parameters: Any) -> PolicyRow:
-    return PolicyRow(name, parameters, budget, frozenset(promises))
+def _row(name: str, *promises: str, budget: int | None = 10, limit: str = "budget", **parameters: Any) -> PolicyRow:
+    return PolicyRow(name, parameters, budget, frozenset(promises), limit)
+
+
+SEPARATORS = tuple(range(5, 97, 6))  # token ids
 
 
 ROWS = (
     _row("full", budget=None),
     _row("streaming_llm", "chunk_invariant", "chunk_invariant_everywhere", "one_set", sinks=2),
     _row("snapkv", window=4, kernel_size=3),
-    _row("pyramidkv", window=4, kernel_size=3, beta=4),
+    _row("pyramidkv", "not_exact_budget", window=4, kernel_size=3, beta=4),
     _row("adakv", "not_exact_budget", window=4, kernel_size=3),
     _row("tova", "one_set"),
     _row("h2o"),
     _row("knorm", "chunk_invariant"),
     _row("random", "chunk_invariant", "chunk_invariant_everywhere", seed=7),
+    _row("keyformer", steps=8),
+    _row("morphkv", window=4),
+    _row(
+        "sepllm",
+        "one_set",
+        "not_exact_budget",
+        limit="capacity",
+        initial=1,
+        separators=2,
+        window=4,
+        token_ids=SEPARATORS,
+    ),
 )
 EVICTING = tuple(row for row in ROWS if row.budget is not None)
+BUDGETED = tuple(row for row in EVICTING if row.limit == "budget")
 
 
 def row(name: str) -> PolicyRow:

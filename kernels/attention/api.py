@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpress.kernels import triton_support
 from kvpress.kernels.attention import flash, fused, native, reference
-from kvpress.kernels.dispatch import choose
+from kvpress.kernels.dispatch import announced, choose
 from kvpress.kernels.scores import causal_positions
 from kvpress.kernels.shapes import check_query_and_slots, check_scales, check_slot_options
 
@@ -42,8 +42,8 @@ def attend(
 
     Args:
         query: `[batch, query_heads, rows, dim]`; query head `h` belongs to KV head `h // (query_heads // kv_heads)`.
-        keys, values: the slots, dense or flat (see `kvpress.kernels.shapes`); `values` may have another last size. Their
-            type may be narrower than that of `query`: fp32, bf16, fp16 or, with scales, int8.
+        keys, values: the slots, dense or flat (see `kvpress.kernels.shapes`); `values` may have another last size.
+            Their type may be narrower than that of `query`: fp32, bf16, fp16 or, with scales, int8.
         scaling: factor of the dot products.
         positions: `[batch, kv_heads or 1, slots]` integer; `-1` marks an empty slot. `None`: every slot holds a token.
         query_positions: `[batch or 1, rows]` integer; a slot is visible when `0 <= position <= query_position`.
@@ -51,17 +51,18 @@ def attend(
         starts, lengths: `[batch, kv_heads]` integer, of the flat layout.
         index: `[batch, kv_heads or 1, n]` integer: attend to these slots only; `-1` is no slot, a slot listed twice
             counts twice.
-        causal: the query rows are the last slots, in order: row `i` sees the first `slots - rows + i + 1` slots. Excludes
-            `positions`.
+        causal: the query rows are the last slots, in order: row `i` sees the first `slots - rows + i + 1` slots.
+            Excludes `positions`.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: `[query_heads]` logits that take part in the softmax and carry no value (gpt-oss).
-        keys_scale, values_scale: of int8 slots: the factor of each slot's row, `[batch, kv_heads, slots]` or flat `[rows]`.
+        keys_scale, values_scale: of int8 slots: the factor of each slot's row, `[batch, kv_heads, slots]` or flat
+            `[rows]`.
         impl: `"auto"` or the name of an implementation.
 
     Returns:
         Output `[batch, query_heads, rows, value_dim]` in the type of `query`, and the log-sum-exp
-        `[batch, query_heads, rows]` in fp32 (fp64 for fp64 input) of the capped scores, sinks included, or `None` where the
-        implementation has none. A row that sees no slot gives 0 (and a log-sum-exp of `-inf`, or of its sink).
+        `[batch, query_heads, rows]` in fp32 (fp64 for fp64 input) of the capped scores, sinks included, or `None` where
+        the implementation has none. A row that sees no slot gives 0 (and a log-sum-exp of `-inf`, or of its sink).
 
     Raises:
         ValueError: shapes that do not fit, an unknown `impl`, or an explicit `impl` that cannot serve these arguments.
@@ -72,6 +73,26 @@ def attend(
     )
     if causal and (positions is not None or starts is not None or index is not None):
         raise ValueError("causal describes dense slots in order: it excludes positions, starts and index")
+    whole = causal and query.shape[2] == keys.shape[2]
+    if impl == "auto" and not whole and announced("attention", "native"):  # the path of every decoded token
+        if native.refusal(query, keys, values, kv_heads) is None:
+            return native.attend(
+                query,
+                keys,
+                values,
+                kv_heads=kv_heads,
+                scaling=scaling,
+                positions=positions,
+                query_positions=query_positions,
+                starts=starts,
+                lengths=lengths,
+                index=index,
+                causal=causal,
+                softcap=softcap,
+                sinks=sinks,
+                keys_scale=keys_scale,
+                values_scale=values_scale,
+            )[:2]
     arguments: dict[str, Any] = {
         "scaling": scaling,
         "positions": positions,
@@ -91,7 +112,7 @@ def attend(
         "fused": lambda: fused.refusal(query, keys, values, **_taken(arguments, FUSED_REFUSAL)),
         "reference": lambda: None,
     }
-    if causal and query.shape[2] == keys.shape[2] and query.device.type == "cpu":
+    if whole and query.is_cpu:
         refusals = {"fused": refusals["fused"], **refusals}  # a whole prompt: torch's blocked matrix products win
     chosen = choose("attention", impl, refusals)
     if chosen == "native":
@@ -129,8 +150,8 @@ def attend_with_weights(
         reduction: `"mean"`, `"sum"` or `"max"` over the query heads of a KV head.
 
     Returns:
-        Output and log-sum-exp as `attend`, and the weights `[batch, kv_heads, entries]` in fp32 (fp64 for fp64 input), 0
-        where a slot is not visible. Entries are the slots, padded to the longest head in the flat layout, or with
+        Output and log-sum-exp as `attend`, and the weights `[batch, kv_heads, entries]` in fp32 (fp64 for fp64 input),
+        0 where a slot is not visible. Entries are the slots, padded to the longest head in the flat layout, or with
         `index` its `n` (a slot listed twice has a weight at each place).
 
     Raises:
@@ -148,8 +169,9 @@ def attend_with_weights(
         impl,
         {
             "native": lambda: native.refusal(query, keys, values, kv_heads, weights=True),
-            "triton": lambda: triton_support.refusal(query, keys, values)
-            or triton_support.storage_refusal(keys, values),
+            "triton": lambda: (
+                triton_support.refusal(query, keys, values) or triton_support.storage_refusal(keys, values)
+            ),
             "reference": lambda: None,
         },
     )

@@ -37,7 +37,8 @@ def attend(
     values_scale: Tensor | None,
     weights: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `kvpress.kernels.attention.attend`; the third value is that of `attend_with_weights` where `weights` asks for it."""
+    """See `kvpress.kernels.attention.attend`; the third value is that of `attend_with_weights` where `weights` asks for
+    it."""
     batch, query_heads, rows, _ = query.shape
     output = torch.empty(batch, query_heads, rows, values.shape[-1], dtype=query.dtype)
     lse = torch.empty(batch, query_heads, rows, dtype=torch.float32)

@@ -26,7 +26,7 @@ def choices(block_m: int, block_d: int, block_v: int, full: bool, amd: bool) -> 
         return [short]
     if amd or (block_m <= 16 and not wide):
         return [narrow, short]
-    return [many_warps] if wide else [many_warps, short]
+    return [many_warps] if wide else [short]
 
 
 def prune(configs, _, **arguments):

@@ -44,7 +44,7 @@ def attention_mass(
     entries = keys.shape[2] if lengths is None else int(lengths.max()) if lengths.numel() else 0
     mass = torch.empty(query.shape[0], query.shape[1], entries, dtype=torch.float32)
     if lse is not None:
-        lse = lse.float().contiguous()
+        lse = native.as_floats(lse)
     fields, owners = native.attention_fields(
         query,
         keys,
@@ -69,7 +69,7 @@ def attention_mass(
     )
     factors = (0, 0)
     if row_weights is not None:
-        row_weights = row_weights.float().contiguous()
+        row_weights = native.as_floats(row_weights)
         factors = (row_weights.data_ptr(), row_weights.stride(0) if row_weights.shape[0] == query.shape[0] else 0)
     seed = 0 if noise_seed is None else (noise_seed & 0xFFFFFFFFFFFFFFFF)
     signed = seed - (1 << 64) if seed >> 63 else seed

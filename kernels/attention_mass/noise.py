@@ -1,13 +1,14 @@
-"""Gumbel noise that depends on what it is for alone: seed, query head, and the positions of row and key (specification).
+"""Gumbel noise that depends on what it is for alone: seed, query head, and the positions of row and key
+(specification).
 
-A counter-based generator: any tile of any implementation makes the same numbers in any order. 32-bit arithmetic, wrapping;
-`mix` is the finalizer of MurmurHash3 (Appleby, public domain), `n32` the low 32 bits of `n`:
+A counter-based generator: any tile of any implementation makes the same numbers in any order. 32-bit arithmetic,
+wrapping; `mix` is the finalizer of MurmurHash3 (Appleby, public domain), `n32` the low 32 bits of `n`:
 
     base   = mix(mix(seed32) ^ (seed >> 32)32)
     head   = mix(base + (query_head + 1) * 0x9e3779b9)
     first  = mix(head ^ (row_position32 * 0xc2b2ae3d));    second = mix(first + 0x27d4eb2f)
     word   = (mix(key_position32 * 0x9e3779b9 + first) ^ second) * 0x9e3779b1;    word ^= word >> 15
-    u      = ((word >> 8) + 0.5) / 2^24;    noise = -log(-log(u))
+    u      = ((word >> 9) + 0.5) / 2^23;    noise = -log(-log(u))
 
 The batch row is not among them: a prompt gets the same noise alone and in a batch. Noise lies between -2.9 and 17.4.
 """
@@ -43,7 +44,7 @@ def exponential(seed: int, query_heads: Tensor, row_positions: Tensor, key_posit
     word = mix((key_positions.long() * 0x9E3779B9 + first) & LOW)
     word = ((word ^ second) * 0x9E3779B1) & LOW
     word = word ^ (word >> 15)
-    return -torch.log(((word >> 8).float() + 0.5) * (1.0 / 16777216.0))
+    return -torch.log(((word >> 9).float() + 0.5) * (1.0 / 8388608.0))
 
 
 def gumbel(seed: int, query_heads: Tensor, row_positions: Tensor, key_positions: Tensor) -> Tensor:

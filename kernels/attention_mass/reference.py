@@ -28,7 +28,8 @@ def attention_mass(
     temperature: float = 1.0,
     noise_seed: int | None = None,
 ) -> Tensor:
-    """See `kvpress.kernels.attention_mass.attention_mass`: `sum_rows softmax((s + noise) / temperature)` over slots and sinks."""
+    """See `kvpress.kernels.attention_mass.attention_mass`: `sum_rows softmax((s + noise) / temperature)` over slots and
+    sinks."""
     keys = scale_slots(keys, keys_scale)
     known = positions
     if starts is not None and lengths is not None:
@@ -58,9 +59,7 @@ def attention_mass(
     return mass.reshape(batch, query_heads, slots)
 
 
-def _noise(
-    seed: int, scores: Tensor, positions: Tensor | None, query_positions: Tensor | None, first: int
-) -> Tensor:
+def _noise(seed: int, scores: Tensor, positions: Tensor | None, query_positions: Tensor | None, first: int) -> Tensor:
     """Gumbel noise for `scores [batch, kv_heads, group, rows, slots]`; what has no position goes by its number."""
     _, kv_heads, group, rows, slots = scores.shape
     device = scores.device

@@ -16,8 +16,8 @@ def compact(columns: Sequence[Tensor], index: Tensor, *, impl: str = "auto") -> 
     """The slots that `index` names, of every column, contiguous: survivors of an eviction.
 
     Args:
-        columns: `[batch, kv_heads, slots, dim]` or `[batch, kv_heads, slots]` each (keys, values, positions, scores …), any
-            type and strides.
+        columns: `[batch, kv_heads, slots, dim]` or `[batch, kv_heads, slots]` each (keys, values, positions, scores …),
+            any type and strides.
         index: `[batch, kv_heads or 1, n]` integer; `-1` gives zeros.
         impl: `"auto"` or the name of an implementation.
 

@@ -16,12 +16,12 @@ def refusal(columns: Sequence[Tensor], index: Tensor) -> str | None:
     if missing is not None:
         return missing
     for tensor in (*columns, index):
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return "native kernels read host memory only"
         if tensor.requires_grad and torch.is_grad_enabled():
             return "native kernels have no gradient"
     for column in columns:
-        if column.dim() == 4 and column.stride(-1) != 1:
+        if column.dim() == 4 and column.stride()[-1] != 1:
             return "native kernels need a contiguous last dimension of rows"
     return None
 

@@ -19,7 +19,8 @@ def weakest(
     lengths: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The slot of each head to evict: an empty one if there is any, else the lowest score, of equals the smallest position.
+    """The slot of each head to evict: an empty one if there is any, else the lowest score, of equals the smallest
+    position.
 
     NaN and `-inf` count as the lowest finite score, `+inf` as the largest. Protected slots (`position < sinks` or
     `position >= first_recent`) go only when a head holds no others, and then the smallest position goes.
@@ -28,7 +29,8 @@ def weakest(
         scores: `[batch, kv_heads or 1, slots]` fp32, higher = keep.
         positions: `[batch, kv_heads or 1, slots]` int32 or int64, `-1` for an empty slot.
         sinks: an integer, or integers that broadcast to `[batch, kv_heads, 1]`.
-        first_recent: likewise; with `newest` the last position and a window of `w`, `newest - w + 1`. `None`: no window.
+        first_recent: likewise; with `newest` the last position and a window of `w`, `newest - w + 1`. `None`: no
+            window.
         lengths: `[batch, kv_heads]` integer: a head's slots end here (ragged heads). `None`: all are its own.
         impl: `"auto"` or the name of an implementation.
 
@@ -40,7 +42,9 @@ def weakest(
     """
     shape, other = scores.shape, positions.shape
     if len(shape) != 3 or len(other) != 3 or shape[0] != other[0] or shape[2] != other[2]:
-        raise ValueError(f"scores and positions must be [batch, kv_heads or 1, slots], got {tuple(shape)}, {tuple(other)}")
+        raise ValueError(
+            f"scores and positions must be [batch, kv_heads or 1, slots], got {tuple(shape)}, {tuple(other)}"
+        )
     kv_heads = max(shape[1], other[1])
     if shape[1] not in (1, kv_heads) or other[1] not in (1, kv_heads):
         raise ValueError(f"scores and positions must agree in KV heads, got {tuple(shape)} and {tuple(other)}")
@@ -65,10 +69,10 @@ def overwrite(
     """Write one new row per head into every column, in place: `columns[i][b, h, slot[b, h]] = rows[i][b, h]`.
 
     Args:
-        columns: `[batch, kv_heads, slots]` or `[batch, kv_heads, slots, dim]` each (keys, values, positions, scores …); or
-            flat, `[rows]` or `[rows, dim]`, with `starts`.
-        rows: for each column what to write, `[batch, kv_heads]` or `[batch, kv_heads, dim]`, of the column's type; a size of
-            1 stands for all batch rows or heads.
+        columns: `[batch, kv_heads, slots]` or `[batch, kv_heads, slots, dim]` each (keys, values, positions, scores …);
+            or flat, `[rows]` or `[rows, dim]`, with `starts`.
+        rows: for each column what to write, `[batch, kv_heads]` or `[batch, kv_heads, dim]`, of the column's type; a
+            size of 1 stands for all batch rows or heads.
         slot: `[batch, kv_heads]` int64.
         starts: `[batch, kv_heads]` integer, of the flat layout.
         impl: `"auto"` or the name of an implementation.

@@ -17,7 +17,7 @@ def refusal(scores: Tensor, positions: Tensor) -> str | None:
     """Why this implementation cannot serve, or `None`."""
     if missing is not None:
         return missing
-    if scores.device.type != "cpu" or positions.device.type != "cpu":
+    if not (scores.is_cpu and positions.is_cpu):
         return "native kernels read host memory only"
     return None if scores.dtype == torch.float32 else f"native kernels take fp32 scores, not {scores.dtype}"
 
@@ -27,12 +27,12 @@ def overwrite_refusal(columns: Sequence[Tensor], rows: Sequence[Tensor], slot: T
     if missing is not None:
         return missing
     for tensor in (*columns, *rows, slot):
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return "native kernels read host memory only"
         if tensor.requires_grad and torch.is_grad_enabled():
             return "native kernels have no gradient"
     for column in columns:
-        if column.dim() in (2, 4) and column.stride(-1) != 1:
+        if column.dim() in (2, 4) and column.stride()[-1] != 1:
             return "native kernels need a contiguous last dimension of rows"
     return None
 
@@ -47,7 +47,7 @@ def weakest(
     """See `kvpress.kernels.eviction.weakest`."""
     batch, slots = scores.shape[0], scores.shape[2]
     kv_heads = max(scores.shape[1], positions.shape[1])
-    scores = scores if scores.stride(-1) == 1 else scores.contiguous()
+    scores = scores if scores.stride()[-1] == 1 else scores.contiguous()
     positions = native.as_integers(positions)
     slot = torch.empty(batch, kv_heads, dtype=torch.int64)
     owners: list[Tensor] = []
@@ -63,7 +63,7 @@ def weakest(
     recent_pointer, all_recent = per_head(first_recent, FOREVER)
     length_pointer = 0
     if lengths is not None:
-        lengths = lengths.long().contiguous()
+        lengths = native.as_int64(lengths).contiguous()
         length_pointer = lengths.data_ptr()
     native.built().weakest(
         batch,
@@ -87,10 +87,10 @@ def weakest(
 def overwrite(columns: Sequence[Tensor], rows: Sequence[Tensor], slot: Tensor, starts: Tensor | None) -> None:
     """See `kvpress.kernels.eviction.overwrite`."""
     batch, kv_heads = slot.shape
-    slot = slot.long().contiguous()
+    slot = native.as_int64(slot).contiguous()
     start_pointer = 0
     if starts is not None:
-        starts = starts.long().contiguous()
+        starts = native.as_int64(starts).contiguous()
         start_pointer = starts.data_ptr()
     write = native.built().overwrite
     for column, row in zip(columns, rows, strict=True):
@@ -103,7 +103,7 @@ def overwrite(columns: Sequence[Tensor], rows: Sequence[Tensor], slot: Tensor, s
             wide = column.dim() == 2
             slots = column.shape[0]
             strides = (0, 0, column.stride(0))
-        if wide and row.stride(-1) != 1:
+        if wide and row.stride()[-1] != 1:
             row = row.contiguous()
         row_strides = row.stride()
         write(

@@ -25,7 +25,8 @@ def head_vote(
     keys_scale: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Votes for slots: the softmax over the visible slots of each query head, summed over heads (TokenSelect, arXiv 2411.02886).
+    """Votes for slots: the softmax over the visible slots of each query head, summed over heads (TokenSelect, arXiv
+    2411.02886).
 
     Args:
         query: `[batch, query_heads, 1, dim]`; query head `h` belongs to KV head `h // (query_heads // kv_heads)`.

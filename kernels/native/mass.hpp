@@ -6,7 +6,8 @@
 // the same for any number of threads.
 
 constexpr int CLASSES = 16;
-constexpr int STRIP = 24;  // queries of a strip, about
+constexpr int STRIP = 24;             // queries of a strip, at most (or one row of a larger group)
+constexpr int64_t CACHE = 384 << 10;  // bytes of a strip that stay in the second-level cache
 
 static inline uint32_t mix(uint32_t x) {  // the finalizer of MurmurHash3
   x ^= x >> 16;
@@ -36,8 +37,8 @@ static inline Vec exponential(VecBits weyl, const Noise& noise) {
   x ^= x >> 16;
   x = (x ^ noise.second) * 0x9e3779b1u;
   x ^= x >> 15;
-  const VecInt word = reinterpret_cast<VecInt>(x >> 8);
-  const Vec uniform = (__builtin_convertvector(word, Vec) + splat(0.5f)) * splat(1.f / 16777216.f);
+  const VecInt word = reinterpret_cast<VecInt>(x >> 9);
+  const Vec uniform = (__builtin_convertvector(word, Vec) + splat(0.5f)) * splat(1.f / 8388608.f);
   return -log_vec(uniform);
 }
 
@@ -135,11 +136,13 @@ static int mass_kind(const Mass& m, const Attention& given) {
   const Attention& a = m.attention;
   const Slots& s = a.slots;
   const int64_t group = a.query_heads / a.kv_heads, dim = s.dim, out_slots = a.weights_entries;
-  const int64_t step = group < STRIP ? STRIP / group : 1, blocks = (a.rows + step - 1) / step;
-  const int64_t classes = blocks < CLASSES ? blocks : CLASSES;
   int64_t longest = s.lengths ? 0 : s.slots;
   for (int64_t i = 0; s.lengths && i < a.batch * a.kv_heads; ++i) longest = s.lengths[i] > longest ? s.lengths[i] : longest;
   const int64_t most = (longest + TILE - 1) / TILE, width = most * TILE;
+  int64_t fit = CACHE / (width ? width * 4 : 1);
+  fit = fit < 6 ? 6 : (fit > STRIP ? STRIP : fit);
+  const int64_t step = group < fit ? fit / group : 1, blocks = (a.rows + step - 1) / step;
+  const int64_t classes = blocks < CLASSES ? blocks : CLASSES;
   if (group * step > STRIP * 4) return OUT_OF_MEMORY;  // Python refuses such groups
   Buffer<float> keys(width * dim), strips(width * group * step * a.threads), sums(width * group * classes),
       queries(group * step * dim * a.threads);

@@ -10,8 +10,10 @@ from torch import Tensor
 from kvpress.kernels.native import extension, missing
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+INTEGERS = (torch.int32, torch.int64)
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_DIM = 512
+EMPTY = 8  # the address of an empty list, never read: torch gives 0, which would mean "no list given"
 
 
 def built() -> Any:
@@ -23,15 +25,23 @@ def built() -> Any:
 
 def as_int64(tensor: Tensor) -> Tensor:
     """The same integers as int64 with a contiguous last dimension; no copy where they already are."""
-    tensor = tensor.long()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    if tensor.dtype != torch.int64:
+        tensor = tensor.long()  # a call that does nothing costs as much as a small kernel: it is made only where needed
+    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
 
 
 def as_integers(tensor: Tensor) -> Tensor:
     """The same integers as int32 or int64 with a contiguous last dimension; no copy where they already are."""
-    if tensor.dtype not in (torch.int32, torch.int64):
+    if tensor.dtype not in INTEGERS:
         tensor = tensor.long()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
+
+
+def as_floats(tensor: Tensor) -> Tensor:
+    """The same numbers as contiguous fp32; no copy where they already are."""
+    if tensor.dtype != torch.float32:
+        tensor = tensor.float()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def batch_and_head_strides(tensor: Tensor, batch: int, heads: int) -> tuple[int, int]:
@@ -44,15 +54,16 @@ def refusal(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
     """Why no native kernel can serve these tensors, or `None`."""
     if missing is not None:
         return missing
-    if not (query.device.type == keys.device.type == values.device.type == "cpu"):
+    if not (query.is_cpu and keys.is_cpu and values.is_cpu):
         return "native kernels read host memory only"
+    kind = keys.dtype
     if query.dtype not in FLOATS:
         return f"native kernels take fp32, bf16 and fp16 queries, not {query.dtype}"
-    if keys.dtype not in KINDS or keys.dtype != values.dtype:
-        return f"native kernels take fp32, bf16, fp16 and int8 slots of one type, not {keys.dtype} and {values.dtype}"
+    if kind not in KINDS or kind != values.dtype:
+        return f"native kernels take fp32, bf16, fp16 and int8 slots of one type, not {kind} and {values.dtype}"
     if keys.shape[-1] > MAX_DIM or values.shape[-1] > MAX_DIM:
         return f"native kernels take head sizes up to {MAX_DIM}, not {keys.shape[-1]} and {values.shape[-1]}"
-    if query.stride(-1) != 1 or keys.stride(-1) != 1 or values.stride(-1) != 1:
+    if not query.stride()[-1] == keys.stride()[-1] == values.stride()[-1] == 1:
         return "native kernels need a contiguous last dimension of query, keys and values"
     if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad):
         return "native kernels have no gradient"
@@ -81,17 +92,17 @@ def slot_fields(
     else:
         given = 0 if positions is None else positions.shape[-1]
         layout = (given, 0, 0, key_strides[0], 0, 0, value_strides[0])
-        starts, lengths = starts.long().contiguous(), lengths.long().contiguous()
+        starts, lengths = as_int64(starts).contiguous(), as_int64(lengths).contiguous()
         owners += [starts, lengths]
         flat = (starts.data_ptr(), lengths.data_ptr(), keys.shape[0])
     scales = (0, 0, 0, 0)
     if keys_scale is not None:
-        keys_scale = keys_scale.float().contiguous()
+        keys_scale = as_floats(keys_scale)
         owners.append(keys_scale)
         scale_strides = keys_scale.stride() if starts is None else (0, 0)
         value_pointer = 0
         if values_scale is not None:
-            values_scale = values_scale.float().contiguous()
+            values_scale = as_floats(values_scale)
             owners.append(values_scale)
             value_pointer = values_scale.data_ptr()
         scales = (keys_scale.data_ptr(), value_pointer, scale_strides[0], scale_strides[1])
@@ -108,7 +119,7 @@ def slot_fields(
     if index is not None:
         index = as_int64(index)
         owners.append(index)
-        listed = (index.data_ptr(), *batch_and_head_strides(index, batch, kv_heads), index.shape[-1])
+        listed = (index.data_ptr() or EMPTY, *batch_and_head_strides(index, batch, kv_heads), index.shape[-1])
     fields = (
         keys.data_ptr(),
         values.data_ptr(),
@@ -159,7 +170,7 @@ def attention_fields(
         seen = (query_positions.data_ptr(), query_positions.stride(0) if query_positions.shape[0] == batch else 0)
     sink_pointer = 0
     if sinks is not None:
-        sinks = sinks.float().contiguous()
+        sinks = as_floats(sinks)
         owners.append(sinks)
         sink_pointer = sinks.data_ptr()
     strides = query.stride()

@@ -170,11 +170,8 @@ static inline Vec exp_vec(Vec x) {
 // log of a positive normal number (Cephes logf).
 static inline Vec log_vec(Vec x) {
   const VecInt bits = as_int(x);
-  VecInt exponent = ((bits >> 23) & 0xff) - 126;
-  Vec m = as_float((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
-  const VecInt low = m < splat(0.707106781186547524f);
-  exponent = exponent + low;
-  m = m - splat(1.f) + (low ? m : Vec{});
+  const VecInt exponent = (bits - 0x3f3504f3) >> 23;
+  const Vec m = as_float(bits - (exponent << 23)) - splat(1.f);  // of a number from sqrt(1/2) to sqrt(2)
   const Vec e = __builtin_convertvector(exponent, Vec);
   const Vec z = m * m;
   Vec y = splat(7.0376836292e-2f);

@@ -21,14 +21,16 @@ def page_bounds(
     Args:
         keys: `[batch, kv_heads, slots, dim]`; the last page may be short.
         page_size: slots a page.
-        positions: `[batch, kv_heads or 1, slots]`; slots at `-1` take no part. A page without a token is `+inf` and `-inf`.
+        positions: `[batch, kv_heads or 1, slots]`; slots at `-1` take no part. A page without a token is `+inf` and
+            `-inf`.
         impl: `"auto"` or the name of an implementation.
 
     Returns:
         Two tensors `[batch, kv_heads, pages, dim]` in the type of `keys`.
 
     Raises:
-        ValueError: `page_size` below 1, shapes that do not fit, an unknown `impl`, or an explicit one that cannot serve.
+        ValueError: `page_size` below 1, shapes that do not fit, an unknown `impl`, or an explicit one that cannot
+            serve.
     """
     if keys.dim() != 4:
         raise ValueError(f"keys must be [batch, kv_heads, slots, dim], got shape {tuple(keys.shape)}")
@@ -46,8 +48,10 @@ def page_bounds(
         impl,
         {
             "native": lambda: native.refusal(keys, keys),
-            "triton": lambda: triton_support.refusal(keys, positions)
-            or (f"pages of more than {TRITON_PAGE} slots" if page_size > TRITON_PAGE else None),
+            "triton": lambda: (
+                triton_support.refusal(keys, positions)
+                or (f"pages of more than {TRITON_PAGE} slots" if page_size > TRITON_PAGE else None)
+            ),
             "reference": lambda: None,
         },
     )

@@ -20,12 +20,13 @@ def rotate(
     inverse: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """`slots * cosine + rotate_half(slots) * sine` over the first `rotary_dim` channels (arXiv 2104.09864); others stay.
+    """`slots * cosine + rotate_half(slots) * sine` over the first `rotary_dim` channels (arXiv 2104.09864); others
+    stay.
 
     Args:
         slots: `[batch, heads, slots, dim]`, of any floating type; arithmetic is fp32 (fp64 for fp64).
-        cosine, sine: `[batch or 1, heads or 1, slots, rotary_dim]`, the two halves alike, scaled as the model scales them;
-            with `positions` one table for all, `[table_rows, rotary_dim]`.
+        cosine, sine: `[batch or 1, heads or 1, slots, rotary_dim]`, the two halves alike, scaled as the model scales
+            them; with `positions` one table for all, `[table_rows, rotary_dim]`.
         positions: `[batch, heads or 1, slots]` integer: the table row of each slot; `-1` leaves an empty slot as it is.
         inverse: rotate the other way, which undoes a rotation by unscaled tables.
         impl: `"auto"` or the name of an implementation.
@@ -34,8 +35,8 @@ def rotate(
         `[batch, heads, slots, dim]` in the type of `slots`.
 
     Raises:
-        ValueError: shapes that do not fit, an odd `rotary_dim` or one above `dim`, an unknown `impl`, or an explicit one that
-            cannot serve.
+        ValueError: shapes that do not fit, an odd `rotary_dim` or one above `dim`, an unknown `impl`, or an explicit
+            one that cannot serve.
         IndexError: a position past the tables.
     """
     if slots.dim() != 4:
@@ -62,15 +63,13 @@ def rotate(
         impl,
         {
             "native": lambda: native.refusal(slots, cosine, sine),
-            "triton": lambda: "tables by position" if positions is not None else triton_support.refusal(
-                slots, cosine, sine
+            "triton": lambda: (
+                "tables by position" if positions is not None else triton_support.refusal(slots, cosine, sine)
             ),
             "reference": lambda: None,
         },
     )
     if chosen == "triton":
-        launched: Tensor = import_module("kvpress.kernels.rotation.triton").rotate(
-            slots, cosine, sine, inverse=inverse
-        )
+        launched: Tensor = import_module("kvpress.kernels.rotation.triton").rotate(slots, cosine, sine, inverse=inverse)
         return launched
     return (native if chosen == "native" else reference).rotate(slots, cosine, sine, positions, inverse)

@@ -10,7 +10,7 @@ from kvpress.kernels.native import tensors as native
 
 def refusal(slots: Tensor, cosine: Tensor, sine: Tensor) -> str | None:
     """Why this implementation cannot serve, or `None`."""
-    if cosine.device.type != "cpu" or sine.device.type != "cpu":
+    if not (cosine.is_cpu and sine.is_cpu):
         return "native kernels read host memory only"
     return native.refusal(slots, slots, slots)
 
@@ -18,7 +18,7 @@ def refusal(slots: Tensor, cosine: Tensor, sine: Tensor) -> str | None:
 def rotate(slots: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor | None, inverse: bool) -> Tensor:
     """See `kvpress.kernels.rotation.rotate`."""
     batch, heads, length, dim = slots.shape
-    cosine, sine = cosine.float().contiguous(), sine.float().contiguous()
+    cosine, sine = native.as_floats(cosine), native.as_floats(sine)
     output = torch.empty(batch, heads, length, dim, dtype=slots.dtype)
     placed = (0, 0, 0, 0)
     if positions is None:

@@ -40,7 +40,12 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: transformers.MistralConfig(**_common(), sliding_window=None),
     "phi3": lambda: transformers.Phi3Config(**_common()),
     "gemma2": lambda: transformers.Gemma2Config(
-        **_common(3), head_dim=8, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=5.0, layer_types=_MIXED
+        **_common(3),
+        head_dim=8,
+        sliding_window=16,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=5.0,
+        layer_types=_MIXED,
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_common(3), head_dim=8, sliding_window=16, layer_types=_MIXED),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(
@@ -118,6 +123,8 @@ def model_from(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, 
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "sinks")):  # initialised to 0, where a bug in their use would not show
                 torch.nn.init.normal_(parameter, std=0.3)
+            elif "norm" in name:  # all alike, keys of a model that normalises them would have equal norms
+                parameter.data += 0.2 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = None  # a random model would end wherever it meets it
     model.generation_config.pad_token_id = 0
     made: PreTrainedModel = model.to(dtype).eval()

@@ -108,9 +108,7 @@ def assisted(model: PreTrainedModel, make: MakeCache) -> Outcome:
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
     outcome = Outcome()
-    _generate(
-        outcome, model, random_tokens(1, PROMPT), make(model), assistant_model=assistant, max_new_tokens=2 * NEW
-    )
+    _generate(outcome, model, random_tokens(1, PROMPT), make(model), assistant_model=assistant, max_new_tokens=2 * NEW)
     return outcome
 
 
@@ -156,9 +154,7 @@ def branches(model: PreTrainedModel, make: MakeCache) -> Outcome:
     with torch.no_grad():
         model(context, past_key_values=cache)
     for seed in (5, 6, 5):
-        _generate(
-            outcome, model, torch.cat([context, random_tokens(1, 5, seed=seed)], dim=1), copy.deepcopy(cache)
-        )
+        _generate(outcome, model, torch.cat([context, random_tokens(1, 5, seed=seed)], dim=1), copy.deepcopy(cache))
     return outcome
 
 
@@ -179,5 +175,12 @@ WAYS: dict[str, Callable[[PreTrainedModel, MakeCache], Outcome]] = {
     "prefix": prefix,
     "branches": branches,
 }
-CORE = ("padded_batch", "beams", "prompt_lookup", "chunks_of_3", "turns", "branches")  # the others are variations of these
+CORE = (
+    "padded_batch",
+    "beams",
+    "prompt_lookup",
+    "chunks_of_3",
+    "turns",
+    "branches",
+)  # the others are variations of these
 ROLLING_BACK = ("prompt_lookup", "assisted")  # transformers refuses these for recurrent models

@@ -55,7 +55,8 @@ def ray_workers(
             return
         own = not ray.is_initialized()
         if own:
-            options: dict[str, Any] = {} if address else {"num_cpus": max(1, round(workers * cpus))}
+            local = {"num_cpus": max(1, round(workers * cpus)), "_node_ip_address": "127.0.0.1"}
+            options: dict[str, Any] = {} if address else local
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error", **options)
         try:
             remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Worker)

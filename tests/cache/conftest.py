@@ -4,6 +4,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # policy_table
+sys.path[:0] = [
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parent),
+]  # policy_table; tests that the sabotage test runs
 torch.set_num_threads(1)
 logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -5,10 +5,11 @@ from functools import cache as remembered
 
 import pytest
 import torch
-from policy_table import EVICTING, pairs, row
+from policy_table import BUDGETED, EVICTING, pairs, row
 from transformers import DynamicCache
 
 from kvpress import PolicyCache
+from kvpress.choice import choose_policies
 from kvpress.testing.dense import Recording, Row, dense_copy, record, replay
 from kvpress.testing.families import FAMILIES, random_tokens, tiny_model
 from kvpress.testing.generation import WAYS, left_padded
@@ -18,6 +19,7 @@ CASES = pairs(item.name for item in EVICTING)
 SINGLE = {"gemma2": 1e-4, "qwen3_next": 1e-4}
 TOLERANCE = {**SINGLE, "deepseek_v3": 1e-5}
 EVICTING_NAMES = [item.name for item in EVICTING]
+BUDGETED_NAMES = [item.name for item in BUDGETED]
 
 
 @remembered
@@ -89,7 +91,7 @@ def test_equals_dense_attention_over_kept_positions(policy, family, way):
     check(recorder.recordings, dense, TOLERANCE.get(family, 1e-9))
 
 
-@pytest.mark.parametrize("policy", EVICTING_NAMES)
+@pytest.mark.parametrize("policy", BUDGETED_NAMES)
 @pytest.mark.parametrize("way", ["padded_batch", "beams", "turns", "chunks_of_7"])
 def test_share_of_the_prompt_makes_rows_unequal(policy, way):
     """A share gives every row of a padded batch its own budget, so heads become ragged."""
@@ -115,8 +117,8 @@ def test_padded_row_equals_the_same_prompt_alone(policy, family):
     pads = (9, 23, 18)
     ids, mask = left_padded(pads)
     options = dict(max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    for budget in (row(policy).small["budget"], 0.4):
-        parameters = {**row(policy).parameters, "budget": budget}
+    shares = [{**row(policy).parameters, "budget": 0.4}] if policy in BUDGETED_NAMES else []
+    for parameters in (row(policy).small, *shares):
         together = PolicyCache(model, policy, **parameters)
         out = model.generate(ids, attention_mask=mask, past_key_values=together, **options)
         for index, pad in enumerate(pads):
@@ -133,7 +135,7 @@ def test_padded_row_equals_the_same_prompt_alone(policy, family):
                 assert own.shape[-1] < alone.seen_tokens, "nothing was evicted"
 
 
-@pytest.mark.parametrize("policy", EVICTING_NAMES)
+@pytest.mark.parametrize("policy", [item.name for item in BUDGETED if "not_exact_budget" not in item.promises])
 def test_from_cache(policy):
     """K/V of a stock cache are taken over; a policy that needs queries starts with the next token."""
     model, dense = models("gemma3")
@@ -145,7 +147,7 @@ def test_from_cache(policy):
     layers = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "table")]
     nothing = {layer: torch.empty(2, 0, dtype=torch.long) for layer in layers}
     told = Recording([Row().fed(ids[0, :-1].tolist(), nothing, logits[0])], 23, layers)
-    if cache.policy.needs_queries:
+    if cache.policies.eviction.needs_queries:
         assert cache.kept_positions(layers[0]).shape[-1] == 23
     else:
         assert cache.kept_positions(layers[0]).shape[-1] == row(policy).budget
@@ -156,7 +158,7 @@ def test_from_cache(policy):
 
 
 @pytest.mark.parametrize("stock_attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("policy", [item.name for item in EVICTING if item.name not in {"snapkv", "tova"}])
+@pytest.mark.parametrize("policy", [name for name in EVICTING_NAMES if choose_policies(name, row(name).small).stock_refusal is None and name != "sepllm"])
 def test_from_config_under_stock_attention(policy, stock_attention):
     """Policies that need no queries under a stock attention: one row, prompt, decode steps and a second turn."""
     model = tiny_model("qwen3", dtype=torch.float64 if stock_attention == "sdpa" else torch.float32)

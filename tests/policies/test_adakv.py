@@ -33,7 +33,7 @@ def test_another_floor_is_noticed(gqa, feed):
 
 
 def prefill(policy, tokens: int = 600, **changes):
-    model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=64, **changes)
+    model = skewed(tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=64, **changes))
     cache = PolicyCache(model, policy)
     with torch.no_grad():
         model(random_tokens(1, tokens), past_key_values=cache)

@@ -52,7 +52,7 @@ def test_kept_sets(model, mode, feed):
         (H2O(budget=0.5), h2o(0.5)),
         (H2O(budget=1), h2o(1)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, H2O) else "rule",
 )
 def test_parameters(gqa, feed, policy, rule):
     for mode in ("padded", "chunks", "turns"):

@@ -4,11 +4,12 @@ from functools import cache as remembered
 
 import pytest
 import torch
+from transformers import DynamicCache
+
 from kvpress import PolicyCache
 from kvpress.policies import Quest, TidalDecode, TokenSelect
 from kvpress.testing.families import FAMILIES, tiny_model
 from kvpress.testing.generation import WAYS, Outcome
-from transformers import DynamicCache
 
 # a prompt of 24 tokens: TokenSelect selects from 13 tokens on, all candidates
 ROOMY = {
