@@ -1,7 +1,7 @@
 """Time of attention that selects, against transformers' sdpa path over the whole context, one layer of Llama-3-8B's shape.
 
     python benchmarks/selection.py                       # decode and a chunk at 131,072 tokens: about 5 minutes on one core
-    python benchmarks/selection.py --contexts 32768 131072 524288 --skip-chunk --steps 5
+    python benchmarks/selection.py --contexts 32768 131072 524288 --skip-chunk --steps 3 --ways keep   # 10 GB of memory
 
 JSON lines. A layer of 32 query heads, 8 KV heads and 128 dims reads a context of random keys, all in this process, on the same tensors; what
 is timed is attention alone, selection included, projections excluded, and the peer is spared its `torch.cat`. Ways alternate step by step,
@@ -17,14 +17,16 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from kvpress import PolicyCache
-from kvpress.attention import attention_forward
-from kvpress.policies import Policy, Quest, TokenSelect
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from kvpress import PolicyCache
+from kvpress.attention import attention_forward
+from kvpress.policies import Policy, Quest, TokenSelect
 
 QUERY_HEADS, KV_HEADS, DIM = 32, 8, 128
 
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[131_072], help="tokens held")
     parser.add_argument("--steps", type=int, default=7, help="decode steps of each way")
     parser.add_argument("--chunks", type=int, default=2, help="512-token chunks of each way")
+    parser.add_argument("--ways", nargs="+", default=["keep", "reindex", "quest"], choices=["keep", "reindex", "quest"])
     parser.add_argument("--skip-chunk", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -134,63 +137,69 @@ def measure(
 ) -> None:
     """Rows of one context length."""
     ways: dict[str, Policy] = {
-        "tokenselect keep": TokenSelect(positions="keep", tail=0),
-        "tokenselect reindex": TokenSelect(tail=0),
+        "keep": TokenSelect(positions="keep", tail=0),
+        "reindex": TokenSelect(tail=0),
         "quest": Quest(skip_layers=0),
     }
-    for name, policy in ways.items():
-        layer = Layer(model, policy, tokens, dtype)
-        selector = layer.layer.selector
-        times: dict[str, list[float]] = {"sdpa": [], "miss": [], "hit": []}
-        for step in range(arguments.steps + 1):
-            query, key, value = rows_of(1, dtype, step)
-            for kind in ("miss", "hit") if name != "quest" else ("miss",):
-                if kind == "miss" and name != "quest":
-                    selector.rearrange()  # nothing to reuse
-                before = selector.hits
-                seconds = timed(lambda: layer.attend(query, key, value), clock)  # noqa: B023
-                assert (selector.hits > before) == (kind == "hit")  # noqa: S101
-                times[kind].append(seconds)
-            times["sdpa"].append(timed(lambda: layer.sdpa(query, 1), clock))  # noqa: B023
-        base = statistics.median(times["sdpa"][1:])
-        for kind, seconds in times.items():
-            if seconds:
-                median = statistics.median(seconds[1:])
-                row = {
-                    "phase": "decode",
-                    "way": name if kind != "sdpa" else "sdpa",
-                    "kind": kind,
-                    "context": tokens,
-                    "dtype": arguments.dtype,
-                }
-                print(json.dumps({**row, "ms": round(1e3 * median, 3), "speedup": round(base / median, 2)}), flush=True)
-        del layer, selector
+    facts: dict[str, object] = {"context": tokens, "dtype": arguments.dtype}
+    for name in arguments.ways:
+        decode(Layer(model, ways[name], tokens, dtype), name, arguments.steps, clock, facts)
     if arguments.skip_chunk:
         return
-    for name, policy in {
-        "tokenselect keep": TokenSelect(positions="keep", tail=0),
-        "tokenselect reindex": TokenSelect(tail=0),
-        "tokenselect reindex, tail=32": TokenSelect(),
-    }.items():
-        layer = Layer(model, policy, tokens, dtype)
-        own, base = [], []
-        for step in range(arguments.chunks):
-            query, key, value = rows_of(512, dtype, step)
-            own.append(timed(lambda: layer.attend(query, key, value), clock))  # noqa: B023
-            if name == "tokenselect keep":
-                base.append(timed(lambda: layer.sdpa(query, 512), clock))  # noqa: B023
-        if base:
-            reference = statistics.median(base)
-            print(
-                json.dumps(
-                    {"phase": "chunk of 512", "way": "sdpa", "context": tokens, "ms": round(1e3 * reference, 1)}
-                ),
-                flush=True,
-            )
-        median = statistics.median(own)
-        row = {"phase": "chunk of 512", "way": name, "context": tokens, "dtype": arguments.dtype}
-        print(json.dumps({**row, "ms": round(1e3 * median, 1), "speedup": round(reference / median, 2)}), flush=True)
-        del layer
+    base = None
+    for name, tail in (("keep", 0), ("reindex", 0), ("reindex", 32)):
+        policy = TokenSelect(positions=name, tail=tail)
+        base = chunk(Layer(model, policy, tokens, dtype), policy, arguments.chunks, clock, facts, base)
+
+
+def decode(layer: Layer, name: str, steps: int, clock: Callable[[], float], facts: dict[str, object]) -> None:
+    """Single tokens: a selection miss, a hit, and sdpa, in turn; the first step warms up."""
+    selector = layer.layer.selector
+    if selector is None:
+        raise RuntimeError("the layer has no selection")
+    times: dict[str, list[float]] = {"sdpa": [], "miss": [], "hit": []}
+    for step in range(steps + 1):
+        query, key, value = rows_of(1, layer.layer.keys.dtype, step)
+        if name != "quest":
+            selector.rearrange()  # nothing to reuse; the next call with the same query reuses
+        for kind in ("miss", "hit") if name != "quest" else ("miss",):
+            before = selector.hits
+            times[kind].append(timed(partial(layer.attend, query, key, value), clock))
+            if (selector.hits > before) != (kind == "hit"):
+                raise RuntimeError(f"the selection cache did not give a {kind}")
+        times["sdpa"].append(timed(partial(layer.sdpa, query, 1), clock))
+    base = statistics.median(times["sdpa"][1:])
+    for kind, seconds in times.items():
+        if seconds:
+            median = statistics.median(seconds[1:])
+            way = "sdpa" if kind == "sdpa" else f"quest, {kind}" if name == "quest" else f"tokenselect {name}, {kind}"
+            row = {"phase": "decode", "way": way, **facts, "ms": round(1e3 * median, 3)}
+            print(json.dumps({**row, "speedup": round(base / median, 2)}), flush=True)
+
+
+def chunk(
+    layer: Layer,
+    policy: TokenSelect,
+    count: int,
+    clock: Callable[[], float],
+    facts: dict[str, object],
+    base: float | None,
+) -> float:
+    """Chunks of 512 tokens; the peer is timed once for all ways. Returns its median."""
+    own, peer = [], []
+    for step in range(count):
+        query, key, value = rows_of(512, layer.layer.keys.dtype, step)
+        own.append(timed(partial(layer.attend, query, key, value), clock))
+        if base is None:
+            peer.append(timed(partial(layer.sdpa, query, 512), clock))
+    if base is None:
+        base = statistics.median(peer)
+        print(json.dumps({"phase": "chunk of 512", "way": "sdpa", **facts, "ms": round(1e3 * base, 1)}), flush=True)
+    median = statistics.median(own)
+    way = f"tokenselect {policy.positions}, tail={policy.tail}"
+    row = {"phase": "chunk of 512", "way": way, **facts, "ms": round(1e3 * median, 1)}
+    print(json.dumps({**row, "speedup": round(base / median, 2)}), flush=True)
+    return base
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+
 from kvpress import PolicyCache
+from kvpress.kernels.pages import page_bounds, page_scores
 from kvpress.policies import KNorm, Quest, SnapKV, StreamingLLM
-from kvpress.policies.quest import page_bounds, page_bounds_score
 from kvpress.testing.families import tiny_model
 
 SIZE, BUDGET = 4, 12
@@ -90,8 +91,8 @@ def test_bounds_are_upper_bounds():
     positions = torch.arange(21).expand(2, 3, 21).clone()
     positions[0, :, :5] = -1
     query = torch.randn(2, 3, 2, 8, generator=generator)
-    low, high = page_bounds(keys, positions, 4)
-    bound = page_bounds_score(query, low, high)
+    low, high = page_bounds(keys, page_size=4, positions=positions)
+    bound = page_scores(query.view(2, 6, 1, 8), low, high).view(2, 3, 2, 6)
     assert bound.shape == (2, 3, 2, 6)
     products = torch.einsum("bhgd,bhsd->bhgs", query, keys).masked_fill(positions[:, :, None] < 0, -torch.inf)
     for slot in range(21):

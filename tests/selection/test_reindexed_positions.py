@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from test_tokenselect_sets import SMALL, cut, voter
+
 from kvpress import PolicyCache
 from kvpress.policies import SepLLM, StreamingLLM, TokenSelect
 from kvpress.testing.families import tiny_model
-from test_tokenselect_sets import SMALL, cut, voter
 
 ROPE = {
     "plain": {"rope_type": "default", "rope_theta": 10000.0},

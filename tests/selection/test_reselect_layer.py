@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
+
 from kvpress.calibration import ROWS, coverage, reselect_layer
 from kvpress.testing.families import random_tokens, tiny_model
-from transformers import DynamicCache
 
 TOP_K = 12
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from kvpress import PolicyCache
 from kvpress.policies import KNorm, SnapKV, TokenSelect
 from kvpress.policies.selection import SlotView, best_slots

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvpress import PolicyCache
 from kvpress.errors import UnsupportedModelError
 from kvpress.policies import Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect, make_policy

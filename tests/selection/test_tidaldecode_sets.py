@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvpress import PolicyCache
 from kvpress.policies import SnapKV, StreamingLLM, TidalDecode
 from kvpress.testing.families import tiny_model
