@@ -13,15 +13,17 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpress.errors import UnsupportedModelError
+from kvpress.kernels.rotation import rotate as turn
 
 TABLE = 4096  # positions of the first table; a longer one has a power of two of them
+TABLES = 4  # held at a time
 
 
 class Rotation:
     """The rotary embedding of one model.
 
-    Two private copies of the model's module are used, so that a module whose frequencies follow the sequence length (dynamic NTK) is not
-    disturbed: one sees what the model sees, and undoes its rotations; the other only ever sees re-indexed positions.
+    What the model rotated is undone by its own module, called once more with the same positions, since frequencies may follow the length
+    of whatever text the model read last (dynamic NTK). Re-indexed positions are rotated by a module apart.
 
     Args:
         model: whose rotary module and `apply_rotary_pos_emb` are the source of truth.
@@ -39,18 +41,24 @@ class Rotation:
                 f"model type {model.config.model_type!r} has no rotary module to undo: positions='reindex' cannot serve it"
             )
         self._apply: Callable[..., tuple[Tensor, Tensor]] = apply
-        self._as_seen = copy.deepcopy(module)
-        self._reindexed = copy.deepcopy(module)
+        self._as_seen = module
         typed = "layer_type" in inspect.signature(module.forward).parameters
         self._arguments: dict[str, Any] = {"layer_type": "full_attention"} if typed else {}
-        self._table: tuple[Tensor, Tensor] | None = None
+        self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}  # by positions they have
         config = model.config.get_text_config(decoder=True)
         parameters = getattr(config, "rope_parameters", None) or {}
         self._follows_length = parameters.get("rope_type") in ("dynamic", "longrope")
         self._trained = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # position ids of this forward, their cosines and sines
         self._halves = False  # whether cosines are given once for both halves of a head
+        self._by_kernel = False  # whether the rotation is the one that `kvpress.kernels.rotation` knows
+        self._reindexed = type(module)(module.config) if self._follows_length else copy.deepcopy(module)  # as for a short text
+        self._as_seen = copy.deepcopy(module)  # a trial on three tokens must not disturb it
         self._check(model)
+        self._as_seen = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rotation:
+        return self  # the model's, and tables
 
     def begin(self) -> None:
         """A new forward: position ids that look like the former ones may have been changed in place."""
@@ -63,18 +71,35 @@ class Rotation:
             cos, sin = self._as_seen(wide, position_ids.to(rotated.device), **self._arguments)
             self._seen = (position_ids, cos, sin)
         _, cos, sin = self._seen
+        if self._by_kernel:
+            turned = turn(wide, self._both(cos)[:, None], self._both(sin)[:, None], inverse=True)
+            return self._rescale(turned, cos, sin).to(rotated.dtype)
         cos, sin = cos.expand(rotated.shape[0], -1, -1), sin.expand(rotated.shape[0], -1, -1)
+        return self._rescale(self._rotate(wide, cos, -sin), cos, sin).to(rotated.dtype)
+
+    def _both(self, table: Tensor) -> Tensor:
+        """Cosines or sines for both halves of a head."""
+        return torch.cat([table, table], dim=-1) if self._halves else table
+
+    def _rescale(self, plain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Without the factor that a rotation and its inverse leave."""
         # the module may scale (YaRN), and does so again later; in fp64 its fp32 cosines are not quite on the unit circle
-        scale = (cos.square() + sin.square()).unsqueeze(1)
-        scale = torch.cat([scale, scale], dim=-1) if self._halves else scale
-        plain = self._rotate(wide, cos, -sin)
-        width = cos.shape[-1] * (2 if self._halves else 1)
-        return torch.cat([plain[..., :width] / scale, plain[..., width:]], dim=-1).to(rotated.dtype)
+        scale = self._both(cos.square() + sin.square()).unsqueeze(1)
+        width = scale.shape[-1]
+        if width == plain.shape[-1]:
+            return plain / scale
+        return torch.cat([plain[..., :width] / scale, plain[..., width:]], dim=-1)
 
     def rotate(self, plain: Tensor, positions: Tensor) -> Tensor:
         """`plain [batch, heads, tokens, dim]` rotated to `positions [batch, heads or 1, tokens]`; negative ones count as 0."""
         batch, heads, tokens, dim = plain.shape
-        cos, sin = self._lookup(plain, positions.clamp(min=0).long())
+        if self._follows_length and positions.shape[0] > 1:  # each row is a text of its own length
+            return torch.cat([self.rotate(row[None], at[None]) for row, at in zip(plain, positions, strict=True)])
+        positions = positions.clamp(min=0).long()
+        cos, sin = self._table(plain, int(positions.max()) + 1)
+        if self._by_kernel:
+            return turn(plain, self._both(cos), self._both(sin), positions=positions)
+        cos, sin = cos[positions], sin[positions]
         wide = plain.to(cos.dtype)
         if positions.shape[1] == 1:
             return self._rotate(wide, cos[:, 0], sin[:, 0]).to(plain.dtype)
@@ -82,30 +107,28 @@ class Rotation:
         turned = self._rotate(wide.reshape(batch * heads, 1, tokens, dim), cos, sin)
         return turned.view(batch, heads, tokens, dim).to(plain.dtype)
 
-    def _lookup(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        needed = int(positions.max()) + 1
+    def _table(self, like: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions 0 … at least `needed - 1`, `[positions, width]` each."""
         if self._follows_length:  # frequencies as for a text of just this length
             size = needed if needed > self._trained else min(TABLE, self._trained)
         else:
             size = max(TABLE, 1 << (needed - 1).bit_length())
         kind = torch.promote_types(like.dtype, torch.float32)
-        table = self._table
-        known = table is not None and table[0].device == like.device and table[0].dtype == kind
-        if (
-            table is None
-            or not known
-            or table[0].shape[0] < size
-            or (self._follows_length and table[0].shape[0] != size)
-        ):
+        key = (size, like.device, kind)
+        table = self._tables.get(key)
+        if table is None:
+            module = copy.deepcopy(self._reindexed).to(like.device) if self._follows_length else self._reindexed
             probe = torch.empty(0, dtype=kind, device=like.device)
-            cos, sin = self._reindexed(probe, torch.arange(size, device=like.device)[None], **self._arguments)
-            table = self._table = (cos[0], sin[0])
-        return table[0][positions], table[1][positions]
+            cos, sin = module(probe, torch.arange(size, device=like.device)[None], **self._arguments)
+            if len(self._tables) >= TABLES:
+                self._tables.clear()
+            table = self._tables[key] = (cos[0], sin[0])
+        return table
 
     def _rotate(self, plain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         width = cos.shape[-1] * (2 if self._halves else 1)  # partial rotary: the rest passes
         part = plain[..., :width]
-        turned, _ = self._apply(part, part, cos, sin)
+        turned, _ = self._apply(part, part[:, :0], cos, sin)  # no keys beside the queries
         return turned if width == plain.shape[-1] else torch.cat([turned, plain[..., width:]], dim=-1)
 
     def _check(self, model: PreTrainedModel) -> None:
@@ -127,13 +150,15 @@ class Rotation:
         layer: Any = cache.layers[int(module.layer_idx)]  # type: ignore[arg-type]
         keys: Tensor = layer.keys
         error = torch.inf
-        for self._halves in (False, True):
+        trials = ((kernel, halves) for halves in (False, True) for kernel in (True, False))
+        for self._by_kernel, self._halves in trials:
             if cos.shape[-1] * (2 if self._halves else 1) > keys.shape[-1]:
                 continue
             try:
+                self._seen = None
                 plain = self.undo(keys.double(), ids)
                 again = self.rotate(plain, ids[:, None]) - keys.double()
-            except RuntimeError:  # cosines of another width than this trial takes
+            except (RuntimeError, ValueError):  # cosines of another width than this trial takes
                 continue
             error = max(float((plain - plain[:, :, :1]).abs().max()), float(again.abs().max())) / float(
                 keys.abs().max()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvpress.kernels.scores import accumulator_type
+from kvpress.kernels.pages import page_bounds, page_scores
 from kvpress.policies.base import check_integer
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
 
@@ -80,9 +80,9 @@ class PageSelector(Selector):
         self.misses += 1
         low, high = self._bounds(view)
         size, slots = self.policy.page_size, view.keys.shape[2]
-        batch, _, _, dim = view.query.shape
-        grouped = view.query.to(accumulator_type(view.query)).view(batch, view.keys.shape[1], -1, dim)
-        bound = page_bounds_score(grouped, low, high).amax(dim=2)  # [batch, kv_heads, pages]
+        bound = (
+            page_scores(view.query, low, high).unflatten(1, (low.shape[1], -1)).amax(dim=2)
+        )  # [batch, kv_heads, pages]
         bound = bound.masked_fill(bound.isnan(), -torch.inf)
         offset = first_tokens(view)
         newest = view.new if isinstance(view.new, Tensor) else slots - 1 - offset
@@ -102,7 +102,7 @@ class PageSelector(Selector):
             inside, outside = inside.clamp(max=slots - 1), inside >= slots
             keys = view.keys.gather(2, inside[..., None].expand(-1, -1, -1, dim))
             positions = view.positions.expand(-1, heads, -1).gather(2, inside).masked_fill(outside, -1)
-            low, high = page_bounds(keys, positions, size)
+            low, high = page_bounds(keys, page_size=size, positions=positions)
             page = page[..., None].expand(-1, -1, -1, dim)
             self.low.scatter_(2, page, low)
             self.high.scatter_(2, page, high)
@@ -110,11 +110,17 @@ class PageSelector(Selector):
             first = 0
             if self.low is not None:  # from the first page that was not full, in whichever row
                 first = max(self.covered - int(first_tokens(view).max()), 0) // size
-            low, high = page_bounds(*_from_first_token(view, first * size), size)
-            if self.low is not None and self.high is not None:
-                low = torch.cat([self.low[:, :, :first], low], dim=2)
-                high = torch.cat([self.high[:, :, :first], high], dim=2)
-            self.low, self.high, self.covered = low, high, slots
+            keys, positions = _from_first_token(view, first * size)
+            low, high = page_bounds(keys, page_size=size, positions=positions)
+            if self.low is None or self.high is None:
+                self.low, self.high = low, high
+            else:
+                known = self.low.shape[2] - first  # pages that a new token widens; a page it begins comes behind them
+                self.low[:, :, first:], self.high[:, :, first:] = low[:, :, :known], high[:, :, :known]
+                if low.shape[2] > known:
+                    self.low = torch.cat([self.low, low[:, :, known:]], dim=2)
+                    self.high = torch.cat([self.high, high[:, :, known:]], dim=2)
+            self.covered = slots
         if self.low is None or self.high is None:
             raise RuntimeError("pages have no bounds")
         return self.low, self.high
@@ -137,25 +143,3 @@ def _from_first_token(view: SlotView, first: int) -> tuple[Tensor, Tensor]:
     index, outside = index.clamp(max=slots - 1), index >= slots
     shifted = keys.gather(2, index[..., None].expand(batch, heads, -1, dim))
     return shifted, positions.gather(2, index.expand(batch, positions.shape[1], -1)).masked_fill(outside, -1)
-
-
-def page_bounds(keys: Tensor, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each channel over the tokens of each page of `size` slots.
-
-    Both are `[batch, kv_heads, pages, dim]` in the type of `keys`; a page without tokens has its smallest above its largest.
-    """
-    empty = (positions < 0)[..., None]
-    padding = (0, 0, 0, -keys.shape[2] % size)
-    low = torch.nn.functional.pad(keys.masked_fill(empty, torch.inf), padding, value=torch.inf)
-    high = torch.nn.functional.pad(keys.masked_fill(empty, -torch.inf), padding, value=-torch.inf)
-    pages = (*keys.shape[:2], low.shape[2] // size, size, keys.shape[-1])
-    return low.view(pages).amin(dim=3), high.view(pages).amax(dim=3)
-
-
-def page_bounds_score(query: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`sum_channels max(q * low, q * high)`: `[batch, kv_heads, group, pages]`, `-inf` for a page without tokens."""
-    empty = low[..., 0] > high[..., 0]
-    low, high = low.masked_fill(empty[..., None], 0), high.masked_fill(empty[..., None], 0)
-    low, high = low.to(query.dtype), high.to(query.dtype)
-    score = query.clamp(min=0) @ high.transpose(-1, -2) + query.clamp(max=0) @ low.transpose(-1, -2)
-    return score.masked_fill(empty[:, :, None], -torch.inf)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from kvpress.kernels.scores import accumulator_type
+from kvpress.kernels.head_vote import head_vote
 from kvpress.policies.base import check_choice, check_integer
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
 
@@ -79,6 +79,7 @@ class TokenSelect(SelectionPolicy):
         return VoteSelector(self)
 
 
+ROUNDING = 1e-12  # of the cosine of a query with itself
 CACHED = ("query", "chosen", "chosen_positions", "live")
 
 
@@ -126,7 +127,8 @@ class VoteSelector(Selector):
         flat = query.flatten(1)
         positions = view.positions if not view.shared else view.positions[:, :1]
         if self.query is not None and self.live is not None:
-            same = (cosine_similarity(flat.float(), self.query.float(), dim=-1) >= policy.threshold) & self.live
+            cosine = cosine_similarity(flat.double(), self.query.double(), dim=-1)
+            same = (cosine >= policy.threshold - ROUNDING) & self.live
             if bool(same.all()):
                 self.hits += 1
                 return assemble(view, self._still_there(positions), policy.sinks, policy.local)
@@ -151,41 +153,35 @@ class VoteSelector(Selector):
         """The `top_k` candidates with most votes, slots `[batch, kv_heads or 1, top_k]`, `-1` where there are fewer; and `[batch]`
         whether there were more to choose from."""
         policy, keys = self.policy, view.keys
-        batch, _, dim = query.shape
+        batch, heads, dim = query.shape
         kv_heads = keys.shape[1]
         if view.rotation is not None:
             distance = torch.full((1, 1, 1), policy.local, device=query.device)
             query = view.rotation.rotate(query[:, :, None], distance).squeeze(2)
-        if policy.group == "mod":
-            grouped = query.view(batch, -1, kv_heads, dim).transpose(1, 2)
-        else:
-            grouped = query.view(batch, kv_heads, -1, dim)
-        first = 0
-        candidates = None
+        if policy.group == "mod":  # the order of heads in a sum is free: those of a KV head come together
+            query = query.view(batch, -1, kv_heads, dim).transpose(1, 2).reshape(batch, heads, dim)
         if view.ordered:  # slot and position are the same number: candidates are a range
-            first = policy.sinks
-            keys = keys[:, :, first : int(view.newest) + 1 - policy.local]
-        else:
-            candidates = candidate_slots(view, policy.sinks, policy.local)
-        kind = accumulator_type(query)
-        scores = torch.matmul(grouped.to(kind), keys.to(kind).transpose(-1, -2))  # [batch, kv_heads, group, slots]
-        if candidates is not None:
-            scores = scores.masked_fill(~candidates[:, :, None], -torch.inf)
-        votes = scores.softmax(dim=-1).nan_to_num(0.0).sum(dim=2)
-        if view.shared:
-            votes = votes.sum(dim=1, keepdim=True)
-            candidates = None if candidates is None else candidates[:, :1]
-        if candidates is not None:
-            votes = votes.masked_fill(~candidates, -1.0)
-        if candidates is None:
-            live = torch.full((batch,), True, device=votes.device)
-        else:
-            live = (candidates.sum(dim=-1) > policy.top_k).any(dim=-1)
-        if candidates is None:
-            return best_slots(votes, policy.top_k) + first, live
-        positions = view.positions[:, : votes.shape[1]]
-        best = best_slots(votes, policy.top_k, None if view.ascending else positions)
-        return best.masked_fill(~candidates.expand_as(votes).gather(-1, best), -1), live
+            first, last = policy.sinks, int(view.newest) + 1 - policy.local
+            votes = self._count(view, query, keys[:, :, first:last], None)
+            return best_slots(votes, policy.top_k) + first, torch.ones(batch, dtype=torch.bool, device=votes.device)
+        candidates = candidate_slots(view, policy.sinks, policy.local)
+        votes = self._count(view, query, keys, candidates)
+        candidates = candidates[:, : votes.shape[1]]
+        votes = votes.masked_fill(~candidates, -1.0)
+        live = (candidates.sum(dim=-1) > policy.top_k).any(dim=-1)
+        best = best_slots(votes, policy.top_k, None if view.ascending else view.positions[:, : votes.shape[1]])
+        return best.masked_fill(~candidates.gather(-1, best), -1), live
+
+    def _count(self, view: SlotView, query: Tensor, keys: Tensor, candidates: Tensor | None) -> Tensor:
+        """Votes `[batch, kv_heads or 1, slots]`, NaN counting as none."""
+        batch, kv_heads = keys.shape[:2]
+        positions = None if candidates is None else candidates.int() - 1
+        if not view.shared:  # each KV head holds its own tokens: a batch row of its own
+            query = query.reshape(batch * kv_heads, -1, query.shape[-1])
+            keys = keys.reshape(batch * kv_heads, 1, *keys.shape[2:])
+            positions = None if positions is None else positions.reshape(batch * kv_heads, 1, -1)
+        votes = head_vote(query[:, :, None], keys, positions=positions)
+        return votes.nan_to_num(0.0).view(batch, -1, keys.shape[2])
 
 
 def candidate_slots(view: SlotView, sinks: int, local: int) -> Tensor:

@@ -13,6 +13,7 @@ Example:
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -126,8 +127,9 @@ def oracle_pass(
         for first, last in forward
     ]
     result = OraclePass()
-    typed = hasattr(decoder.config, "layer_types") and "layer_type" in decoder.rotary_emb.forward.__code__.co_varnames
-    running = _Running(blocks, choose, reindex, held, apply, copy.deepcopy(decoder.rotary_emb), typed, result, {})
+    typed = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    rotary = type(decoder.rotary_emb)(decoder.config)  # frequencies may follow the longest text that the model's own has seen
+    running = _Running(blocks, choose, reindex, held, apply, rotary, typed, result, {})
     token = _running.set(running)
     module.apply_rotary_pos_emb = lambda query, key, *args, **kwargs: (query, key)
     try:

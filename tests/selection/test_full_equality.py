@@ -29,6 +29,8 @@ def stock(family: str, way: str) -> Outcome:
 def cases():
     for number, family in enumerate(FAMILIES):
         for place, name in enumerate(ROOMY):
+            if family == "deepseek_v3" and name == "tokenselect reindex":
+                continue  # refused: its cached keys are latents
             if family == "llama":
                 yield from ((name, family, way) for way in WAYS)
             else:
@@ -73,7 +75,8 @@ def test_every_candidate_chosen_equals_full_while_selection_runs(feed, llama, po
 
 
 @pytest.mark.parametrize("name", ROOMY)
-def test_batch_rows_equal_each_alone_when_sets_are_narrow(feed, llama, name):
+def test_batch_rows_equal_each_alone_when_sets_are_narrow(feed, name):
+    llama = tiny_model("llama", dtype=torch.float64, num_hidden_layers=4)  # TidalDecode: two layers choose, two follow
     narrow = {
         "tokenselect keep": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, positions="keep", threshold=0.1),
         "tokenselect reindex": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.1),
