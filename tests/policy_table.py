@@ -40,7 +40,7 @@ class PolicyRow:
 
 
 PROMISES = {
-    "chunk_invariant": "a prompt in chunks keeps the tokens that it keeps in one piece (first layer; deeper keys differ by what was evicted)",
+    "chunk_invariant": "a prompt in chunks keeps the tokens that it keeps in one piece (first layer; what was evicted changes deeper keys)",
     "chunk_invariant_everywhere": "the same in every layer: what is kept depends on positions alone",
     "one_set": "all KV heads of a layer keep the same tokens",
     "not_exact_budget": "layers or heads share the budget unequally, or the method keeps fewer or has a documented slack",

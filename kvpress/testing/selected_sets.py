@@ -128,7 +128,9 @@ def oracle_pass(
     ]
     result = OraclePass()
     typed = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
-    rotary = type(decoder.rotary_emb)(decoder.config)  # frequencies may follow the longest text that the model's own has seen
+    rotary = type(decoder.rotary_emb)(
+        decoder.config
+    )  # frequencies may follow the longest text that the model's own has seen
     running = _Running(blocks, choose, reindex, held, apply, rotary, typed, result, {})
     token = _running.set(running)
     module.apply_rotary_pos_emb = lambda query, key, *args, **kwargs: (query, key)
