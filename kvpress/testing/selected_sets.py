@@ -115,11 +115,12 @@ def oracle_pass(
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)
-    oracle = copy.deepcopy(model).double().eval()
+    oracle: Any = copy.deepcopy(model).double()
+    oracle.eval()
     oracle.set_attn_implementation(NAME)
     oracle.set_experts_implementation("eager")
     decoder = oracle.get_decoder()
-    module = sys.modules[type(decoder).__module__]
+    module: Any = sys.modules[type(decoder).__module__]
     apply = module.apply_rotary_pos_emb
     blocks = [
         (first, last, len(forward) == 1 and last - first == 1, index)
@@ -128,7 +129,9 @@ def oracle_pass(
     ]
     result = OraclePass()
     typed = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
-    rotary = type(decoder.rotary_emb)(decoder.config)  # frequencies may follow the longest text that the model's own has seen
+    rotary = type(decoder.rotary_emb)(
+        decoder.config
+    )  # frequencies may follow the longest text that the model's own has seen
     running = _Running(blocks, choose, reindex, held, apply, rotary, typed, result, {})
     token = _running.set(running)
     module.apply_rotary_pos_emb = lambda query, key, *args, **kwargs: (query, key)
