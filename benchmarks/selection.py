@@ -3,7 +3,7 @@
     python benchmarks/selection.py                       # decode and a chunk at 131,072 tokens: about 5 minutes on one core
     python benchmarks/selection.py --contexts 32768 131072 524288 --skip-chunk --steps 3 --ways keep   # 10 GB of memory
 
-JSON lines. A layer of 32 query heads, 8 KV heads and 128 dims reads a context of random keys, all in this process, on the same tensors; what
+JSON lines. A layer of 32 query heads, 8 KV heads and 128 dims reads a context of random keys, in this process, on the same tensors; what
 is timed is attention alone, selection included, projections excluded, and the peer is spared its `torch.cat`. Ways alternate step by step,
 figures are medians and ratios of medians. With one thread the process's own CPU time is taken, which a busy machine disturbs less. Before
 anything is timed each way is compared with plain fp64 formulas; a difference ends the run.

@@ -104,7 +104,7 @@ class PolicyCache(Cache):
                 f"policy {taken.policies.eviction.name!r} needs the ids of all tokens, the given cache has none: feed the text again"
             )
         padding = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        sources: list[Any] = cache.layers  # type: ignore[assignment]
+        sources: list[Any] = cache.layers
         for index, (layer, source) in enumerate(zip(taken.layers, sources, strict=True)):
             if not isinstance(layer, PolicyLayer):
                 taken.layers[index] = copy.deepcopy(source)

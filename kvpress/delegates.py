@@ -32,7 +32,7 @@ def original_implementation(config: PreTrainedConfig) -> str:
 
 
 @functools.cache
-def _default_implementation(kind: type[PreTrainedConfig]) -> str:
+def _default_implementation(kind: Any) -> str:
     """`"sdpa"` for families that support it: it knows no sinks and no softcap, and would leave them out without a word."""
     found = MODEL_MAPPING.get(kind, None)
     models = found if isinstance(found, tuple) else (found,)

@@ -113,12 +113,12 @@ class PolicyLayer(CacheLayerMixin):
         held = int(self.table.held.max(initial=0))
         return held + query_length, self.seen - held
 
-    @property
+    @property  # type: ignore[override]
     def keys(self) -> Tensor | None:
         """Keys of the slots in use, or `None`."""
         return self.table.dense()[0] if self.is_initialized else None
 
-    @property
+    @property  # type: ignore[override]
     def values(self) -> Tensor | None:
         """Values of the slots in use, or `None`."""
         return self.table.dense()[1] if self.is_initialized else None
@@ -429,7 +429,7 @@ class PolicyLayer(CacheLayerMixin):
                 f"budget of {self.policy.name} must have an entry for each of {kv_heads} KV heads in layer {self.layer_idx}, "
                 f"got {len(given)}"
             )
-        rows: Sequence[int] | Sequence[Sequence[int]]
+        rows: Sequence[Any]
         rows = self.policy.allocate(observation, given[0]) if len(given) == 1 else list(zip(*given, strict=True))
         per_head = [[row] * kv_heads if isinstance(row, numbers.Integral) else list(row) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
@@ -437,7 +437,8 @@ class PolicyLayer(CacheLayerMixin):
     def _observation(
         self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments
     ) -> Observation:
-        table, tokens, layout = self.table, forward.placed, {}
+        table, tokens = self.table, forward.placed
+        layout: dict[str, Any] = {}
         visible = forward.visible
         if table.rows is not None:
             if self.expands_keys:

@@ -157,7 +157,8 @@ class Observation:
         kv_heads, shared = positions.shape[1], queries.shape[1] // positions.shape[1]
         positions = positions.repeat_interleave(shared, dim=1)
         scores = slot_scores(queries, keys, positions, self.recent.positions, self.arguments.scaling, None)
-        return scores.squeeze(2).unflatten(1, (kv_heads, shared)).sum(dim=2)
+        batch, _, _, rows, slots = scores.shape
+        return scores.view(batch, kv_heads, shared, rows, slots).sum(dim=2)
 
     def grouped_mass(self, rows: int, reduce: str, **arguments: Any) -> Tensor:
         """`attention_mass` reduced over the query heads of each KV head by `"mean"`, `"max"` or `"sum"`: `[batch, kv_heads, slots]`."""

@@ -52,7 +52,9 @@ class Rotation:
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # position ids of this forward, their cosines and sines
         self._halves = False  # whether cosines are given once for both halves of a head
         self._by_kernel = False  # whether the rotation is the one that `kvpress.kernels.rotation` knows
-        self._reindexed = type(module)(module.config) if self._follows_length else copy.deepcopy(module)  # as for a short text
+        self._reindexed = (
+            type(module)(module.config) if self._follows_length else copy.deepcopy(module)
+        )  # as for a short text
         self._as_seen = copy.deepcopy(module)  # a trial on three tokens must not disturb it
         self._check(model)
         self._as_seen = module

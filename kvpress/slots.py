@@ -299,6 +299,8 @@ class SlotTable:
         capacities = state["capacities"]
         self.rows = None if capacities is None else RaggedRows(capacities, self.keys.device)
         self._owned, self._first_rows = True, None
+        if self.spare is not None:
+            self._rows_of(self.spare)  # found once, and held from then on
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

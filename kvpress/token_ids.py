@@ -1,4 +1,4 @@
-"""The token ids of the forward that is running, for policies that ask: hooks on the model, shared by its caches, gone with the last one."""
+"""The token ids of the running forward: hooks on the model, shared by the caches that ask, gone with the last one."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _watches: weakref.WeakKeyDictionary[torch.nn.Module, _Watch] = weakref.WeakKeyDi
 class TokenIds:
     """Reads the token ids that the running forward of `model` embeds.
 
-    Two forward pre-hooks are set, on the model's input embedding and on its body, when the model's first reader is made; they are
-    removed when the last one is gone. A copy is a reader of its own.
+    Two forward pre-hooks are set, on the model's input embedding and on its body, when the model's first reader is
+    made; they are removed when the last one is gone. A copy is a reader of its own.
 
     Args:
         model: has `get_input_embeddings()`.

@@ -22,7 +22,8 @@ class AdaKV(SnapKV):
 
     Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference",
     arXiv 2407.11550. The `kv_heads * (budget - window)` best votes of a layer are counted per KV head; a head gets
-    `1 - floor` of its count and `floor` of the mean. What heads do not keep is freed: their buffers are not equally long.
+    `1 - floor` of its count and `floor` of the mean. What heads do not keep is freed: their buffers are not equally
+    long.
 
     The budgets of a layer's heads add up to `kv_heads * budget` exactly: tokens left over by rounding go to the largest
     fractions, of equal ones to the first head. A prompt allocates; decoded tokens keep to it.
@@ -55,7 +56,7 @@ class AdaKV(SnapKV):
         ]
 
     def _head_budgets(self, votes: Tensor, budget: int, held: int) -> list[int]:
-        """Budgets of the heads of one batch row: `votes [kv_heads, slots]`, -1 for what is no candidate; `held` candidates."""
+        """Budgets of one batch row's heads: `votes [kv_heads, slots]`, -1 for what is none of the `held` candidates."""
         kv_heads, slots = votes.shape
         mean = budget - self.window
         if mean <= 0 or kv_heads * mean >= held:

@@ -54,7 +54,7 @@ class EvictionPolicy(Policy):
     Args:
         budget: tokens kept per KV head of a layer, sinks and window included (`kvpress.policies.budget`); `None` keeps all.
             A tuple gives each compressed layer its own; an entry that is a tuple gives each KV head its own.
-        interval: evict in bursts: a head is cut back to its budget when it holds `interval` tokens more, and not before.
+        interval: evict in bursts: a head is cut back to its budget when it holds `interval` more, and not before.
             Between bursts a decoded token costs no ranking; memory for `interval - 1` tokens more is held.
     """
 

@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class H2O(EvictionPolicy):
-    """Keeps the last tokens and the heavy hitters: those with the largest attention weight summed over every query so far.
+    """Keeps the last tokens and the heavy hitters: those with the most attention, summed over all queries so far.
 
-    Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", arXiv 2306.14048. Every row of
-    a prompt and every decoded row counts, per KV head (mean over its query heads); what is evicted is gone, survivors keep their sums.
+    Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", arXiv
+    2306.14048. Every row of a prompt and every decoded row counts, per KV head (mean over its query heads); what is
+    evicted is gone, survivors keep their sums.
 
     Args:
         budget: tokens kept per KV head, recent ones included.
         recent: share of the budget that the last tokens take, rounded down; the rest is for heavy hitters.
-        normalize: divide a token's sum by the number of queries that could see it. Early tokens have more summands; this evens it out.
+        normalize: divide a token's sum by the number of queries that could see it. Early tokens have more summands;
+            this evens it out.
         decay: factor in (0, 1] by which the sums fade with every query. `None`: they do not.
     """
 

@@ -22,12 +22,12 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class Keyformer(EvictionPolicy):
-    """Keeps the last tokens and the key tokens: those with the largest softmax weight under Gumbel noise, summed over every query.
+    """Keeps the last tokens and the key tokens: those with the most attention under Gumbel noise, over all queries.
 
     Adnan et al., "Keyformer: KV Cache Reduction through Key Tokens Selection for Efficient Generative Inference", arXiv
     2403.09054. Every row of a prompt and every decoded row adds `softmax((scores + noise) / temperature)`, per KV head
-    (mean over its query heads). Noise and temperature only choose; attention itself is plain. Each token that leaves the
-    window competes with the key tokens so far. Without noise and at temperature 1 this is H2O.
+    (mean over its query heads). Noise and temperature only choose; attention itself is plain. Each token that leaves
+    the window competes with the key tokens so far. Without noise and at temperature 1 this is H2O.
 
     Noise is drawn anew for every pair of row and key, as a function of seed, layer, head and positions: it depends
     neither on chunks nor on batch mates. Prompts have temperature `tau_init`; from there it rises in equal steps to

@@ -19,8 +19,8 @@ class MorphKV(EvictionPolicy):
 
     Ghadia et al., "Dialogue Without Limits: Constant-Sized KV Caches for Extended Responses in LLMs", arXiv 2503.00979.
     Weights are a softmax over the older tokens alone, of scores summed over the query heads of a KV head (before any
-    soft cap), and they are made anew whenever something must go: an old favourite that nobody looks at any more leaves. A
-    prompt is cut by the same rule at its end. A layer holds the last `window` queries, summed per KV head.
+    soft cap), and they are made anew whenever something must go: an old favourite that nobody looks at any more
+    leaves. A prompt is cut by the same rule at its end. A layer holds the last `window` queries, summed per KV head.
 
     Args:
         budget: tokens kept per KV head, window included.

@@ -18,10 +18,10 @@ class Tokenizer(Protocol):
 
 
 def separator_ids(tokenizer: Tokenizer, *, whitespace: bool = True) -> tuple[int, ...]:
-    """Ids of the tokens whose text is one of `. , ? ! ; :`, bare or among white space, and of those that are white space alone.
+    """Ids of the tokens that are one of `. , ? ! ; :`, bare or among white space, or white space alone.
 
-    The rule of SepLLM (arXiv 2412.12094) for any vocabulary: merged forms such as `" ,"` or `".\\n"` count, `"..."` does not. The
-    vocabulary is scanned once a call, by decoding every token.
+    The rule of SepLLM (arXiv 2412.12094) for any vocabulary: merged forms such as `" ,"` or `".\\n"` count, `"..."`
+    does not. The vocabulary is scanned once a call, by decoding every token.
 
     Args:
         tokenizer: of the model.

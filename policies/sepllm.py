@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SepLLM(EvictionPolicy):
-    """Keeps the first tokens, the separators (punctuation and white space, which sum up the text before them) and the last tokens.
+    """Keeps the first tokens, the last tokens, and separators: punctuation and white space, which sum up what precedes.
 
     Chen et al., "SepLLM: Accelerate Large Language Models by Compressing One Segment into One Separator", arXiv
     2412.12094. The choice needs no scores and is the same in every layer and head; each row of a batch has its own. A
-    head fills up to `capacity` tokens. The next one triggers a cut to the first `initial` tokens, the last `window`, and
-    of what lies between only separators, the latest `separators` of them. A prompt is attended to in full, then cut by
-    the same rule. Original positions are kept.
+    head fills up to `capacity` tokens. The next one triggers a cut to the first `initial` tokens, the last `window`,
+    and of what lies between only separators, the latest `separators` of them. A prompt is attended to in full, then
+    cut by the same rule.
 
     Args:
         initial: first tokens that are never evicted.
-        separators: most separators kept between the first and the last tokens. `None` is the unbounded form: all of them
-            stay, and `capacity` counts what is held beside those that the last cut kept.
+        separators: most separators kept between the first and the last tokens. `None` is the unbounded form: all of
+            them stay, and `capacity` counts what is held beside those between the first and the last tokens.
         window: last tokens that are never evicted.
         capacity: tokens held at most, larger than `initial + separators + window`.
         token_ids: the ids of separators, as `separator_ids(tokenizer)` finds them. `None`: of the tokenizer that lies
             beside the model's weights. An empty tuple leaves StreamingLLM.
-        positions: `"keep"`: original ones; `"reindex"`: attention runs over positions 0 … n-1 of what is kept, for texts
-            beyond the trained length.
+        positions: `"keep"`: original ones; `"reindex"`: attention runs over positions 0 … n-1 of what is kept, for
+            texts beyond the trained length.
     """
 
     name: ClassVar[str] = "sepllm"
@@ -143,4 +143,5 @@ def _checkpoint_separators(name_or_path: str) -> tuple[int, ...]:
 
     if not name_or_path:
         raise ValueError("the model was not loaded from a checkpoint")
-    return separator_ids(AutoTokenizer.from_pretrained(name_or_path, local_files_only=True))
+    tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
+    return separator_ids(tokenizer)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
+from kvpress.kernels import operators, triton_support
 from kvpress.kernels.attention import flash, fused, native, reference
 from kvpress.kernels.dispatch import announced, choose
 from kvpress.kernels.scores import causal_positions
@@ -68,6 +69,11 @@ def attend(
         ValueError: shapes that do not fit, an unknown `impl`, or an explicit `impl` that cannot serve these arguments.
         IndexError: `index` names a slot that does not exist.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.attend(
+            query, keys, values, scaling, positions, query_positions, starts, lengths, index, causal, softcap, sinks,
+            keys_scale, values_scale,
+        )  # fmt: skip
     kv_heads = _check(
         query, keys, values, positions, query_positions, starts, lengths, index, sinks, keys_scale, values_scale
     )
@@ -123,7 +129,8 @@ def attend(
         arguments["positions"], arguments["query_positions"] = causal_positions(query, keys)
     if chosen == "flash":
         return flash.attend(query, keys, values, **_taken(arguments, FLASH))
-    return _implementation(chosen).attend(query, keys, values, **arguments)[:2]
+    output, lse = _implementation(chosen).attend(query, keys, values, **arguments)[:2]
+    return output, lse
 
 
 def attend_with_weights(
@@ -157,6 +164,11 @@ def attend_with_weights(
     Raises:
         ValueError: as `attend`; more than one row; an unknown `reduction`.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.attend_with_weights(
+            query, keys, values, reduction, scaling, positions, query_positions, starts, lengths, index, softcap, sinks,
+            keys_scale, values_scale,
+        )  # fmt: skip
     kv_heads = _check(
         query, keys, values, positions, query_positions, starts, lengths, index, sinks, keys_scale, values_scale
     )
@@ -164,16 +176,24 @@ def attend_with_weights(
         raise ValueError(f"query must have a single row for its weights, got {query.shape[2]}")
     if reduction not in native.REDUCTIONS:
         raise ValueError(f"reduction must be one of {sorted(native.REDUCTIONS)}, got {reduction!r}")
-    chosen = choose(
-        "attention with weights",
-        impl,
-        {
-            "native": lambda: native.refusal(query, keys, values, kv_heads, weights=True),
-            "triton": lambda: (
-                triton_support.refusal(query, keys, values) or triton_support.storage_refusal(keys, values)
-            ),
-            "reference": lambda: None,
-        },
+    if impl == "auto" and announced("attention with weights", "native"):  # the path of every decoded token
+        fast = native.refusal(query, keys, values, kv_heads, weights=True) is None
+    else:
+        fast = False
+    chosen = (
+        "native"
+        if fast
+        else choose(
+            "attention with weights",
+            impl,
+            {
+                "native": lambda: native.refusal(query, keys, values, kv_heads, weights=True),
+                "triton": lambda: (
+                    triton_support.refusal(query, keys, values) or triton_support.storage_refusal(keys, values)
+                ),
+                "reference": lambda: None,
+            },
+        )
     )
     arguments: dict[str, Any] = {"kv_heads": kv_heads} if chosen == "native" else {}
     output, lse, weights = _implementation(chosen).attend(

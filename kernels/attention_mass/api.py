@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
+from kvpress.kernels import operators, triton_support
 from kvpress.kernels.attention_mass import native, reference
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.shapes import check_query_and_slots, check_scales, check_slot_options
@@ -56,6 +57,11 @@ def attention_mass(
         ValueError: shapes that do not fit, a temperature that is not positive, `lse` with noise or a temperature, an
             unknown `impl`, or an explicit `impl` that cannot serve these arguments.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.attention_mass(
+            query, keys, scaling, positions, query_positions, starts, lengths, softcap, sinks, keys_scale, row_weights,
+            lse, temperature, noise_seed,
+        )  # fmt: skip
     kv_heads = check_query_and_slots(query, keys, keys, starts, lengths)
     batch, query_heads, rows, _ = query.shape
     slots = keys.shape[2] if starts is None else None

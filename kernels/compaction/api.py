@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
+from kvpress.kernels import operators, triton_support
 from kvpress.kernels.compaction import native, reference
 from kvpress.kernels.dispatch import choose
 
@@ -28,6 +29,8 @@ def compact(columns: Sequence[Tensor], index: Tensor, *, impl: str = "auto") -> 
         ValueError: shapes that do not fit, an unknown `impl`, or an explicit one that cannot serve.
         IndexError: an index that names no slot.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.compact(list(columns), index)
     for column in columns:
         if column.dim() not in (3, 4):
             raise ValueError(f"columns must be [batch, kv_heads, slots] or with dim, got {tuple(column.shape)}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from kvpress.kernels import operators
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.eviction import native, reference
 
@@ -40,6 +42,8 @@ def weakest(
     Raises:
         ValueError: shapes that do not fit, an unknown `impl`, or an explicit one that cannot serve.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.weakest(scores, positions, _limit(sinks), _limit(first_recent), lengths)
     shape, other = scores.shape, positions.shape
     if len(shape) != 3 or len(other) != 3 or shape[0] != other[0] or shape[2] != other[2]:
         raise ValueError(
@@ -81,21 +85,29 @@ def overwrite(
         ValueError: shapes or types that do not fit, an unknown `impl`, or an explicit one that cannot serve.
         IndexError: a slot that does not exist; columns before it may be written.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.overwrite(list(columns), list(rows), slot, starts)
     if slot.dim() != 2 or (starts is not None and starts.shape != slot.shape):
         raise ValueError(f"slot (and starts) must be [batch, kv_heads], got {tuple(slot.shape)}")
     if len(columns) != len(rows):
         raise ValueError(f"columns and rows must be equally many, got {len(columns)} and {len(rows)}")
     leading = 2 if starts is None else 0
+    heads = slot.shape
     for column, row in zip(columns, rows, strict=True):
+        have, given = column.shape, row.shape
         if column.dtype != row.dtype:
             raise ValueError(f"rows must have the type of their column, got {row.dtype} for {column.dtype}")
-        if column.shape[leading + 1 :] != row.shape[2:] or row.dim() - 2 != column.dim() - leading - 1:
-            raise ValueError(f"rows must be [batch, kv_heads, …] as their column, got {tuple(row.shape)}")
-        if leading and column.shape[:2] != slot.shape:
-            raise ValueError(f"columns must be [batch, kv_heads, …] as slot, got {tuple(column.shape)}")
+        if have[leading + 1 :] != given[2:] or len(given) - 2 != len(have) - leading - 1:
+            raise ValueError(f"rows must be [batch, kv_heads, …] as their column, got {tuple(given)}")
+        if leading and have[:2] != heads:
+            raise ValueError(f"columns must be [batch, kv_heads, …] as slot, got {tuple(have)}")
     chosen = choose(
         "overwriting a slot",
         impl,
         {"native": lambda: native.overwrite_refusal(columns, rows, slot), "reference": lambda: None},
     )
     (native if chosen == "native" else reference).overwrite(columns, rows, slot, starts)
+
+
+def _limit(limit: int | Tensor | None) -> Tensor | None:
+    return torch.tensor([[[limit]]]) if isinstance(limit, int) else limit

@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
+from kvpress.kernels import operators, triton_support
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.head_vote import native, reference
 from kvpress.kernels.shapes import check_query_and_slots, check_scales, check_slot_options
@@ -42,6 +43,8 @@ def head_vote(
     Raises:
         ValueError: shapes that do not fit, more than one row, an unknown `impl`, or an explicit one that cannot serve.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.head_vote(query, keys, scaling, positions, query_positions, starts, lengths, keys_scale)
     kv_heads = check_query_and_slots(query, keys, keys, starts, lengths)
     if query.shape[2] != 1:
         raise ValueError(f"query must have a single row to vote, got {query.shape[2]}")

@@ -25,6 +25,7 @@ static void score_quad(const float* query, int64_t dim, const Tile& tile, float*
     const char* ahead0 = static_cast<const char*>(tile.value[t]);
     const char* ahead1 = static_cast<const char*>(tile.value[t + 1]);
     Vec sum0[QUERIES], sum1[QUERIES];
+#pragma GCC unroll 4
     for (int q = 0; q < QUERIES; ++q) sum0[q] = sum1[q] = Vec{};
     for (int64_t d = 0; d < whole; d += LANES) {
       const Vec x0 = load(k0 + d), x1 = load(k1 + d);
@@ -73,7 +74,9 @@ static void add_values(const float* p, const Tile& tile, const Tile& next, int64
   Fetch fetch{next, dim * int64_t(sizeof(T))};
   for (; d + WIDE * LANES <= dim; d += WIDE * LANES) {
     Vec sum[QUERIES][WIDE];
+#pragma GCC unroll 4
     for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 2
       for (int w = 0; w < WIDE; ++w) sum[q][w] = load(accumulator + q * dim + d + w * LANES);
     for (int t = 0; t < tile.count; ++t) {
       const T* v = static_cast<const T*>(tile.value[t]) + d;
@@ -86,7 +89,9 @@ static void add_values(const float* p, const Tile& tile, const Tile& next, int64
         sum[q][1] += weight * v1;
       }
     }
+#pragma GCC unroll 4
     for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 2
       for (int w = 0; w < WIDE; ++w) store(accumulator + q * dim + d + w * LANES, sum[q][w]);
   }
   for (; d + LANES <= dim; d += LANES)

@@ -48,12 +48,16 @@ template <class P>
 int64_t weakest_of(const Weakest& w, int64_t i, const float* scores, const P* positions) {
   const int64_t length = w.lengths ? w.lengths[i] : w.slots;
   const int64_t sinks = w.sinks ? w.sinks[i] : w.all_sinks, recent = w.recent ? w.recent[i] : w.all_recent;
+  const int64_t low = sinks > 0 ? sinks : 0;
   constexpr float LARGEST = 3.4028234663852886e38f;
   int best_class = NONE_YET;
   float best_score = 0;
   int64_t best_position = 0, best = -1;
   for (int64_t t = 0; t < length; ++t) {
     const int64_t position = positions[t];
+    // the common slot: plain, and better than the weakest so far
+    if (best_class == PLAIN && scores[t] > best_score && best_score < LARGEST && position >= low && position < recent)
+      continue;
     const int here = position < 0 ? EMPTY : (position < sinks || position >= recent ? PROTECTED : PLAIN);
     float score = 0;
     if (here == PLAIN) {

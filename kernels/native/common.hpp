@@ -45,6 +45,7 @@ template <int QUERIES>
 static inline void sum_quads(const Vec* low, const Vec* high, float* out) {
 #if LANES >= 8
   __m256 x[8];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     if (i % 4 >= QUERIES) {
       x[i] = _mm256_setzero_ps();

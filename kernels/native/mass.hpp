@@ -7,6 +7,7 @@
 
 constexpr int CLASSES = 16;
 constexpr int STRIP = 24;             // queries of a strip, at most (or one row of a larger group)
+constexpr int LEAST = 16;             // and at least: each strip reads all keys
 constexpr int64_t CACHE = 384 << 10;  // bytes of a strip that stay in the second-level cache
 
 static inline uint32_t mix(uint32_t x) {  // the finalizer of MurmurHash3
@@ -140,7 +141,7 @@ static int mass_kind(const Mass& m, const Attention& given) {
   for (int64_t i = 0; s.lengths && i < a.batch * a.kv_heads; ++i) longest = s.lengths[i] > longest ? s.lengths[i] : longest;
   const int64_t most = (longest + TILE - 1) / TILE, width = most * TILE;
   int64_t fit = CACHE / (width ? width * 4 : 1);
-  fit = fit < 6 ? 6 : (fit > STRIP ? STRIP : fit);
+  fit = fit < LEAST ? LEAST : (fit > STRIP ? STRIP : fit);
   const int64_t step = group < fit ? fit / group : 1, blocks = (a.rows + step - 1) / step;
   const int64_t classes = blocks < CLASSES ? blocks : CLASSES;
   if (group * step > STRIP * 4) return OUT_OF_MEMORY;  // Python refuses such groups

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
+from kvpress.kernels import operators, triton_support
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.pages import native, reference
 
@@ -32,6 +33,8 @@ def page_bounds(
         ValueError: `page_size` below 1, shapes that do not fit, an unknown `impl`, or an explicit one that cannot
             serve.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.page_bounds(keys, page_size, positions)
     if keys.dim() != 4:
         raise ValueError(f"keys must be [batch, kv_heads, slots, dim], got shape {tuple(keys.shape)}")
     if page_size < 1:
@@ -60,7 +63,9 @@ def page_bounds(
             keys, page_size=page_size, positions=positions
         )
         return launched
-    return (native if chosen == "native" else reference).page_bounds(keys, page_size, positions)
+    if chosen == "native":
+        return native.page_bounds(keys, page_size, positions)
+    return reference.page_bounds(keys, page_size, positions)
 
 
 def page_scores(query: Tensor, lowest: Tensor, highest: Tensor, *, impl: str = "auto") -> Tensor:
@@ -77,6 +82,8 @@ def page_scores(query: Tensor, lowest: Tensor, highest: Tensor, *, impl: str = "
     Raises:
         ValueError: shapes that do not fit, an unknown `impl`, or an explicit one that cannot serve.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.page_scores(query, lowest, highest)
     if query.dim() != 4 or query.shape[2] != 1:
         raise ValueError(f"query must be [batch, query_heads, 1, dim], got shape {tuple(query.shape)}")
     if lowest.dim() != 4 or lowest.shape != highest.shape:
@@ -99,4 +106,6 @@ def page_scores(query: Tensor, lowest: Tensor, highest: Tensor, *, impl: str = "
     if chosen == "triton":
         launched: Tensor = import_module("kvpress.kernels.pages.triton").page_scores(query, lowest, highest)
         return launched
-    return (native if chosen == "native" else reference).page_scores(query, lowest, highest)
+    if chosen == "native":
+        return native.page_scores(query, lowest, highest)
+    return reference.page_scores(query, lowest, highest)

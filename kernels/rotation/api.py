@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
-from kvpress.kernels import triton_support
+from kvpress.kernels import operators, triton_support
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.rotation import native, reference
 
@@ -39,6 +40,8 @@ def rotate(
             one that cannot serve.
         IndexError: a position past the tables.
     """
+    if impl == "auto" and torch.compiler.is_compiling():
+        return operators.rotate(slots, cosine, sine, positions, inverse)
     if slots.dim() != 4:
         raise ValueError(f"slots must be [batch, heads, slots, dim], got shape {tuple(slots.shape)}")
     batch, heads, length, dim = slots.shape
@@ -72,4 +75,6 @@ def rotate(
     if chosen == "triton":
         launched: Tensor = import_module("kvpress.kernels.rotation.triton").rotate(slots, cosine, sine, inverse=inverse)
         return launched
-    return (native if chosen == "native" else reference).rotate(slots, cosine, sine, positions, inverse)
+    if chosen == "native":
+        return native.rotate(slots, cosine, sine, positions, inverse)
+    return reference.rotate(slots, cosine, sine, positions, inverse)

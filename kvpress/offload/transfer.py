@@ -118,7 +118,7 @@ class CudaDevice:
         if self._device.type != "cuda" or not torch.cuda.is_available():
             raise ValueError(f"device must be an available CUDA device, got {device!r}")
         self._compute = torch.cuda.current_stream(self._device)
-        self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(self._device)
 
     def device_bytes(self, nbytes: int) -> int:
         return -(-nbytes // 512) * 512  # the caching allocator's smallest unit

@@ -130,8 +130,9 @@ def record(model: PreTrainedModel, cache: Any, recording: Recording | None = Non
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("past_key_values") is not cache:
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        kept = {layer: cache.kept_positions(layer).clone() for layer in told.layers}
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
+        held: Any = cache
+        kept = {layer: held.kept_positions(layer).clone() for layer in told.layers}
         pending.append((ids, kwargs.get("attention_mask"), kept))
 
     def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -235,7 +236,7 @@ def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` in fp64 for `replay`: plain softmax attention, no cache."""
     AttentionInterface.register(NAME, _dense_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
-    dense = copy.deepcopy(model).double().eval()
+    dense: PreTrainedModel = copy.deepcopy(model).double().eval()
     dense.set_attn_implementation(NAME)
     dense.set_experts_implementation("eager")  # the only one that computes in fp64
     return dense

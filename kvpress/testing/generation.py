@@ -46,7 +46,8 @@ class Outcome:
 
 def _generate(outcome: Outcome, model: PreTrainedModel, ids: Tensor, cache: Cache, **options: Any) -> Tensor:
     settings = {"max_new_tokens": NEW, "do_sample": False, **options}
-    out = model.generate(
+    generate: Any = model.generate
+    out = generate(
         ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **settings
     )
     outcome.tokens.append(out.sequences)

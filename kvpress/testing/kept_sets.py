@@ -1,8 +1,9 @@
 """Kept sets against a method's formula: after every forward, every layer, KV head and batch row.
 
-A test writes the method down once more, as a *rule*: from fp64 attention weights of a dense pass (`kvpress.testing.dense`) to the
-positions that each KV head keeps. `KeptSets` feeds a model and compares. Rows are judged one by one, without their padding and batch
-mates. A rule that follows the cache's own history may lean on it, since every earlier kept set has been compared already.
+A test writes the method down once more, as a *rule*: from fp64 attention weights of a dense pass
+(`kvpress.testing.dense`) to the positions that each KV head keeps. `KeptSets` feeds a model and compares. Rows are
+judged one by one, without their padding and batch mates. A rule that follows the cache's own history may lean on it,
+since every earlier kept set has been compared already.
 
 Example:
     def rule(step):                                      # the last query's four favourites
@@ -62,7 +63,8 @@ class Step:
 
     def grouped(self) -> Tensor:
         """Weights averaged over the query heads of each KV head: `[kv_heads, new tokens, tokens]`."""
-        return self.weights.unflatten(0, (len(self.held), -1)).mean(dim=1)
+        grouped: Tensor = self.weights.unflatten(0, (len(self.held), -1)).mean(dim=1)
+        return grouped
 
 
 Rule = Callable[[Step], list[list[int]]]
@@ -76,7 +78,7 @@ def best(scores: Tensor, held: Iterable[int], count: int, protected: Iterable[in
 
 
 def snapkv_votes(step: Step, window: int, kernel_size: int, pooling: str = "max", reduce: str = "mean") -> list[Tensor]:
-    """SnapKV's votes of each KV head, `[tokens]`: written down from the formula, with the fading of what was voted before."""
+    """SnapKV's votes of each KV head, `[tokens]`: written down from the formula, earlier votes fading."""
     votes = []
     new = step.weights.shape[1]
     rows = min(new, window)
@@ -189,7 +191,8 @@ class KeptSets:
             ]
             if kept != expected:
                 raise AssertionError(
-                    f"row {index}, layer {layer}, after {length} tokens ({new} new): kept {kept}, the rule keeps {expected}"
+                    f"row {index}, layer {layer}, after {length} tokens ({new} new): "
+                    f"kept {kept}, the rule keeps {expected}"
                 )
             self.kept[index][layer] = kept
             self.evicted += sum(len(before) - len(after) for before, after in zip(held, kept, strict=True))

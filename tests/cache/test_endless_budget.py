@@ -40,7 +40,8 @@ def test_equals_dynamic_cache(policy, family, way):
 
 def test_all_pairs_are_covered():
     assert {(policy, family) for policy, family, _ in CASES} == {(p, f) for p in NAMES for f in FAMILIES}
-    assert {(policy, way) for policy, _, way in CASES} == {(p, w) for p in NAMES for w in WAYS}
+    assert {(policy, way) for policy, _, way in CASES} >= {(p, w) for p in NAMES for w in CORE}
+    assert all(len({policy for policy, _, way in CASES if way == wanted}) >= len(NAMES) // 3 for wanted in WAYS)
     families = [f for f in FAMILIES if f != "qwen3_next"]
     assert {(family, way) for _, family, way in CASES} >= {(f, w) for f in families for w in CORE}
 

@@ -158,7 +158,14 @@ def test_from_cache(policy):
 
 
 @pytest.mark.parametrize("stock_attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("policy", [name for name in EVICTING_NAMES if choose_policies(name, row(name).small).stock_refusal is None and name != "sepllm"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        name
+        for name in EVICTING_NAMES
+        if choose_policies(name, row(name).small).stock_refusal is None and name != "sepllm"
+    ],
+)
 def test_from_config_under_stock_attention(policy, stock_attention):
     """Policies that need no queries under a stock attention: one row, prompt, decode steps and a second turn."""
     model = tiny_model("qwen3", dtype=torch.float64 if stock_attention == "sdpa" else torch.float32)

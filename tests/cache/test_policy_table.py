@@ -33,7 +33,9 @@ def test_it_describes_itself(name):
     assert len(found.__doc__ or "") > 60, "a docstring with the method and its parameters"
     assert "arXiv" in found.paper or found.paper.startswith("none")
     for field in dataclasses.fields(found):
-        assert field.name in (found.__doc__ or "") or field.name in ("budget", "interval"), f"{field.name} is not described"
+        assert field.name in (found.__doc__ or "") or field.name in ("budget", "interval"), (
+            f"{field.name} is not described"
+        )
     pages = [path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")] if path.exists()]
     assert any(f"`{name}`" in page or f"`{found.__name__}" in page or f'"{name}"' in page for page in pages), (
         "no docs line"
@@ -93,7 +95,6 @@ def test_budgets_hold_at_every_step_and_turn(name):
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", EVICTING_NAMES)
 def test_chunks_keep_what_the_row_promises(name, size):
-    """... and only that: a policy that keeps the same everywhere without promising it should promise it."""
     model = tiny_model("llama", dtype=torch.float64)
     whole, chunks = (PolicyCache(model, name, **row(name).small) for _ in range(2))
     ids = random_tokens(1, 28)
@@ -104,7 +105,9 @@ def test_chunks_keep_what_the_row_promises(name, size):
     same = [torch.equal(whole.kept_positions(layer), chunks.kept_positions(layer)) for layer in range(2)]
     if "chunk_invariant" in row(name).promises:
         assert same[0]
-    assert all(same) == ("chunk_invariant_everywhere" in row(name).promises) or size > 3
+    if "chunk_invariant_everywhere" in row(name).promises:
+        assert all(same)
+    assert whole.kept_positions(0).shape[-1] < 28, "nothing was evicted"
 
 
 @pytest.mark.parametrize("name", EVICTING_NAMES)

@@ -43,7 +43,7 @@ def pager(*, forced=True, by_mean=False, first_layer=0, budget=BUDGET):
                 ]
                 scores[page] = max(bounds)
             newest = (len(held) - 1) // SIZE
-            order = sorted(scores, key=lambda page: (forced and page == newest, scores[page], page), reverse=True)  # noqa: B023
+            order = sorted(scores, key=lambda page: (forced and page == newest, scores[page], page), reverse=True)
             pages = order[: budget // SIZE]
             sets.append([p for p in held if p // SIZE in pages])
         return sets

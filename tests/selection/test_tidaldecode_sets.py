@@ -27,7 +27,7 @@ def tidal(*, dense=1, again=3, top_k=TOP_K, reduce=max, apart=False):
                 products = {
                     p: reduce(float(question.query[head, 0] @ question.keys[owner, p]) for head in mine) for p in held
                 }
-                sets.append(sorted(held, key=lambda p: (products[p], p))[-top_k:])  # noqa: B023
+                sets.append(sorted(held, key=lambda p: (products[p], p))[-top_k:])
             question.shared[question.first] = sets
         return question.shared[question.first] if question.layer not in (dense, again) else None
 
