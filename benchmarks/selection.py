@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=2, help="512-token chunks of each way")
     parser.add_argument("--ways", nargs="+", default=["keep", "reindex", "quest"], choices=["keep", "reindex", "quest"])
     parser.add_argument("--skip-chunk", action="store_true")
+    parser.add_argument("--skip-decode", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
@@ -142,7 +143,7 @@ def measure(
         "quest": Quest(skip_layers=0),
     }
     facts: dict[str, object] = {"context": tokens, "dtype": arguments.dtype}
-    for name in arguments.ways:
+    for name in [] if arguments.skip_decode else arguments.ways:
         decode(Layer(model, ways[name], tokens, dtype), name, arguments.steps, clock, facts)
     if arguments.skip_chunk:
         return

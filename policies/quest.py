@@ -81,7 +81,7 @@ class PageSelector(Selector):
         low, high = self._bounds(view)
         size, slots = self.policy.page_size, view.keys.shape[2]
         bound = (
-            page_scores(view.query, low, high).unflatten(1, (low.shape[1], -1)).amax(dim=2)
+            page_scores(view.query, low, high).reshape(*low.shape[:2], -1, low.shape[2]).amax(dim=2)
         )  # [batch, kv_heads, pages]
         bound = bound.masked_fill(bound.isnan(), -torch.inf)
         offset = first_tokens(view)

@@ -115,7 +115,8 @@ def oracle_pass(
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)
-    oracle = copy.deepcopy(model).double().eval()
+    oracle: Any = copy.deepcopy(model).double()
+    oracle.eval()
     oracle.set_attn_implementation(NAME)
     oracle.set_experts_implementation("eager")
     decoder = oracle.get_decoder()
