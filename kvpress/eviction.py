@@ -54,9 +54,3 @@ def strongest(scores: Tensor, positions: Tensor, counts: numpy.ndarray) -> Tenso
     slots = scores.shape[-1]
     chosen = torch.arange(slots, device=scores.device) >= slots - torch.from_numpy(counts).to(scores.device)[..., None]
     return torch.zeros_like(chosen).scatter(-1, order, chosen)
-
-
-def weakest(scores: Tensor, positions: Tensor) -> Tensor:
-    """The slot of the lowest score, of equal ones the one with the smallest position: `[batch, kv_heads, 1]`."""
-    lowest = scores.amin(dim=-1, keepdim=True)
-    return positions.masked_fill(scores != lowest, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)

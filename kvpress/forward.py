@@ -32,6 +32,7 @@ class Forward:
         token_ids: `[batch, rows]`, where the policy needs them.
         visible: `[batch, kv_heads, slots]` positions where some slot is empty, `None` where all hold tokens.
         ragged: whether attention reads ragged rows from the table; layers that share these keys ask when the table may have changed.
+        weights: `[batch, heads of the keys, slots]` softmax weights of a single row, where the policy asked for them.
         rotated_to: where positions are re-indexed, those to which the model rotated.
     """
 
@@ -45,6 +46,7 @@ class Forward:
     token_ids: Tensor | None = None
     ragged: bool = False
     rotated_to: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def rotated(self) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpress.errors import CacheStateError
-from kvpress.eviction import ranked, strongest, survivors, weakest
+from kvpress.eviction import ranked, strongest, survivors
 from kvpress.forward import Forward
-from kvpress.kernels.attention import attend
+from kvpress.kernels.attention import attend, attend_with_weights
+from kvpress.kernels.eviction import weakest
 from kvpress.masks import LogicalLength
 from kvpress.memory import held_bytes
 from kvpress.observation import AttentionArguments, Observation
@@ -304,6 +305,19 @@ class PolicyLayer(CacheLayerMixin):
                 visible = self.table.positions  # past a short head's slots there is nothing
             else:
                 keys, values, layout = self.table.flat()
+        if not several and self.policy.weights_reduction is not None:
+            output, _, forward.weights = attend_with_weights(
+                query,
+                keys,
+                values,
+                reduction=self.policy.weights_reduction,
+                positions=visible,
+                scaling=arguments.scaling,
+                softcap=arguments.softcap,
+                sinks=arguments.sinks,
+                **layout,
+            )
+            return output
         output, _ = attend(
             query,
             keys,
@@ -355,10 +369,11 @@ class PolicyLayer(CacheLayerMixin):
             unlimited = self.budget is None or self.policy.recounts
             table.limit = None if unlimited else int(self.budgets.max()) + self.policy.interval
         if table.spare is not None and self.policy.interval == 1:
-            scores = self._ranked(observation, self.budgets)
-            if table.rows is not None:
-                scores = scores.masked_fill(table.rows.outside, torch.inf)
-            table.retire(weakest(scores, table.positions))
+            sinks, first_recent = self._protected(observation, self.budgets)
+            lengths = None if table.rows is None else table.rows.lengths
+            scores = self.policy.score(observation).float()
+            slot = weakest(scores, table.positions, sinks=sinks, first_recent=first_recent, lengths=lengths)
+            table.retire(slot[..., None])
             self.evictions += 1
         else:
             self._evict_many(observation, self.budgets)
@@ -400,6 +415,10 @@ class PolicyLayer(CacheLayerMixin):
             table.keep(survivors(scores, counts), counts, room)
 
     def _ranked(self, observation: Observation, budgets: numpy.ndarray) -> Tensor:
+        return ranked(self.policy.score(observation), observation.positions, *self._protected(observation, budgets))
+
+    def _protected(self, observation: Observation, budgets: numpy.ndarray) -> tuple[int | Tensor, int | Tensor]:
+        """Positions below the first and from the second on are protected: sinks, and the window of recent tokens."""
         sinks: int | Tensor
         window: int | Tensor
         if budgets.min() == budgets.max():
@@ -412,8 +431,7 @@ class PolicyLayer(CacheLayerMixin):
             per_head, own = torch.from_numpy(limits).to(observation.positions.device)
             sinks = (per_head - 1).clamp(max=self.policy.protected_sinks)
             window = torch.minimum(per_head - sinks, own)
-        scores = self.policy.score(observation)
-        return ranked(scores, observation.positions, sinks, observation.newest - window + 1)
+        return sinks, observation.newest - window + 1
 
     def _allocate(self, observation: Observation) -> numpy.ndarray:
         """`[batch, kv_heads]` tokens to keep."""
@@ -464,6 +482,8 @@ class PolicyLayer(CacheLayerMixin):
             query_positions=tokens.positions,
             visible=visible,
             arguments=arguments,
+            weights=forward.weights,
+            weights_reduction=self.policy.weights_reduction,
             token_ids=forward.token_ids,
             decoded=self.decoded,
             recent=self.recent,

@@ -40,6 +40,7 @@ class Observation:
         new_keys: `[batch, kv_heads, rows, dim]` keys of this forward's tokens, as stored.
         new_slots: where they lie: a slice of the slots, or `[batch, kv_heads, 1]` indices.
         query: `[batch, query_heads, rows, dim]`, `None` for a policy that needs none.
+        weights: of a decoded token, its softmax weights `[batch, heads of the keys, slots]` reduced by `weights_reduction`.
         keys: `[batch, heads, slots, dim]` as attention saw them, or `[rows, dim]` with `starts` and `lengths` where heads are ragged.
         query_positions: `[batch or 1, rows]`.
         decoded: tokens since the last prompt, those of this forward included; 0 for a prompt.
@@ -63,6 +64,8 @@ class Observation:
     query_positions: Tensor | None = None
     visible: Tensor | None = None
     arguments: AttentionArguments = field(default_factory=lambda: AttentionArguments(1.0))
+    weights: Tensor | None = None
+    weights_reduction: str | None = None
     starts: Tensor | None = None
     lengths: Tensor | None = None
     token_ids: Tensor | None = None
@@ -162,7 +165,10 @@ class Observation:
 
     def grouped_mass(self, rows: int, reduce: str, **arguments: Any) -> Tensor:
         """`attention_mass` reduced over the query heads of each KV head by `"mean"`, `"max"` or `"sum"`: `[batch, kv_heads, slots]`."""
-        mass = self.attention_mass(rows, **arguments)
+        if rows == 1 and self.weights is not None and reduce == self.weights_reduction and not arguments:
+            mass = self.weights  # attention left them; where the model expands keys, per expanded head
+        else:
+            mass = self.attention_mass(rows, **arguments)
         batch, kv_heads = self.positions.shape[:2]
         groups = mass.view(batch, kv_heads, -1, mass.shape[-1])
         if reduce == "max":

@@ -127,6 +127,12 @@ class EvictionPolicy(Policy):
         return 0
 
     @property
+    def weights_reduction(self) -> str | None:
+        """How this policy reduces the softmax weights of a decoded token over the query heads of a KV head (`"mean"`, `"max"` or `"sum"`):
+        attention then hands them over with its output. `None`: it does not ask for them at every token."""
+        return None
+
+    @property
     def protected_sinks(self) -> int:
         """Tokens at the beginning of a sequence that are never evicted."""
         return 0

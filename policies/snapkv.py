@@ -54,6 +54,10 @@ class SnapKV(EvictionPolicy):
         check_choice(self.name, "group_reduce", self.group_reduce, ["mean", "max", "sum"])
         super().__post_init__()
 
+    @property
+    def weights_reduction(self) -> str | None:
+        return self.group_reduce
+
     def protected_window(self, budget: int) -> int:
         return self.window
 

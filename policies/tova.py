@@ -31,5 +31,9 @@ class TOVA(EvictionPolicy):
     needs: ClassVar[str] = "the last query"
     needs_queries: ClassVar[bool] = True
 
+    @property
+    def weights_reduction(self) -> str | None:
+        return "mean"
+
     def score(self, observation: Observation) -> Tensor:
-        return observation.attention_mass(rows=1).mean(dim=1, keepdim=True)
+        return observation.grouped_mass(rows=1, reduce="mean").mean(dim=1, keepdim=True)
