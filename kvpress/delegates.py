@@ -28,7 +28,8 @@ def remember(config: PreTrainedConfig, implementation: str) -> None:
 def original_implementation(config: PreTrainedConfig) -> str:
     """The remembered implementation; for a configuration that came with ours (a copied model) transformers' own default."""
     known = _originals.get(id(config))
-    return _default_implementation(type(config)) if known is None else known
+    kind: Any = type(config)
+    return _default_implementation(kind) if known is None else known
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -114,13 +113,13 @@ class PolicyLayer(CacheLayerMixin):
         held = int(self.table.held.max(initial=0))
         return held + query_length, self.seen - held
 
-    @property  # type: ignore[override]
-    def keys(self) -> Tensor | None:
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """Keys of the slots in use, or `None`."""
         return self.table.dense()[0] if self.is_initialized else None
 
-    @property  # type: ignore[override]
-    def values(self) -> Tensor | None:
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """Values of the slots in use, or `None`."""
         return self.table.dense()[1] if self.is_initialized else None
 
@@ -449,7 +448,7 @@ class PolicyLayer(CacheLayerMixin):
             )
         rows: Sequence[Any]
         rows = self.policy.allocate(observation, given[0]) if len(given) == 1 else list(zip(*given, strict=True))
-        per_head = [[row] * kv_heads if isinstance(row, numbers.Integral) else list(row) for row in rows]
+        per_head = [numpy.broadcast_to(row, kv_heads) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
 
     def _observation(

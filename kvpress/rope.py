@@ -33,7 +33,7 @@ class Rotation:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[no-untyped-call]
+        decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
         module = getattr(decoder, "rotary_emb", None)
         apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
         if module is None or apply is None:

@@ -51,7 +51,7 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": lambda: transformers.GPTNeoXConfig(
         **{key: value for key, value in _common().items() if key != "num_key_value_heads"}
     ),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_common(), **_experts(), **{"head_dim": 8}),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**{**_common(), **_experts(), "head_dim": 8}),
     "gpt_oss": lambda: transformers.GptOssConfig(
         **_common(3), head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, layer_types=_MIXED
     ),
