@@ -300,6 +300,12 @@ def test_a_get_returns_the_exact_bytes_or_a_miss() -> None:
     TierMachine.reached.clear()
     WatchfulStore.most = 0
     run_state_machine_as_test(TierMachine, settings=SETTINGS)
+    for _ in range(
+        20
+    ):  # which outcomes are reached hangs on how far threads have come: more examples until all are, often enough
+        if all(TierMachine.reached.get(what, 0) >= 10 for what in EXPECTED):
+            break
+        run_state_machine_as_test(TierMachine, settings=settings(SETTINGS, derandomize=False, database=None))
     for what in EXPECTED:
         assert TierMachine.reached.get(what, 0) >= 10, f"{what} was hardly ever reached: {TierMachine.reached}"
     assert WatchfulStore.most > DISK * 0.8
