@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -282,8 +282,10 @@ class TierMachine(RuleBasedStateMachine):
             held = [b for b in self.manager._mover.blocks.values() if name in b.buffers]
             assert sum(b.buffers[name].untyped_storage().nbytes() for b in held) == statistics[name].bytes
         if not self.damaged:
-            files = [path.stat().st_size for path in self.store.directory.iterdir()]
-            assert sum(files) == statistics["disk"].bytes
+            files = {path.name: path.stat().st_size for path in self.store.directory.iterdir()}
+            stuck = self.manager._mover.disk._stuck  # half written, not removable: counted at the size reserved
+            assert all(files.get(name, 0) <= size for name, size in stuck.items())
+            assert sum((files | stuck).values()) == statistics["disk"].bytes
 
     @invariant()
     def nothing_is_forgotten(self) -> None:
@@ -300,12 +302,11 @@ def test_a_get_returns_the_exact_bytes_or_a_miss() -> None:
     TierMachine.reached.clear()
     WatchfulStore.most = 0
     run_state_machine_as_test(TierMachine, settings=SETTINGS)
-    for _ in range(
-        20
-    ):  # which outcomes are reached hangs on how far threads have come: more examples until all are, often enough
+    for round in range(20):  # what is reached hangs on how far threads have come: go on until all is, often enough
         if all(TierMachine.reached.get(what, 0) >= 10 for what in EXPECTED):
             break
-        run_state_machine_as_test(TierMachine, settings=settings(SETTINGS, derandomize=False, database=None))
+        again = settings(SETTINGS, derandomize=False, database=None)
+        run_state_machine_as_test(seed(round)(TierMachine), settings=again)
     for what in EXPECTED:
         assert TierMachine.reached.get(what, 0) >= 10, f"{what} was hardly ever reached: {TierMachine.reached}"
     assert WatchfulStore.most > DISK * 0.8
