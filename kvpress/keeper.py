@@ -270,7 +270,7 @@ class Keeper:
         columns = self.table.bytes_per_token // (batch * kv_heads) - item
         if budgets.min() != budgets.max():
             columns += 1  # `RaggedRows.outside`
-        return int(budgets.sum()) * item + int(budgets.max()) * budgets.size * columns
+        return int(budgets.sum()) * item + int(budgets.max() * budgets.size) * columns
 
     def _observation(
         self,
