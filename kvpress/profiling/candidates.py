@@ -11,6 +11,7 @@ from kvpress.cli_arguments import parse_budget
 from kvpress.policies import make_policy, policy_names
 from kvpress.policies.base import Policy
 from kvpress.policies.budget import Budget, BudgetValue
+from kvpress.policies.registry import policy_class
 from kvpress.policy_table import budget_options
 
 STOCK = "stock"  # the model's own cache and attention
@@ -45,6 +46,7 @@ class Candidate:
         """
         if self.name == STOCK:
             return None
+        policy_class(self.name)  # an unknown name first
         given = dict(self.options)
         if self.budget is not None:
             (parameter,) = budget_options(self.name, 1)
@@ -113,7 +115,8 @@ def make_candidates(policies: Sequence[str], budgets: Sequence[str], *, stock: b
         if name == STOCK:
             chosen.append(Candidate(STOCK))
             continue
-        takes = budget_options(name, 1) if name in policy_names() else {"budget": 1}
+        policy_class(name)
+        takes = budget_options(name, 1)
         if takes and not set(takes) & set(options):
             chosen += [Candidate(name, value, options) for value in values]
         else:
@@ -124,8 +127,3 @@ def make_candidates(policies: Sequence[str], budgets: Sequence[str], *, stock: b
     for candidate in unique:
         candidate.policy(1 << 20)  # refuses what is wrong before anything is loaded
     return unique
-
-
-def takes_budget(candidate: Candidate) -> bool:
-    """Whether `--budget` says anything to it."""
-    return candidate.name != STOCK and bool(budget_options(candidate.name, 1))

@@ -77,10 +77,14 @@ class Profile:
     def _sentences(self) -> Iterator[str]:
         if self.first_token_seconds is not None:
             pace = self.token_milliseconds
-            yield f"first token after {self.first_token_seconds:.3g} s" + ("" if pace is None else f", {pace:.3g} ms each")
+            yield f"first token after {self.first_token_seconds:.3g} s" + (
+                "" if pace is None else f", {pace:.3g} ms each"
+            )
         if self.cache is not None:
-            held, logical, full = self.cache.held_bytes, self.cache.logical_bytes, self.cache.full_bytes
-            yield f"cache: {written_bytes(held)} held, {written_bytes(logical)} of it kept keys and values, {written_bytes(full)} in a full cache"
+            held, kept, full = map(
+                written_bytes, (self.cache.held_bytes, self.cache.logical_bytes, self.cache.full_bytes)
+            )
+            yield f"cache: {held} held, {kept} of it keys and values that were kept; a full cache: {full}"
 
 
 def _cells(phase: Phase) -> list[str]:
