@@ -1,7 +1,6 @@
 """A tiny checkpoint for commands, one thread for everything."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch

@@ -137,7 +137,9 @@ def test_time_is_told_apart() -> None:
     handle.remove()
     recorder.close()
     assert recorder.phases["prefill"].seconds == 20
-    assert recorder.phases["decode"].seconds == 3 * 1.25  # choosing the token counts, waiting for the next turn does not
+    assert (
+        recorder.phases["decode"].seconds == 3 * 1.25
+    )  # choosing the token counts, waiting for the next turn does not
     assert recorder.first_token_seconds == 0.25 + 10 + 0.25
     assert (recorder.phases["prefill"].tokens, recorder.phases["decode"].tokens) == (50, 3)
 
@@ -166,8 +168,9 @@ def test_an_empty_cache_holds_nothing() -> None:
 
 
 def test_a_snapshot_needs_cuda_and_a_new_file(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="cuda_snapshot needs a model on a CUDA device"), kvpress.profile(
-        tiny_model(), cuda_snapshot="snapshot.pickle"
+    with (
+        pytest.raises(ValueError, match="cuda_snapshot needs a model on a CUDA device"),
+        kvpress.profile(tiny_model(), cuda_snapshot="snapshot.pickle"),
     ):
         pass
     calls: list[tuple[object, ...]] = []
@@ -178,6 +181,6 @@ def test_a_snapshot_needs_cuda_and_a_new_file(tmp_path: object, monkeypatch: pyt
         assert [call[0] for call in calls] == ["record"]
     assert calls[1] == ("dump", file)
     assert calls[2] == ("record", {"enabled": None})
-    open(file, "wb").close()  # noqa: PTH123, SIM115
+    open(file, "wb").close()  # noqa: PTH123
     with pytest.raises(ValueError, match="must name a new file"), memory_history(torch.device("cuda:0"), file):
         pass
