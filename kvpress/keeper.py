@@ -74,7 +74,6 @@ class Keeper:
         self.evictions = 0
         self._limits: tuple[numpy.ndarray, int | Tensor, int | Tensor] | None = None
 
-    @torch.no_grad()  # a model called with gradients must not keep its graphs alive in the columns
     def keep(
         self,
         forward: Forward,
@@ -91,6 +90,15 @@ class Keeper:
             keys: of the table's slots, as attention saw them.
             taken_back: some rows of the forward may have been taken back; so many rows are no prompt then.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():  # a model called with gradients must not keep its graphs alive in the columns
+                self._keep(forward, query, keys, arguments, taken_back)
+        else:
+            self._keep(forward, query, keys, arguments, taken_back)
+
+    def _keep(
+        self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments, taken_back: bool
+    ) -> None:
         table, tokens = self.table, forward.placed
         prompt = self.budgets is None or (forward.rows > 1 and not taken_back)
         self.decoded = 0 if prompt else self.decoded + forward.rows
@@ -113,9 +121,12 @@ class Keeper:
         if table.spare is not None and self.policy.interval == 1:
             sinks, window = self._protected(self.budgets)
             lengths = None if table.rows is None else table.rows.lengths
-            scores = self.policy.score(observation).float()
             slot = weakest(
-                scores, table.positions, sinks=sinks, first_recent=observation.newest - window + 1, lengths=lengths
+                self.policy.score(observation),
+                table.positions,
+                sinks=sinks,
+                first_recent=observation.newest - window + 1,
+                lengths=lengths,
             )
             table.retire(slot[..., None])
             self.evictions += 1

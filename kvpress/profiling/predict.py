@@ -33,8 +33,8 @@ def stock_bytes(shape: ModelShape, prompt: int, decoded: int, batch: int = 1) ->
 def policy_bytes(shape: ModelShape, policies: Policies, prompt: int, decoded: int, batch: int = 1) -> int:
     """`PolicyCache.nbytes` after a prompt in one piece and `decoded` further tokens: keys and values, columns, and all else.
 
-    Exact, but for policies that share a budget among heads by what they see: for those the longest head is taken to be 1.5 times the
-    mean, which concerns the columns alone.
+    Exact up to the 16 bytes a KV head that a layer may note where no native kernel writes its slots, but for policies that share a budget
+    among heads by what they see: for those the longest head is taken to be 1.5 times the mean, which concerns the columns alone.
 
     Args:
         prompt: tokens of each batch row, padding excluded.
@@ -86,7 +86,8 @@ class _Layer:
             table = slots * (self.kv + self.columns)
         elif min(budgets) == max(budgets) and not self._by_need(prompt, budgets[0]):
             slots = slots_in_use = budgets[0] + self.policy.interval
-            table = slots * (self.kv + self.columns) + self._steady(budgets[0], prompt, decoded)
+            spare = self.heads * NUMBER if self.policy.interval == 1 else 0
+            table = slots * (self.kv + self.columns) + spare
         else:
             slots_in_use, table = self._ragged(budgets, prompt)
         return table + self._recent() + self._selected(slots_in_use, decoded)
@@ -111,13 +112,6 @@ class _Layer:
     def _by_need(self, prompt: int, budget: int) -> bool:
         """Whether the heads of this layer share a budget by what they see."""
         return self.policy.shares_out == "heads" and self.layer.kv_heads > 1 and prompt > budget
-
-    def _steady(self, budget: int, prompt: int, decoded: int) -> int:
-        """Which slot is spare, and, from the first token that overwrites one, where each head's slots begin."""
-        if self.policy.interval > 1:
-            return 0
-        overwritten = prompt + decoded > max(prompt, budget + 1)
-        return self.heads * NUMBER * (2 if overwritten else 1)
 
     def _ragged(self, budgets: list[int], prompt: int) -> tuple[int, int]:
         """Slots of the longest head, and bytes of the table."""

@@ -59,7 +59,7 @@ def random_cache(model: PreTrainedModel, tokens: int, batch: int = 1, seed: int 
 def decode_seconds(
     model: PreTrainedModel, caches: Mapping[str, Cache], token: Tensor, steps: int
 ) -> dict[str, list[float]]:
-    """Seconds of each of `steps` decoding steps, after three that are not counted; the cache named `"stock"` uses the stock attention.
+    """Seconds of each of `steps` decoding steps, after three that are not counted; caches of transformers use the stock attention.
 
     With one CPU thread the process's own CPU time is taken, which other programs disturb less.
 
@@ -72,7 +72,7 @@ def decode_seconds(
     with torch.no_grad(), attention_of(model) as use_stock:
         for step in range(steps + WARM_UP_STEPS):
             for name, cache in caches.items():
-                use_stock(name == STOCK)
+                use_stock(not isinstance(cache, PolicyCache))
                 _wait(model)
                 start = clock()
                 model(token, past_key_values=cache, use_cache=True)
