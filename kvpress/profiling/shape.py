@@ -124,7 +124,10 @@ def _own_dtype(config: Any) -> torch.dtype | None:
 
 def _layer_shape(kind: str, layer: Any) -> LayerShape:
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    holds = isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == 4
+    shapes = None
+    if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == 4:
+        shapes = keys.shape[1], keys.shape[-1], values.shape[-1]
+    kv_heads, key_dim, value_dim = shapes or (0, 0, 0)
     states = [
         tensor
         for value in vars(layer).values()
@@ -133,9 +136,9 @@ def _layer_shape(kind: str, layer: Any) -> LayerShape:
     ]
     return LayerShape(
         compressed=kind == "full_attention",
-        kv_heads=keys.shape[1] if holds else 0,
-        key_dim=keys.shape[-1] if holds else 0,
-        value_dim=values.shape[-1] if holds else 0,
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
         window=getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None,
         state_bytes=sum(tensor.untyped_storage().nbytes() for tensor in states),
     )

@@ -106,7 +106,8 @@ def logits_difference(model: PreTrainedModel, policy: Policy, ids: Tensor, new_t
         for stock in (True, False):
             use_stock(stock)
             cache = DynamicCache(config=model.config) if stock else PolicyCache(model, policy)
-            output: Any = model.generate(ids, past_key_values=cache, **arguments)
+            generate: Any = model.generate
+            output = generate(ids, past_key_values=cache, **arguments)
             logits.append(torch.stack(output.logits).float())
     largest = float(logits[0].abs().max())
     difference = float((logits[0] - logits[1]).abs().max()) / max(largest, 1e-30)
