@@ -101,7 +101,7 @@ class PhaseRecorder:
         if kind == "decode" and self.first_token_seconds is None and self.phases["prefill"].forwards:
             self.first_token_seconds = self.now() - self.opened
         if kind != self._kind:
-            self._switch(kind)
+            self._switch_untimed(kind)
         self.batch = batch
         self._began = self.now() if kind == "prefill" or self._last_end is None else self._last_end
 
@@ -117,6 +117,15 @@ class PhaseRecorder:
         if rows > 1 and self.cache is not None:
             self.prefilled = cache_bytes(self.cache)
             self._last_end = self.now()  # looking at the cache is nobody's time
+
+    def _switch_untimed(self, kind: str) -> None:
+        """What meters take is nobody's time."""
+        start = self.now()
+        self._switch(kind)
+        taken = self.now() - start
+        self.opened += taken
+        if self._last_end is not None:
+            self._last_end += taken
 
     def _switch(self, kind: str | None) -> None:
         """End the meters of the phase that runs, start those of `kind`."""
