@@ -120,9 +120,9 @@ class SlotTable:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes that do not depend on the number of tokens: which slot of each head is spare, and where its rows begin."""
+        """Bytes that do not depend on the number of tokens: which slot of each head is spare, where its rows begin, and how many."""
         batch, kv_heads = self.columns[POSITION].shape[:2]
-        return 2 * batch * kv_heads * torch.long.itemsize
+        return 4 * batch * kv_heads * torch.long.itemsize
 
     def tensors(self) -> Iterator[Tensor | None]:
         """Every tensor held."""
