@@ -11,7 +11,7 @@ import torch
 from kvpress.assembly import Policies
 from kvpress.memory import growth
 from kvpress.policies.base import EvictionPolicy
-from kvpress.policies.budget import layer_budgets
+from kvpress.policies.budget import Budget, layer_budgets
 from kvpress.policies.quest import Quest
 from kvpress.policies.selection import SelectionPolicy
 from kvpress.policies.tokenselect import TokenSelect
@@ -20,9 +20,8 @@ from kvpress.profiling.shape import LayerShape, ModelShape
 NUMBER = torch.long.itemsize  # of a slot's index
 COLUMN = torch.float32.itemsize
 POSITION = torch.int32.itemsize
-LONGEST_HEAD = (
-    1.5  # of heads that share a budget by need: the longest against the mean, where nothing is known of the text
-)
+FIXED = 6  # numbers a KV head that a layer sets aside when it divides a budget of bytes
+LONGEST_HEAD = 1.5  # the longest against the mean, of heads that share a budget by what they see
 
 
 def stock_bytes(shape: ModelShape, prompt: int, decoded: int, batch: int = 1) -> int:
@@ -96,7 +95,7 @@ class _Layer:
         """Tokens that each KV head keeps, or `None` for all."""
         if self.policy.budget is None:
             return None
-        fixed = self.layers * (4 * self.heads * NUMBER + self._recent())
+        fixed = self.layers * (FIXED * self.heads * NUMBER + self._recent())
         resolved = [
             budget.resolve([prompt], self.layers * (self.kv + self.columns), fixed, spare=self.policy.interval)
             for budget in layer_budgets(self.policy.budget, self.ordinal, self.layers)
@@ -121,7 +120,13 @@ class _Layer:
         if min(budgets) == max(budgets):
             longest = min(int(LONGEST_HEAD * mean), prompt + room)
         index = 5 * NUMBER + longest  # starts, lengths, spare, two limits; a byte a slot for what lies outside
-        return longest, int(mean * self.kv) + longest * self.columns + self.heads * index
+        table = int(mean * self.kv) + longest * self.columns + self.heads * index
+        size = None if isinstance(self.policy.budget, tuple) else Budget.parse(self.policy.budget or 1).size
+        if (
+            size is not None
+        ):  # heads get so much less that the longest one's columns fit too; half a slot is what rounding leaves
+            table = min(table, size // self.layers - self._recent() - (self.kv + self.columns) // 2)
+        return longest, table
 
     def _recent(self) -> int:
         window, heads = self.policy.recent_queries, self.shape.expanded_heads or self.layer.kv_heads

@@ -110,6 +110,12 @@ def test_every_form_of_a_budget_is_predicted(policy: Policy) -> None:
     assert errors == [0.0, 0.0, 0.0]
 
 
+def test_bytes_shared_by_need_are_predicted() -> None:
+    for name in MODELS:
+        errors = [error(name, AdaKV(budget="150kB", window=8), prompt, new) for prompt, new in WAYS]
+        assert max(map(abs, errors)) <= 0.03, errors
+
+
 def test_both_kinds_of_policies_at_once() -> None:
     model, shape = model_and_shape("wide")
     policies = [SnapKV(budget=60, window=8), Quest(top_k=32, skip_layers=0)]
