@@ -97,7 +97,9 @@ def test_rows_of_each_fill() -> None:
     assert "use --fill prompt" in rows[3]["error"]
     assert rows[0]["speedup"] == 1.0
     held = {row["label"]: row["kv_held_bytes"] for row in rows[:3]}
-    assert held["stock"] == 2 * 2 * 2 * 2 * 8 * 4 * 105
+    config = model.config
+    token = 2 * config.num_key_value_heads * config.head_dim * 4  # keys and values, fp32
+    assert held["stock"] == config.num_hidden_layers * 2 * token * 105  # two rows
     assert held["snapkv@32[window=8]"] < held["stock"] / 2 < held["full"]
     read = benching.bench(model, tokenizer, candidates, 100, steps=2, fill="prompt")
     assert ["error" in row for row in read] == [False] * 4

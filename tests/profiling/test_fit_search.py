@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from kvpress import PolicyCache
+from kvpress.models.errors import ModelLoadError
+from kvpress.profiling import configuration
 from kvpress.profiling.candidates import STOCK, Candidate, make_candidates, parse_policies
+from kvpress.profiling.configuration import load_config
 from kvpress.profiling.context import weights_bytes
 from kvpress.profiling.fit import (
     LONGEST,
@@ -21,6 +26,7 @@ from kvpress.profiling.fit import (
 from kvpress.profiling.quantities import parse_list, parse_tokens, written_bytes
 from kvpress.profiling.shape import read_shape
 from kvpress.testing.families import random_tokens, tiny_config, tiny_model
+from kvpress.testing.tiny_checkpoint import save_tiny_checkpoint, save_tiny_gguf
 
 MEGABYTE = 10**6
 SHAPE = read_shape(tiny_config("llama"))  # a window of 512 tokens
@@ -167,3 +173,17 @@ def test_quantities() -> None:
         with pytest.raises(ValueError, match="contexts must be a number of tokens"):
             parse_tokens(wrong, "contexts")
     assert [written_bytes(count) for count in (12, 1234, 5_000_000, 2.5e9)] == ["12 B", "1.23 kB", "5 MB", "2.5 GB"]
+
+
+def test_the_configuration_of_a_packaged_model_and_of_a_gguf_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    save_tiny_checkpoint(tmp_path / "folder")
+    monkeypatch.setattr(configuration, "packaged_folder", lambda model: tmp_path / "folder")
+    packaged = load_config("smollm2")
+    read = load_config(save_tiny_gguf(tmp_path / "tiny.gguf"))
+    for field in ("num_hidden_layers", "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size"):
+        assert getattr(packaged, field) == getattr(read, field)
+    with pytest.raises(ModelLoadError, match="no such file"):
+        load_config(tmp_path / "none.gguf")
