@@ -40,7 +40,7 @@ def wide(shape: object = SHAPE) -> object:
 def test_one_token_more_does_not_fit(label: str) -> None:
     name, _, budget = label.partition("@")
     candidate = make_candidates([name], [budget or "0.5"], stock=False)[0]
-    room = Room(memory=3 * MEGABYTE, new_tokens=8)
+    room = Room(memory=6 * MEGABYTE, new_tokens=8)
     shape = wide()
     found = fit(shape, candidate, room)  # type: ignore[arg-type]
     assert found.label == label

@@ -176,6 +176,17 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint: str, arguments: list[
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("proflie", "profile"), ("benhc", "bench"), ("demmo", "demo"), ("xyz", None)]
+)
+def test_a_mistyped_command_suggests_the_near_one_wherever_it_lives(typed: str, meant: str | None) -> None:
+    result = runner.invoke(app, [typed])
+    assert result.exit_code == 2
+    assert f"No such command '{typed}'" in result.stderr
+    assert ("Did you mean" in result.stderr) == (meant is not None)
+    assert meant is None or f"Did you mean '{meant}'" in result.stderr
+
+
 @pytest.mark.parametrize("command", [["profile"], ["fit", "--memory", "8GB"], ["bench"]])
 def test_a_model_that_is_not_there_is_exit_code_1(command: list[str], tmp_path: Path) -> None:
     for name in ("none.gguf", "empty"):
