@@ -23,6 +23,7 @@ from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock, Tokens
 
 if TYPE_CHECKING:
+    from kvpress.offload.stowage import Stowage
     from kvpress.policies.base import EvictionPolicy
     from kvpress.policies.selection import Selector
 
@@ -44,6 +45,7 @@ class PolicyLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     is_compileable = False
+    stowage: Stowage | None = None  # with offload: where keys and values lie between forwards
 
     def __init__(
         self,
@@ -72,6 +74,8 @@ class PolicyLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything but the parameters."""
         self.table = SlotTable(self.policy.columns)
+        if self.stowage is not None:
+            self.stowage.begin(self.table)
         self.keeper.reset(self.table)
         self.is_initialized = False
         self.seen = 0
@@ -157,6 +161,7 @@ class PolicyLayer(CacheLayerMixin):
             return
         self.place(forward, mask, keys.device)
         self.keeper.adopt(forward)
+        self._stow()
 
     @property
     def full_nbytes(self) -> int:
@@ -164,7 +169,15 @@ class PolicyLayer(CacheLayerMixin):
         return self.seen * self.table.kv_bytes_per_token
 
     def activate_past_recording(self) -> None:
-        """From now on eviction waits for the `crop` that follows each forward, so that `crop` is exact."""
+        """From now on eviction waits for the `crop` that follows each forward, so that `crop` is exact.
+
+        Raises:
+            CacheStateError: with offload, where something is evicted: all layers would have to stay near until then.
+        """
+        if self.stowage is not None and (self.policy.budget is not None or self.policy.columns):
+            raise CacheStateError(
+                f"offload must be None to take tokens back from policy {self.policy.name!r}, which evicts (assisted decoding, prompt lookup)"
+            )
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -318,6 +331,12 @@ class PolicyLayer(CacheLayerMixin):
             self._waiting = (forward, None if query is None else query.detach(), keys.detach(), arguments)
         else:
             self.keeper.keep(forward, query, keys, arguments)
+            self._stow()
+
+    def _stow(self) -> None:
+        if self.stowage is not None:
+            selected = [] if self.selector is None else self.selector.tensors()
+            self.stowage.stow(self.table, (*self.keeper.tensors(), *selected))
 
     def commit(self) -> None:
         """End a forward that waited for a `crop` which did not come."""

@@ -1,0 +1,303 @@
+"""Stowage: where the keys and values of one layer's slots lie between two forwards.
+
+A table stays as it is while the near tier has room for it. When it has none, a *growing* table is cut into blocks of consecutive slots,
+which never change again and go to the tiers; the slots behind the last complete block, the tail, stay near. For each forward all of them
+are put together in working memory. A *steady* table overwrites slots anywhere, so it stays near: its budget must fit there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpress.memory import allocate, growth, held_bytes
+from kvpress.offload.attached import Attached
+from kvpress.offload.errors import TierClosedError, TierFullError
+from kvpress.offload.key import BlockKey
+from kvpress.offload.working import Reading, StoredBlock, WorkingMemory, read_all
+
+if TYPE_CHECKING:
+    from kvpress.slots import SlotTable
+
+Buffers = tuple[Tensor, Tensor]
+
+
+class Stowage:
+    """The stowage of one layer.
+
+    Attributes:
+        blocks: of the first slots, in order, `options.block` slots each.
+        held: bytes of the near tier that are held for this layer.
+    """
+
+    def __init__(self, attached: Attached, layer: int) -> None:
+        self.attached = attached
+        self.layer = layer
+        self.blocks: list[StoredBlock] = []
+        self.held = 0
+        self._serial = 0  # of the blocks written, so that no two share a name
+        self._tail: Buffers | None = None  # set aside while the table is in working memory
+        self._fetched: Tensor | None = None  # the keys in working memory
+        self._ahead: Buffers | None = None  # into which the next forward's blocks are read
+        self._beside = 0  # bytes of what the layer holds beside its table
+        self._table: weakref.ref[SlotTable] | None = None
+        attached.stowages[layer] = weakref.ref(self)
+
+    def begin(self, table: SlotTable) -> None:
+        """Forget everything, for an empty `table`."""
+        self._invalidate()
+        self.attached.release(self.layer)
+        self._drop_from(0)
+        self._tail = self._fetched = None
+        self._beside = 0
+        self.attached.account.release(self.held)
+        self.held = 0
+        self.bind(table)
+
+    def bind(self, table: SlotTable) -> None:
+        """`table` is the one that this is the stowage of."""
+        self._table = weakref.ref(table)
+        table.stowage = self
+
+    # -- a forward -----------------------------------------------------------------------------------------------------
+
+    def fetch(self, table: SlotTable, tokens: int) -> None:
+        """Put all keys and values of `table` together, with room for `tokens` more, where they do not lie near already.
+
+        Raises:
+            TierError: a block is lost or cannot be read, or there is no room for working memory.
+        """
+        if self._is_near(table, tokens):
+            return
+        buffers = self._read_ahead(table, tokens)
+        if buffers is None:
+            buffers = self._buffers(table, tokens, self._borrow(table, tokens))
+            read_all(self.attached.manager, self._readings(buffers))
+        self._tail = table.keys, table.values
+        for whole, tail in zip(buffers, self._tail, strict=True):
+            whole[:, :, table.base : table.count] = tail[:, :, : table.count - table.base]
+        table.keys, table.values, table.base = *buffers, 0
+        self._fetched = table.keys
+        self.attached.prefetch(self.layer)
+
+    def stow(self, table: SlotTable, beside: Iterable[Tensor] = ()) -> None:
+        """The end of a forward: what does not stay near goes to the tiers.
+
+        Args:
+            beside: other tensors that the layer holds, accounted for with the table's.
+
+        Raises:
+            TierFullError: no tier has room for it.
+        """
+        if table.is_empty:
+            return
+        self._beside = held_bytes(beside)
+        if table.base:
+            self._settle(table)
+        elif self._fetched is not None and table.keys is self._fetched:
+            self._put_away(table)
+        else:  # it lay near, or an eviction made new buffers, and the blocks hold what is no more
+            if self._fetched is not None:
+                self._leave_working_memory()
+            self._drop_from(0)
+            if not self._stays_near(table):
+                self._put_away(table)
+
+    def lower(self) -> None:
+        """Give up the near memory of a table that may as well lie in the tiers."""
+        table = None if self._table is None else self._table()
+        if table is None or table.is_empty or table.base or self._fetched is not None:
+            return
+        if table.owned and table.spare is None and table.count >= self.attached.options.block:
+            self._put_away(table)
+
+    # -- verbs of the cache --------------------------------------------------------------------------------------------
+
+    def cut(self, table: SlotTable) -> None:
+        """Tokens were taken back, down to `table.count` slots: later blocks go, the rest of the first of them returns to the tail."""
+        self._invalidate()
+        block = self.attached.options.block
+        whole = table.count // block
+        keys, values = self._new_tail(table, block)
+        Reading(self.blocks[whole], {"key": keys, "value": values}).run(self.attached.manager)
+        self._drop_from(whole)
+        table.keys, table.values, table.base = keys, values, whole * block
+        self._settle(table)
+
+    def select_batch(self, table: SlotTable, rows: Sequence[int]) -> None:
+        """Batch row `i` of the blocks becomes what row `rows[i]` was; the table has seen to what lies near."""
+        self._invalidate()
+        self.blocks = [block.selected(rows) for block in self.blocks]
+        if table.base:
+            self._settle(table)
+        elif not self._stays_near(table):
+            self._put_away(table)
+
+    def gathered(self, table: SlotTable) -> Buffers:
+        """All keys and values of `table`, in buffers that are nobody else's and not accounted for."""
+        shapes, dtypes = self._shapes(table, table.count)
+        keys, values = (allocate(shape, table.keys, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        read_all(self.attached.manager, self._readings((keys, values)))
+        for whole, tail in ((keys, table.keys), (values, table.values)):
+            whole[:, :, table.base :] = tail[:, :, : table.count - table.base]
+        return keys, values
+
+    def readings_ahead(self) -> tuple[WorkingMemory, list[Reading]] | None:
+        """Working memory for this layer's next forward, and what to read into it; None where there is no room."""
+        table = None if self._table is None else self._table()
+        if table is None or not table.base:
+            return None
+        memory = self._borrow(table, 0, ahead=True)
+        if memory is None:
+            return None
+        self._ahead = self._buffers(table, 0, memory)
+        return memory, self._readings(self._ahead)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stowage:
+        attached = memo.get(id(self.attached)) or self.attached.__deepcopy__(memo)
+        copied = memo[id(self)] = Stowage(attached, self.layer)
+        copied.blocks, copied.held, copied._serial, copied._beside = list(self.blocks), self.held, self._serial, self._beside
+        return copied
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _is_near(self, table: SlotTable, tokens: int) -> bool:
+        """Whether the table lies near, and may grow there by `tokens`; if not, it makes room."""
+        if table.base:
+            return False
+        if table.spare is not None or not self.attached.keeps_near:
+            return True
+        extra = (table.capacity_for(table.count + tokens) - table.capacity) * table.bytes_per_token
+        if self.attached.account.hold(extra):
+            self.held += max(extra, 0)
+            return True
+        self.attached.lower(self)
+        return False
+
+    def _stays_near(self, table: SlotTable) -> bool:
+        """Account for a table that lies in buffers of its own, or of the model; False where there is no room for it."""
+        if table.spare is not None or table.rows is not None:
+            self._account(self._near_bytes(table))
+            return True
+        if not self.attached.keeps_near:
+            return table.owned and table.count < self.attached.options.block
+        self.attached.set_aside(WorkingMemory.size(*self._shapes(table, self.attached.options.block)))
+        size = self._near_bytes(table)
+        if not table.owned:
+            size = table.capacity_for(table.count) * table.bytes_per_token + self._beside
+        if not self.attached.account.hold(size - self.held):
+            return False
+        self.held = max(size, self.held)
+        table.take_over()
+        self._settle(table)
+        return True
+
+    def _put_away(self, table: SlotTable) -> None:
+        """Complete blocks to the tiers, the tail to buffers of its own."""
+        size, full = self.attached.options.block, None
+        try:
+            while (len(self.blocks) + 1) * size <= table.count:
+                self._put(table, len(self.blocks))
+        except TierFullError as error:
+            full = error
+        base = len(self.blocks) * size
+        tail, count = self._tail, table.count - base
+        if tail is None or tail[0].shape[0] != table.keys.shape[0] or tail[0].shape[2] < count:
+            try:
+                tail = self._new_tail(table, max(size, count))
+            except TierFullError as error:
+                raise full or error from error
+        for part, whole in zip(tail, (table.keys, table.values), strict=True):
+            part[:, :, :count] = whole[:, :, base : table.count]
+        table.lie(*tail, base)
+        self._leave_working_memory()
+        self._settle(table)
+
+    def _put(self, table: SlotTable, block: int) -> None:
+        size = self.attached.options.block
+        slots = slice(block * size, (block + 1) * size)
+        key = BlockKey(self.attached.name, self.layer, block, self._serial)
+        self._serial += 1
+        tensors = {"key": table.keys[:, :, slots], "value": table.values[:, :, slots]}
+        self.attached.manager.put(key, tensors, self.attached.name)
+        self.blocks.append(StoredBlock(key, table.keys.shape[0]))
+
+    def _new_tail(self, table: SlotTable, slots: int) -> Buffers:
+        """Buffers for the tail, accounted for before they exist.
+
+        Raises:
+            TierFullError: there is no room.
+        """
+        shapes, dtypes = self._shapes(table, slots)
+        self._hold_more(WorkingMemory.size(shapes, dtypes))
+        keys, values = (allocate(shape, table.keys, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        return keys, values
+
+    def _leave_working_memory(self) -> None:
+        self._fetched = self._tail = None
+        self.attached.release(self.layer)
+
+    def _near_bytes(self, table: SlotTable) -> int:
+        return held_bytes(table.tensors()) + self._beside
+
+    def _settle(self, table: SlotTable) -> None:
+        """Make the account equal what lies near."""
+        self._account(self._near_bytes(table))
+
+    def _account(self, size: int) -> None:
+        self._hold_more(size - self.held)
+        self.attached.account.release(self.held - size)
+        self.held = size
+
+    def _hold_more(self, nbytes: int) -> None:
+        if nbytes > 0:
+            self.attached.hold(nbytes, self)
+            self.held += nbytes
+
+    def _shapes(self, table: SlotTable, slots: int) -> tuple[list[tuple[int, ...]], list[torch.dtype]]:
+        tensors = (table.keys, table.values)
+        return [(*tensor.shape[:2], slots, tensor.shape[-1]) for tensor in tensors], [each.dtype for each in tensors]
+
+    def _borrow(self, table: SlotTable, tokens: int, *, ahead: bool = False) -> Any:
+        size = WorkingMemory.size(*self._shapes(table, _roomy(table.count + tokens)))
+        return self.attached.borrow(self.layer, size, ahead=ahead)
+
+    def _buffers(self, table: SlotTable, tokens: int, memory: WorkingMemory) -> Buffers:
+        keys, values = memory.shaped(*self._shapes(table, _roomy(table.count + tokens)))
+        return keys, values
+
+    def _readings(self, buffers: Buffers) -> list[Reading]:
+        size = self.attached.options.block
+        readings = []
+        for number, block in enumerate(self.blocks):
+            slots = slice(number * size, (number + 1) * size)
+            readings.append(Reading(block, {"key": buffers[0][:, :, slots], "value": buffers[1][:, :, slots]}))
+        return readings
+
+    def _read_ahead(self, table: SlotTable, tokens: int) -> Buffers | None:
+        """Buffers that the blocks were read into ahead of time."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or self.attached.read_ahead(self.layer) is None:
+            return None
+        return ahead if ahead[0].shape[2] >= table.count + tokens else None
+
+    def _invalidate(self) -> None:
+        """What was read ahead is out of date."""
+        self._ahead = None
+        self.attached.forget(self.layer)
+
+    def _drop_from(self, first: int) -> None:
+        gone, self.blocks = self.blocks[first:], self.blocks[:first]
+        if gone:
+            with suppress(TierClosedError):
+                self.attached.manager.drop(self.attached.name, [block.key for block in gone])
+
+
+def _roomy(slots: int) -> int:
+    """Slots with some spare ones for the tokens of the next forward."""
+    return slots + growth(slots)

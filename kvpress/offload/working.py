@@ -1,0 +1,123 @@
+"""Working memory: where the keys and values of one layer are put together for its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kvpress.memory import allocate
+from kvpress.offload.errors import TierFullError, TierLostError
+from kvpress.offload.key import BlockKey
+from kvpress.offload.manager import TierManager
+
+ALIGNMENT = 64  # bytes
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """A block of consecutive slots in the tiers.
+
+    Attributes:
+        key: its name.
+        batch: batch rows it was written with.
+        rows: which of them the batch rows of now are; None for all, in order.
+    """
+
+    key: BlockKey
+    batch: int
+    rows: tuple[int, ...] | None = None
+
+    def selected(self, rows: Sequence[int]) -> StoredBlock:
+        """As it looks when row `i` becomes what row `rows[i]` was."""
+        old = range(self.batch) if self.rows is None else self.rows
+        new = tuple(old[row] for row in rows)
+        return StoredBlock(self.key, self.batch, None if new == tuple(range(self.batch)) else new)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One block to read, and the tensors it goes to, by name: `[batch, kv_heads, slots, dim]`, or `[rows, dim]`."""
+
+    block: StoredBlock
+    out: dict[str, Tensor]
+
+    def run(self, manager: TierManager) -> None:
+        """Read it.
+
+        Raises:
+            TierError: it is lost, or cannot be read now; the tensors are then undefined.
+        """
+        key, rows = self.block.key, self.block.rows
+        in_place = rows is None and (
+            manager.tiers_of(key)[:1] != ["disk"] or all(out.is_contiguous() and out.is_cpu for out in self.out.values())
+        )
+        if in_place:
+            try:
+                found = manager.read_into(key, self.out)
+            except TierFullError:  # it went to disk this moment, and there is no room on the way to strided memory
+                found = self._run_staged(manager)
+        else:
+            found = self._run_staged(manager)
+        if not found:
+            raise TierLostError("manager", "is not held", key)
+
+    def _run_staged(self, manager: TierManager) -> bool:
+        """A file is read into contiguous memory, small enough to stay in the processor's cache, and copied from there."""
+        batch, rows = self.block.batch, self.block.rows
+        staged = {name: torch.empty((batch, *out.shape[1:]), dtype=out.dtype) for name, out in self.out.items()}
+        if not manager.read_into(self.block.key, staged):
+            return False
+        for name, out in self.out.items():
+            out.copy_(staged[name] if rows is None else staged[name][list(rows)])
+        return True
+
+
+def read_all(manager: TierManager, readings: Sequence[Reading]) -> None:
+    """Read blocks one after the other.
+
+    Raises:
+        TierError: one of them is lost, or cannot be read now.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for reading in readings:
+            reading.run(manager)
+
+
+class WorkingMemory:
+    """One flat buffer that holds the keys and values of one layer at a time.
+
+    Attributes:
+        layer: whose they are, -1 for nobody.
+        future: the reading under way, or done ahead of time.
+    """
+
+    def __init__(self, nbytes: int, like: Tensor) -> None:
+        self.buffer = allocate((nbytes,), like, torch.uint8)
+        self.layer = -1
+        self.future: Future[None] | None = None
+
+    def shaped(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Tensors of these shapes and types, one behind the other."""
+        tensors, start = [], 0
+        for shape, dtype in zip(shapes, dtypes, strict=True):
+            stop = start + prod(shape) * dtype.itemsize
+            tensors.append(self.buffer[start:stop].view(dtype).view(tuple(shape)))
+            start = -(-stop // ALIGNMENT) * ALIGNMENT
+        return tensors
+
+    @staticmethod
+    def size(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> int:
+        """Bytes that `shaped` needs."""
+        sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+        return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+    def forget(self) -> None:
+        """Nobody's from now on; returns when nothing is read into it any more."""
+        if self.future is not None and not self.future.cancel():
+            self.future.exception()
+        self.layer, self.future = -1, None
