@@ -141,17 +141,26 @@ class PolicyLayer(CacheLayerMixin):
             self.is_initialized = True
         elif batch != len(self.seen_rows):
             raise ValueError(f"batch size must stay {len(self.seen_rows)}, the cache's, got {batch}")
+        if self.stowage is not None:
+            self.stowage.selecting = self._reads_some(rows)
         new = self.table.append(key_states.detach(), value_states.detach())
         self.seen += rows
         self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows, token_ids=ids)
         self.forward.ragged = self.table.rows is not None
-        if self.forward.ragged and self.attended and not self.expands_keys:
+        if self.table.base or (self.forward.ragged and self.attended and not self.expands_keys):
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
         if not self.attended:
             self.place(self.forward, None, keys.device)
             self.finish(self.forward, None, keys, AttentionArguments(1.0))
         return keys, values
+
+    def _reads_some(self, rows: int) -> bool:
+        """Whether only selected slots are read, and nothing has to be known of the others."""
+        if rows > 1 or self.selector is None or not self.attended or self.expands_keys:
+            return False
+        keeps_all = self.policy.budget is None and not self.policy.columns
+        return keeps_all and self.selector.narrows(self.table.count + 1)
 
     def take_in(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Fill an empty layer with tokens `[batch, kv_heads, tokens, dim]` that another cache has seen, without their queries."""
@@ -285,7 +294,7 @@ class PolicyLayer(CacheLayerMixin):
         if self.reader is not None:
             if self.rotation is not None:
                 query = self.rotation.undo(query, forward.rotated)
-            if not self.expands_keys:
+            if not self.expands_keys and not self.table.base:
                 keys, values = self.table.dense()
             return self.reader.read(self.table, forward, query, keys, values, arguments)
         several, visible = forward.rows > 1, forward.visible

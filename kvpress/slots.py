@@ -186,7 +186,7 @@ class SlotTable:
         if not isinstance(new, slice):
             self.keys.view(-1, keys.shape[-1]).index_copy_(0, self._rows_of(new), keys.reshape(-1, keys.shape[-1]))
         elif self._owned:
-            self.keys[:, :, new] = keys
+            self.keys[:, :, new.start - self.base : new.stop - self.base] = keys
         else:
             self.keys = keys  # the model's own tensor is left as it is
 

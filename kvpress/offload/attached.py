@@ -89,11 +89,16 @@ class Attached:
             return
         self._shared.tidy()
         self._give_back_idle()
-        for other in [] if self._lowering else sorted(self._living(), key=lambda each: -each.held):
+        for memory in [each for each in self._memories if each.future is not None and (asking is None or each.layer != asking.layer)]:
             if self.account.hold(nbytes):
                 return
-            if other is not asking:
-                self.lower(other)
+            self._give_back(memory)  # read ahead in vain
+        others = [other for other in sorted(self._living(), key=lambda each: -each.held) if other is not asking]
+        for give_way in (lambda each: each.cool(), self.lower):
+            for other in others:
+                if self.account.hold(nbytes):
+                    return
+                give_way(other)
         if not self.account.hold(nbytes):
             tier = self.manager.near
             name, limit = ("near", None) if tier is None else (tier.name, tier.ledger.limit)
@@ -207,10 +212,10 @@ class Attached:
         place = order.index(layer)
         for ahead in range(1, min(self.options.prefetch, len(order) - 1) + 1):
             stowage = self._stowage(order[(place + ahead) % len(order)])
-            if stowage is None or not stowage.blocks or any(each.layer == stowage.layer for each in self._memories):
+            if stowage is None or not stowage.blocks or stowage.selecting or any(each.layer == stowage.layer for each in self._memories):
                 continue
             if not self.manager.computes_in_host_memory:  # blocks come to the device tier on a stream of their own
-                self.manager.prefetch([block.key for block in stowage.blocks])
+                self.manager.prefetch([key for block in stowage.blocks for key in block.keys])
                 continue
             prepared = stowage.readings_ahead()
             if prepared is not None:
@@ -283,6 +288,6 @@ def attach(layers: Sequence[Any], options: Offload, device: torch.device) -> Att
     attached = Attached(options, device)
     for layer in layers:
         if isinstance(layer, PolicyLayer):
-            layer.stowage = Stowage(attached, layer.layer_idx)
+            layer.stowage = Stowage(attached, layer.layer_idx, apart=layer.selector is not None)
             layer.stowage.begin(layer.table)
     return attached

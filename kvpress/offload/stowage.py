@@ -8,7 +8,7 @@ are put together in working memory. A *steady* table overwrites slots anywhere, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from kvpress.memory import allocate, growth, held_bytes
 from kvpress.offload.attached import Attached
 from kvpress.offload.errors import TierClosedError, TierFullError
+from kvpress.offload.hot_slots import HotSlots, StoredSlots
 from kvpress.offload.key import BlockKey
 from kvpress.offload.working import Reading, StoredBlock, WorkingMemory, read_all
 
@@ -33,18 +34,25 @@ class Stowage:
     Attributes:
         blocks: of the first slots, in order, `options.block` slots each.
         held: bytes of the near tier that are held for this layer.
+        selecting: the forward under way reads only some slots: they are taken with `stored_slots`, and nothing else is fetched.
+
+    Args:
+        apart: keys and values are written apart, for a selection that reads them at different times.
     """
 
-    def __init__(self, attached: Attached, layer: int) -> None:
+    def __init__(self, attached: Attached, layer: int, apart: bool = False) -> None:
         self.attached = attached
         self.layer = layer
         self.blocks: list[StoredBlock] = []
         self.held = 0
+        self.selecting = False
+        self.apart = apart
         self._serial = 0  # of the blocks written, so that no two share a name
         self._tail: Buffers | None = None  # set aside while the table is in working memory
         self._fetched: Tensor | None = None  # the keys in working memory
         self._ahead: Buffers | None = None  # into which the next forward's blocks are read
         self._beside = 0  # bytes of what the layer holds beside its table
+        self._hot: HotSlots | None = None
         self._table: weakref.ref[SlotTable] | None = None
         attached.stowages[layer] = weakref.ref(self)
 
@@ -53,8 +61,8 @@ class Stowage:
         self._invalidate()
         self.attached.release(self.layer)
         self._drop_from(0)
-        self._tail = self._fetched = None
-        self._beside = 0
+        self._tail = self._fetched = self._hot = None
+        self._beside, self.selecting = 0, False
         self.attached.account.release(self.held)
         self.held = 0
         self.bind(table)
@@ -72,7 +80,7 @@ class Stowage:
         Raises:
             TierError: a block is lost or cannot be read, or there is no room for working memory.
         """
-        if self._is_near(table, tokens):
+        if (self.selecting and table.base) or self._is_near(table, tokens):
             return
         buffers = self._read_ahead(table, tokens)
         if buffers is None:
@@ -97,9 +105,9 @@ class Stowage:
         if table.is_empty:
             return
         self._beside = held_bytes(beside)
-        if table.base:
+        if table.base and table.count - table.base < self.attached.options.block:
             self._settle(table)
-        elif self._fetched is not None and table.keys is self._fetched:
+        elif table.base or (self._fetched is not None and table.keys is self._fetched):
             self._put_away(table)
         else:  # it lay near, or an eviction made new buffers, and the blocks hold what is no more
             if self._fetched is not None:
@@ -107,6 +115,14 @@ class Stowage:
             self._drop_from(0)
             if not self._stays_near(table):
                 self._put_away(table)
+
+    def cool(self) -> None:
+        """Give up the near copies of what the tiers hold anyway."""
+        if self._hot is not None:
+            released = min(self._hot.nbytes, self.held)
+            self._hot = None
+            self.held -= released
+            self.attached.account.release(released)
 
     def lower(self) -> None:
         """Give up the near memory of a table that may as well lie in the tiers."""
@@ -116,6 +132,12 @@ class Stowage:
         if table.owned and table.spare is None and table.count >= self.attached.options.block:
             self._put_away(table)
 
+    def stored_slots(self, table: SlotTable) -> StoredSlots:
+        """The slots of a table of which only some will be read."""
+        if self._hot is None:
+            self._hot = HotSlots()
+        return StoredSlots(self, table, self._hot)
+
     # -- verbs of the cache --------------------------------------------------------------------------------------------
 
     def cut(self, table: SlotTable) -> None:
@@ -124,7 +146,8 @@ class Stowage:
         block = self.attached.options.block
         whole = table.count // block
         keys, values = self._new_tail(table, block)
-        Reading(self.blocks[whole], {"key": keys, "value": values}).run(self.attached.manager)
+        read_all(self.attached.manager, self.blocks[whole].readings({"key": keys, "value": values}))
+        self._hot = None
         self._drop_from(whole)
         table.keys, table.values, table.base = keys, values, whole * block
         self._settle(table)
@@ -133,6 +156,8 @@ class Stowage:
         """Batch row `i` of the blocks becomes what row `rows[i]` was; the table has seen to what lies near."""
         self._invalidate()
         self.blocks = [block.selected(rows) for block in self.blocks]
+        if self._hot is not None:
+            self._hot.select_batch(rows)
         if table.base:
             self._settle(table)
         elif not self._stays_near(table):
@@ -160,9 +185,65 @@ class Stowage:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stowage:
         attached = memo.get(id(self.attached)) or self.attached.__deepcopy__(memo)
-        copied = memo[id(self)] = Stowage(attached, self.layer)
+        copied = memo[id(self)] = Stowage(attached, self.layer, self.apart)
         copied.blocks, copied.held, copied._serial, copied._beside = list(self.blocks), self.held, self._serial, self._beside
         return copied
+
+    # -- what selected slots ask for -----------------------------------------------------------------------------------
+
+    def keys_from(self, table: SlotTable, first: int) -> tuple[int, Tensor]:
+        """The first slot of the block of slot `first`, and all keys from there on, in working memory until the forward ends."""
+        size = self.attached.options.block
+        number = first // size
+        start = number * size
+        shapes, dtypes = self._shapes(table, _roomy(table.count) - start)
+        memory = self.attached.borrow(self.layer, WorkingMemory.size(shapes[:1], dtypes[:1]))
+        if memory is None:
+            raise RuntimeError("working memory is lent out")
+        keys = memory.shaped(shapes[:1], dtypes[:1])[0][:, :, : table.count - start]
+        readings = []
+        for place, block in enumerate(self.blocks[number:]):
+            readings += block.readings({"key": keys[:, :, place * size : (place + 1) * size]})
+        read_all(self.attached.manager, readings)
+        keys[:, :, table.base - start :] = table.keys[:, :, : table.count - table.base]
+        return start, keys
+
+    def block_tensors(self, block: StoredBlock, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors `names` of a block as they were written, brought near where there is room; valid until the next is asked for."""
+        manager = self.attached.manager
+        for part, key in block.parts:
+            if not any(name in names for name in part):
+                continue
+            try:
+                with manager.use([key]) as found:
+                    yield from ((name, found[0][name]) for name in part if name in names)
+            except TierFullError:  # nothing near can give way
+                staged = {name: self._staged(name, block) for name in part}
+                Reading(key, StoredBlock(block.parts, block.batch), staged).run(manager)
+                yield from ((name, staged[name]) for name in part if name in names)
+
+    def _staged(self, name: str, block: StoredBlock) -> Tensor:
+        table = self._table and self._table()
+        if table is None:
+            raise RuntimeError("the slot table is gone")
+        like = table.keys if name == "key" else table.values
+        return torch.empty((block.batch, like.shape[1], self.attached.options.block, like.shape[3]), dtype=like.dtype)
+
+    def may_hold(self, nbytes: int) -> bool:
+        """Hold more of the near tier for this layer, if that costs nobody else's place."""
+        if not self.attached.account.hold(nbytes):
+            return False
+        self.held += nbytes
+        return True
+
+    def must_hold(self, nbytes: int) -> None:
+        """Hold more of the near tier for this layer.
+
+        Raises:
+            TierFullError: there is no room.
+        """
+        self.attached.hold(nbytes, self)
+        self.held += nbytes
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -206,26 +287,33 @@ class Stowage:
         except TierFullError as error:
             full = error
         base = len(self.blocks) * size
-        tail, count = self._tail, table.count - base
+        tail, count = (table.keys, table.values) if table.base else self._tail, table.count - base
         if tail is None or tail[0].shape[0] != table.keys.shape[0] or tail[0].shape[2] < count:
             try:
                 tail = self._new_tail(table, max(size, count))
             except TierFullError as error:
                 raise full or error from error
         for part, whole in zip(tail, (table.keys, table.values), strict=True):
-            part[:, :, :count] = whole[:, :, base : table.count]
+            part[:, :, :count] = whole[:, :, base - table.base : table.count - table.base]
         table.lie(*tail, base)
         self._leave_working_memory()
         self._settle(table)
 
-    def _put(self, table: SlotTable, block: int) -> None:
+    def _put(self, table: SlotTable, number: int) -> None:
         size = self.attached.options.block
-        slots = slice(block * size, (block + 1) * size)
-        key = BlockKey(self.attached.name, self.layer, block, self._serial)
-        self._serial += 1
-        tensors = {"key": table.keys[:, :, slots], "value": table.values[:, :, slots]}
-        self.attached.manager.put(key, tensors, self.attached.name)
-        self.blocks.append(StoredBlock(key, table.keys.shape[0]))
+        first = number * size - table.base
+        tensors = {"key": table.keys[:, :, first : first + size], "value": table.values[:, :, first : first + size]}
+        manager, parts = self.attached.manager, []
+        for names in (("key",), ("value",)) if self.apart else (("key", "value"),):
+            key = BlockKey(self.attached.name, self.layer, number, self._serial, "+".join(names))
+            self._serial += 1
+            try:
+                manager.put(key, {name: tensors[name] for name in names}, self.attached.name)
+            except BaseException:
+                manager.drop(self.attached.name, [each for _, each in parts])
+                raise
+            parts.append((names, key))
+        self.blocks.append(StoredBlock(tuple(parts), table.keys.shape[0]))
 
     def _new_tail(self, table: SlotTable, slots: int) -> Buffers:
         """Buffers for the tail, accounted for before they exist.
@@ -243,7 +331,7 @@ class Stowage:
         self.attached.release(self.layer)
 
     def _near_bytes(self, table: SlotTable) -> int:
-        return held_bytes(table.tensors()) + self._beside
+        return held_bytes(table.tensors()) + self._beside + (0 if self._hot is None else self._hot.nbytes)
 
     def _settle(self, table: SlotTable) -> None:
         """Make the account equal what lies near."""
@@ -255,9 +343,9 @@ class Stowage:
         self.held = size
 
     def _hold_more(self, nbytes: int) -> None:
-        if nbytes > 0:
-            self.attached.hold(nbytes, self)
-            self.held += nbytes
+        if nbytes > 0 and not self.may_hold(nbytes):
+            self.cool()
+            self.must_hold(nbytes)
 
     def _shapes(self, table: SlotTable, slots: int) -> tuple[list[tuple[int, ...]], list[torch.dtype]]:
         tensors = (table.keys, table.values)
@@ -276,7 +364,7 @@ class Stowage:
         readings = []
         for number, block in enumerate(self.blocks):
             slots = slice(number * size, (number + 1) * size)
-            readings.append(Reading(block, {"key": buffers[0][:, :, slots], "value": buffers[1][:, :, slots]}))
+            readings += block.readings({"key": buffers[0][:, :, slots], "value": buffers[1][:, :, slots]})
         return readings
 
     def _read_ahead(self, table: SlotTable, tokens: int) -> Buffers | None:
@@ -295,7 +383,7 @@ class Stowage:
         gone, self.blocks = self.blocks[first:], self.blocks[:first]
         if gone:
             with suppress(TierClosedError):
-                self.attached.manager.drop(self.attached.name, [block.key for block in gone])
+                self.attached.manager.drop(self.attached.name, [key for block in gone for key in block.keys])
 
 
 def _roomy(slots: int) -> int:

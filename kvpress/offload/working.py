@@ -23,26 +23,37 @@ class StoredBlock:
     """A block of consecutive slots in the tiers.
 
     Attributes:
-        key: its name.
+        parts: names of the tensors `[batch, kv_heads, slots, dim]` that were written together, and the key of each part.
         batch: batch rows it was written with.
         rows: which of them the batch rows of now are; None for all, in order.
     """
 
-    key: BlockKey
+    parts: tuple[tuple[tuple[str, ...], BlockKey], ...]
     batch: int
     rows: tuple[int, ...] | None = None
+
+    @property
+    def keys(self) -> list[BlockKey]:
+        """Of all parts."""
+        return [key for _, key in self.parts]
 
     def selected(self, rows: Sequence[int]) -> StoredBlock:
         """As it looks when row `i` becomes what row `rows[i]` was."""
         old = range(self.batch) if self.rows is None else self.rows
         new = tuple(old[row] for row in rows)
-        return StoredBlock(self.key, self.batch, None if new == tuple(range(self.batch)) else new)
+        return StoredBlock(self.parts, self.batch, None if new == tuple(range(self.batch)) else new)
+
+    def readings(self, out: dict[str, Tensor]) -> list[Reading]:
+        """What to read to fill the tensors of `out`, by name."""
+        wanted = [(names, key) for names, key in self.parts if names[0] in out]
+        return [Reading(key, self, {name: out[name] for name in names}) for names, key in wanted]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One block to read, and the tensors it goes to, by name: `[batch, kv_heads, slots, dim]`, or `[rows, dim]`."""
+    """One part of a block to read, and the tensors `[batch, kv_heads, slots, dim]` it goes to, by name."""
 
+    key: BlockKey
     block: StoredBlock
     out: dict[str, Tensor]
 
@@ -52,25 +63,24 @@ class Reading:
         Raises:
             TierError: it is lost, or cannot be read now; the tensors are then undefined.
         """
-        key, rows = self.block.key, self.block.rows
-        in_place = rows is None and (
-            manager.tiers_of(key)[:1] != ["disk"] or all(out.is_contiguous() and out.is_cpu for out in self.out.values())
+        in_place = self.block.rows is None and (
+            manager.tiers_of(self.key)[:1] != ["disk"] or all(o.is_contiguous() and o.is_cpu for o in self.out.values())
         )
         if in_place:
             try:
-                found = manager.read_into(key, self.out)
+                found = manager.read_into(self.key, self.out)
             except TierFullError:  # it went to disk this moment, and there is no room on the way to strided memory
                 found = self._run_staged(manager)
         else:
             found = self._run_staged(manager)
         if not found:
-            raise TierLostError("manager", "is not held", key)
+            raise TierLostError("manager", "is not held", self.key)
 
     def _run_staged(self, manager: TierManager) -> bool:
         """A file is read into contiguous memory, small enough to stay in the processor's cache, and copied from there."""
         batch, rows = self.block.batch, self.block.rows
         staged = {name: torch.empty((batch, *out.shape[1:]), dtype=out.dtype) for name, out in self.out.items()}
-        if not manager.read_into(self.block.key, staged):
+        if not manager.read_into(self.key, staged):
             return False
         for name, out in self.out.items():
             out.copy_(staged[name] if rows is None else staged[name][list(rows)])
