@@ -60,10 +60,14 @@ class Attached:
         Raises:
             TierClosedError: the cache was closed.
         """
-        if not self._close.alive:
-            raise TierClosedError("manager", "is closed: the cache was closed")
+        self.check_open()
         self._shared.tidy()
         return self._shared.manager
+
+    def check_open(self) -> None:
+        """Raise TierClosedError when the cache was closed."""
+        if not self._close.alive:
+            raise TierClosedError("manager", "is closed: the cache was closed")
 
     @property
     def keeps_near(self) -> bool:
@@ -99,6 +103,9 @@ class Attached:
                 if self.account.hold(nbytes):
                     return
                 give_way(other)
+        if not self._lowering:  # nothing is left that could move down
+            self.account.release(self._aside)
+            self._aside = 0
         if not self.account.hold(nbytes):
             tier = self.manager.near
             name, limit = ("near", None) if tier is None else (tier.name, tier.ledger.limit)

@@ -101,7 +101,9 @@ class Stowage:
 
         Raises:
             TierFullError: no tier has room for it.
+            TierClosedError: the cache was closed.
         """
+        self.attached.check_open()
         if table.is_empty:
             return
         self._beside = held_bytes(beside)
