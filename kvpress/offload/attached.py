@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DummyLayer
 
 from kvpress.errors import UnsupportedModelError
-from kvpress.memory import held_bytes
 from kvpress.offload.account import SharedManager
 from kvpress.offload.errors import TierClosedError, TierFullError
 from kvpress.offload.manager import TierManager
@@ -138,8 +138,8 @@ class Attached:
 
     # -- working memory ------------------------------------------------------------------------------------------------
 
-    def borrow(self, layer: int, nbytes: int, *, ahead: bool = False) -> WorkingMemory | None:
-        """Working memory of at least `nbytes` for `layer`.
+    def borrow(self, layer: int, nbytes: int, staging: int, *, ahead: bool = False) -> WorkingMemory | None:
+        """Working memory of at least `nbytes` for `layer`, with at least `staging` bytes for a block on its way.
 
         Args:
             ahead: for a layer whose turn is yet to come: None where memory is short, and nobody else's is taken.
@@ -157,16 +157,16 @@ class Attached:
             mine = self._memories[0]
         if mine is not None:
             mine.forget()
-            if mine.buffer.nbytes < nbytes:
+            if mine.buffer.nbytes < nbytes or mine.staging.nbytes < staging:
                 self._give_back(mine)
                 mine = None
         if mine is None:
             roomy = nbytes + nbytes // SPARE
-            if ahead and not self.account.hold(roomy):
+            if ahead and not self.account.hold(roomy + staging):
                 return None
             if not ahead:
-                self.hold(roomy, self._stowage(layer))
-            mine = WorkingMemory(roomy, torch.empty(0, device=self.device))
+                self.hold(roomy + staging, self._stowage(layer))
+            mine = WorkingMemory(roomy, staging, torch.empty(0, device=self.device))
             self._memories.append(mine)
         mine.layer = layer
         return mine
@@ -178,10 +178,14 @@ class Attached:
         reference = self.stowages.get(layer)
         return None if reference is None else reference()
 
+    def lent_to(self, layer: int) -> WorkingMemory | None:
+        """The working memory that the layer has now."""
+        return next((memory for memory in self._memories if memory.layer == layer and memory.future is None), None)
+
     def _give_back(self, memory: WorkingMemory) -> None:
         memory.forget()
         self._memories.remove(memory)
-        self.account.release(memory.buffer.nbytes)
+        self.account.release(memory.nbytes)
 
     def read_ahead(self, layer: int) -> WorkingMemory | None:
         """The working memory into which the layer's blocks were, or are, read ahead; waits for the end of it.
@@ -227,7 +231,7 @@ class Attached:
             prepared = stowage.readings_ahead()
             if prepared is not None:
                 memory, readings = prepared
-                memory.future = self.manager.background(_Job(self._shared.manager, readings))
+                memory.future = self.manager.background(_Job(self._shared.manager, readings, memory.staging))
 
     # -- copies and facts ----------------------------------------------------------------------------------------------
 
@@ -261,7 +265,7 @@ class Attached:
         """Bytes in memory of working memory, and of the blocks that this cache relies on."""
         if not self._close.alive:
             return 0
-        return held_bytes(memory.buffer for memory in self._memories) + self.manager.bytes_in_memory(self.name)
+        return sum(memory.nbytes for memory in self._memories) + self.manager.bytes_in_memory(self.name)
 
     def statistics(self) -> dict[str, TierStatistics]:
         """Counters of each tier, the nearest first; copied caches share them."""
@@ -271,11 +275,11 @@ class Attached:
 class _Job:
     """Reads blocks. It knows no cache, so that a cache is never freed by the thread that reads for it."""
 
-    def __init__(self, manager: TierManager, readings: Sequence[Reading]) -> None:
-        self._manager, self._readings = manager, readings
+    def __init__(self, manager: TierManager, readings: Sequence[Reading], staging: Tensor) -> None:
+        self._arguments = manager, readings, staging
 
     def __call__(self) -> None:
-        read_all(self._manager, self._readings)
+        read_all(*self._arguments)
 
 
 def attach(layers: Sequence[Any], options: Offload, device: torch.device) -> Attached:

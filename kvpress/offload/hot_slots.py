@@ -210,7 +210,7 @@ class StoredSlots:
             inside = source[chosen] - number * size
             block = self._stowage.blocks[number]
             old = rows if block.rows is None else torch.tensor(block.rows, device=rows.device)[rows]
-            for name, tensor in self._stowage.block_tensors(block, names):
+            for name, tensor in self._stowage.block_tensors(self._table, block, names):
                 self._hot.tensors[name][rows, some, goes] = tensor[old.to(tensor.device), some, inside.to(tensor.device)].to(
                     self.device
                 )

@@ -20,12 +20,13 @@ from kvpress.offload.attached import Attached
 from kvpress.offload.errors import TierClosedError, TierFullError
 from kvpress.offload.hot_slots import HotSlots, StoredSlots
 from kvpress.offload.key import BlockKey
-from kvpress.offload.working import Reading, StoredBlock, WorkingMemory, read_all
+from kvpress.offload.working import Reading, StoredBlock, WorkingMemory, buffer_like, read_all, shaped, shaped_bytes
 
 if TYPE_CHECKING:
     from kvpress.slots import SlotTable
 
 Buffers = tuple[Tensor, Tensor]
+NAMES = ("key", "value")
 
 
 class Stowage:
@@ -84,8 +85,9 @@ class Stowage:
             return
         buffers = self._read_ahead(table, tokens)
         if buffers is None:
-            buffers = self._buffers(table, tokens, self._borrow(table, tokens))
-            read_all(self.attached.manager, self._readings(buffers))
+            memory = self._borrow(table, table.count + tokens)
+            buffers = self._buffers(table, tokens, memory)
+            read_all(self.attached.manager, self._readings(buffers), memory.staging)
         self._tail = table.keys, table.values
         for whole, tail in zip(buffers, self._tail, strict=True):
             whole[:, :, table.base : table.count] = tail[:, :, : table.count - table.base]
@@ -148,7 +150,7 @@ class Stowage:
         block = self.attached.options.block
         whole = table.count // block
         keys, values = self._new_tail(table, block)
-        read_all(self.attached.manager, self.blocks[whole].readings({"key": keys, "value": values}))
+        read_all(self.attached.manager, self.blocks[whole].readings({"key": keys, "value": values}), self._block_buffer(table))
         self._hot = None
         self._drop_from(whole)
         table.keys, table.values, table.base = keys, values, whole * block
@@ -169,7 +171,7 @@ class Stowage:
         """All keys and values of `table`, in buffers that are nobody else's and not accounted for."""
         shapes, dtypes = self._shapes(table, table.count)
         keys, values = (allocate(shape, table.keys, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-        read_all(self.attached.manager, self._readings((keys, values)))
+        read_all(self.attached.manager, self._readings((keys, values)), self._block_buffer(table))
         for whole, tail in ((keys, table.keys), (values, table.values)):
             whole[:, :, table.base :] = tail[:, :, : table.count - table.base]
         return keys, values
@@ -179,8 +181,7 @@ class Stowage:
         table = None if self._table is None else self._table()
         if table is None or not table.base:
             return None
-        memory = self._borrow(table, 0, ahead=True)
-        if memory is None:
+        if (memory := self._try_borrow(table, table.count, ahead=True)) is None:
             return None
         self._ahead = self._buffers(table, 0, memory)
         return memory, self._readings(self._ahead)
@@ -198,38 +199,28 @@ class Stowage:
         size = self.attached.options.block
         number = first // size
         start = number * size
-        shapes, dtypes = self._shapes(table, _roomy(table.count) - start)
-        memory = self.attached.borrow(self.layer, WorkingMemory.size(shapes[:1], dtypes[:1]))
-        if memory is None:
-            raise RuntimeError("working memory is lent out")
-        keys = memory.shaped(shapes[:1], dtypes[:1])[0][:, :, : table.count - start]
+        memory = self._borrow(table, table.count - start)
+        shapes, dtypes = self._shapes(table, table.count - start)
+        keys = shaped(memory.buffer, shapes[:1], dtypes[:1])[0]
         readings = []
         for place, block in enumerate(self.blocks[number:]):
             readings += block.readings({"key": keys[:, :, place * size : (place + 1) * size]})
-        read_all(self.attached.manager, readings)
+        read_all(self.attached.manager, readings, memory.staging)
         keys[:, :, table.base - start :] = table.keys[:, :, : table.count - table.base]
         return start, keys
 
-    def block_tensors(self, block: StoredBlock, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors `names` of a block as they were written, brought near where there is room; valid until the next is asked for."""
+    def block_tensors(self, table: SlotTable, block: StoredBlock, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors `names` of a block as they were written; valid until the next is asked for."""
         manager = self.attached.manager
-        for part, key in block.parts:
-            if not any(name in names for name in part):
+        shapes, dtypes = self._shapes(table, self.attached.options.block)
+        like = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)}
+        for reading in block.readings({name: like[name] for name in names}):
+            if manager.tiers_of(reading.key)[:1] == ["disk"]:  # bringing it near would cost another block its place
+                found = reading.staged(manager, self._borrow(table, 0, again=True).staging)
+                yield from ((name, found[name]) for name in reading.out if name in names)
                 continue
-            try:
-                with manager.use([key]) as found:
-                    yield from ((name, found[0][name]) for name in part if name in names)
-            except TierFullError:  # nothing near can give way
-                staged = {name: self._staged(name, block) for name in part}
-                Reading(key, StoredBlock(block.parts, block.batch), staged).run(manager)
-                yield from ((name, staged[name]) for name in part if name in names)
-
-    def _staged(self, name: str, block: StoredBlock) -> Tensor:
-        table = self._table and self._table()
-        if table is None:
-            raise RuntimeError("the slot table is gone")
-        like = table.keys if name == "key" else table.values
-        return torch.empty((block.batch, like.shape[1], self.attached.options.block, like.shape[3]), dtype=like.dtype)
+            with manager.use([reading.key]) as held:
+                yield from ((name, held[0][name]) for name in reading.out if name in names)
 
     def may_hold(self, nbytes: int) -> bool:
         """Hold more of the near tier for this layer, if that costs nobody else's place."""
@@ -269,7 +260,7 @@ class Stowage:
             return True
         if not self.attached.keeps_near:
             return table.owned and table.count < self.attached.options.block
-        self.attached.set_aside(WorkingMemory.size(*self._shapes(table, self.attached.options.block)))
+        self.attached.set_aside(shaped_bytes(*self._shapes(table, self.attached.options.block)))
         size = self._near_bytes(table)
         if not table.owned:
             size = table.capacity_for(table.count) * table.bytes_per_token + self._beside
@@ -324,7 +315,7 @@ class Stowage:
             TierFullError: there is no room.
         """
         shapes, dtypes = self._shapes(table, slots)
-        self._hold_more(WorkingMemory.size(shapes, dtypes))
+        self._hold_more(shaped_bytes(shapes, dtypes))
         keys, values = (allocate(shape, table.keys, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
         return keys, values
 
@@ -353,12 +344,29 @@ class Stowage:
         tensors = (table.keys, table.values)
         return [(*tensor.shape[:2], slots, tensor.shape[-1]) for tensor in tensors], [each.dtype for each in tensors]
 
-    def _borrow(self, table: SlotTable, tokens: int, *, ahead: bool = False) -> Any:
-        size = WorkingMemory.size(*self._shapes(table, _roomy(table.count + tokens)))
-        return self.attached.borrow(self.layer, size, ahead=ahead)
+    def _borrow(self, table: SlotTable, slots: int, *, again: bool = False) -> WorkingMemory:
+        """Working memory for `slots` slots and some spare ones; `again`: what this layer has is enough."""
+        mine = self.attached.lent_to(self.layer) if again else None
+        memory = mine or self._try_borrow(table, slots)
+        if memory is None:
+            raise RuntimeError("working memory is refused only ahead of time")
+        return memory
+
+    def _try_borrow(self, table: SlotTable, slots: int, *, ahead: bool = False) -> WorkingMemory | None:
+        size = shaped_bytes(*self._shapes(table, _roomy(slots)))
+        return self.attached.borrow(self.layer, size, self._block_bytes(table), ahead=ahead)
+
+    def _block_bytes(self, table: SlotTable) -> int:
+        """Of one block on its way, with the most batch rows that any has."""
+        shapes, dtypes = self._shapes(table, self.attached.options.block)
+        batch = max((block.batch for block in self.blocks), default=1)
+        return shaped_bytes([(batch, *shape[1:]) for shape in shapes], dtypes)
+
+    def _block_buffer(self, table: SlotTable) -> Tensor:
+        return buffer_like(self._block_bytes(table), torch.empty(0))
 
     def _buffers(self, table: SlotTable, tokens: int, memory: WorkingMemory) -> Buffers:
-        keys, values = memory.shaped(*self._shapes(table, _roomy(table.count + tokens)))
+        keys, values = shaped(memory.buffer, *self._shapes(table, _roomy(table.count + tokens)))
         return keys, values
 
     def _readings(self, buffers: Buffers) -> list[Reading]:

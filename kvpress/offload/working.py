@@ -14,6 +14,7 @@ from kvpress.memory import allocate
 from kvpress.offload.errors import TierFullError, TierLostError
 from kvpress.offload.key import BlockKey
 from kvpress.offload.manager import TierManager
+from kvpress.offload.pages import empty_pages
 
 ALIGNMENT = 64  # bytes
 
@@ -57,8 +58,11 @@ class Reading:
     block: StoredBlock
     out: dict[str, Tensor]
 
-    def run(self, manager: TierManager) -> None:
+    def run(self, manager: TierManager, staging: Tensor) -> None:
         """Read it.
+
+        Args:
+            staging: a flat buffer for one block, which a file that cannot be read in place goes through.
 
         Raises:
             TierError: it is lost, or cannot be read now; the tensors are then undefined.
@@ -70,61 +74,85 @@ class Reading:
             try:
                 found = manager.read_into(self.key, self.out)
             except TierFullError:  # it went to disk this moment, and there is no room on the way to strided memory
-                found = self._run_staged(manager)
+                found = self._run_staged(manager, staging)
         else:
-            found = self._run_staged(manager)
+            found = self._run_staged(manager, staging)
         if not found:
             raise TierLostError("manager", "is not held", self.key)
 
-    def _run_staged(self, manager: TierManager) -> bool:
+    def _run_staged(self, manager: TierManager, staging: Tensor) -> bool:
         """A file is read into contiguous memory, small enough to stay in the processor's cache, and copied from there."""
-        batch, rows = self.block.batch, self.block.rows
-        staged = {name: torch.empty((batch, *out.shape[1:]), dtype=out.dtype) for name, out in self.out.items()}
-        if not manager.read_into(self.key, staged):
-            return False
+        rows = self.block.rows
+        staged = self.staged(manager, staging)
         for name, out in self.out.items():
             out.copy_(staged[name] if rows is None else staged[name][list(rows)])
         return True
 
+    def staged(self, manager: TierManager, staging: Tensor) -> dict[str, Tensor]:
+        """The part as it was written, in `staging`; only the shapes and types of `out` matter, its batch rows aside.
 
-def read_all(manager: TierManager, readings: Sequence[Reading]) -> None:
-    """Read blocks one after the other.
+        Raises:
+            TierError: as `run`.
+        """
+        shapes = [(self.block.batch, *out.shape[1:]) for out in self.out.values()]
+        tensors = shaped(staging, shapes, [out.dtype for out in self.out.values()])
+        found = dict(zip(self.out, tensors, strict=True))
+        if not manager.read_into(self.key, found):
+            raise TierLostError("manager", "is not held", self.key)
+        return found
+
+
+def buffer_like(nbytes: int, like: Tensor) -> Tensor:
+    """A flat uint8 buffer where `like` lies."""
+    with torch.inference_mode(False):
+        return empty_pages(nbytes) if like.is_cpu else allocate((nbytes,), like, torch.uint8)
+
+
+def shaped(buffer: Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Tensors of these shapes and types in a flat buffer, one behind the other."""
+    tensors, start = [], 0
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        stop = start + prod(shape) * dtype.itemsize
+        tensors.append(buffer[start:stop].view(dtype).view(tuple(shape)))
+        start = -(-stop // ALIGNMENT) * ALIGNMENT
+    return tensors
+
+
+def shaped_bytes(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> int:
+    """Bytes that `shaped` needs."""
+    sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def read_all(manager: TierManager, readings: Sequence[Reading], staging: Tensor) -> None:
+    """Read blocks one after the other, through `staging` where they cannot be read in place.
 
     Raises:
         TierError: one of them is lost, or cannot be read now.
     """
     with torch.inference_mode(False), torch.no_grad():
         for reading in readings:
-            reading.run(manager)
+            reading.run(manager, staging)
 
 
 class WorkingMemory:
-    """One flat buffer that holds the keys and values of one layer at a time.
+    """One flat buffer that holds the keys and values of one layer at a time, and another for one block on its way from a file.
 
     Attributes:
         layer: whose they are, -1 for nobody.
         future: the reading under way, or done ahead of time.
     """
 
-    def __init__(self, nbytes: int, like: Tensor) -> None:
-        self.buffer = allocate((nbytes,), like, torch.uint8)
+    def __init__(self, nbytes: int, staging: int, like: Tensor) -> None:
+        self.buffer = buffer_like(nbytes, like)
+        self.staging = buffer_like(staging, torch.empty(0))
         self.layer = -1
         self.future: Future[None] | None = None
 
-    def shaped(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """Tensors of these shapes and types, one behind the other."""
-        tensors, start = [], 0
-        for shape, dtype in zip(shapes, dtypes, strict=True):
-            stop = start + prod(shape) * dtype.itemsize
-            tensors.append(self.buffer[start:stop].view(dtype).view(tuple(shape)))
-            start = -(-stop // ALIGNMENT) * ALIGNMENT
-        return tensors
-
-    @staticmethod
-    def size(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> int:
-        """Bytes that `shaped` needs."""
-        sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-        return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.buffer.nbytes + self.staging.nbytes
 
     def forget(self) -> None:
         """Nobody's from now on; returns when nothing is read into it any more."""
