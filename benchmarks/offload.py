@@ -4,14 +4,16 @@
     python benchmarks/offload.py --only speed --near 0.25 0.6 --policies tokenselect quest
     python benchmarks/offload.py --only memory
 
-JSON lines. *speed*: SmolLM2-135M (`--model`) decodes greedily over a context of `--tokens` slots, once with and once without offload, in turn,
-token by token, on the same tokens; every step's logits are compared bit for bit before it counts. The context is a text of 2,048 tokens that
-the model has read, its keys and values repeated (with positions="reindex" keys are stored before rotation, so a repeated text is what they
+JSON lines. *speed*: SmolLM2-135M (`--model`) decodes greedily over a context of `--tokens` slots, with and without offload in turn,
+token by token, on the same tokens; every step's logits are compared bit for bit before it counts. The context is a text of 2,048 tokens
+that the model has read, its keys and values repeated (with positions="reindex" keys are stored before rotation, so a repeated text is what they
 are). The near tier is a share of all keys and values, the rest lies on disk; files are not dropped from the page cache, which is stated.
 Figures are medians of wall time and of the process's CPU time, background threads included, and the ratio without / with offload.
 
 *memory*: in a process of its own, a random model of 32 layers reads and continues a context whose keys and values are 4 times the limit.
-Reported is what the process's peak resident memory is above that of the same run with a cache that keeps 64 tokens.
+Reported is what the process's peak resident memory is above that of the same run with a cache that keeps 64 tokens, once with the C
+library's allocator as it is, whose heap keeps memory that the model's activations freed (the model's own peak differs by 100 MB from run to
+run), and once with MALLOC_MMAP_THRESHOLD_=65536, so that what is freed is returned.
 """
 
 from __future__ import annotations
@@ -73,7 +75,13 @@ def speed(arguments: argparse.Namespace) -> None:
 
 
 def compare(
-    model: Any, policy: Policy, name: str, read: list[tuple[Tensor, Tensor]], ids: Tensor, near: float, arguments: argparse.Namespace
+    model: Any,
+    policy: Policy,
+    name: str,
+    read: list[tuple[Tensor, Tensor]],
+    ids: Tensor,
+    near: float,
+    arguments: argparse.Namespace,
 ) -> None:
     """Steps without and with offload, in turn."""
     copies = arguments.tokens // read[0][0].shape[2]
@@ -99,7 +107,8 @@ def compare(
                 token = logits[0][:, -1:].argmax(dim=-1)
         report = tiered.report()
         row: dict[str, Any] = {
-            "benchmark": "speed", "policy": name, "tokens": arguments.tokens, "kv_bytes": full, "near_share": near, "block": arguments.block,
+            "benchmark": "speed", "policy": name, "tokens": arguments.tokens, "kv_bytes": full, "near_share": near,
+            "block": arguments.block,
             "prefetch": arguments.prefetch, "steps": arguments.steps, "logits": "equal bit for bit", "page_cache": "not dropped",
             "selections": report.selections, "selections_reused": report.selections_reused, "load": os.getloadavg()[0],
         }  # fmt: skip
@@ -130,7 +139,11 @@ def memory_child(tokens: int, limit: int) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for kind in ("own", "own", "offload"):
             tiers = Offload(host=limit, disk=folder, block=64)
-            cache = PolicyCache(model, StreamingLLM(budget=64)) if kind == "own" else PolicyCache(model, "full", offload=tiers)
+            cache = (
+                PolicyCache(model, StreamingLLM(budget=64))
+                if kind == "own"
+                else PolicyCache(model, "full", offload=tiers)
+            )
             Path("/proc/self/clear_refs").write_text("5")
             for piece in ids.split([tokens - 16, *[1] * 16], dim=1):
                 model(piece, past_key_values=cache, logits_to_keep=1)
@@ -141,10 +154,19 @@ def memory_child(tokens: int, limit: int) -> None:
         raise SystemExit("nothing was offloaded")
     above = peaks[2] - peaks[1]
     row = {
-        "benchmark": "memory", "tokens": tokens, "kv_bytes": report.full_nbytes, "limit": limit, "times_the_limit": report.full_nbytes / limit,
-        "peak_own": peaks[1], "peak_with_offload": peaks[2], "above_own": above, "above_own_over_limit": round(above / limit, 3),
-        "near_peak_accounted": report.tiers[0].peak_nbytes, "disk_peak": report.tiers[1].peak_nbytes,
-    }  # fmt: skip
+        "benchmark": "memory",
+        "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
+        "tokens": tokens,
+        "kv_bytes": report.full_nbytes,
+        "limit": limit,
+        "times_the_limit": report.full_nbytes / limit,
+        "peak_own": peaks[1],
+        "peak_with_offload": peaks[2],
+        "above_own": above,
+        "above_own_over_limit": round(above / limit, 3),
+        "near_peak_accounted": report.tiers[0].peak_nbytes,
+        "disk_peak": report.tiers[1].peak_nbytes,
+    }
     print(json.dumps(row), flush=True)
 
 
@@ -154,7 +176,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=32_768, help="slots of the context, a multiple of 2048")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
-    parser.add_argument("--near", type=float, nargs="+", default=[0.25], help="share of the keys and values that the near tier may hold")
+    parser.add_argument(
+        "--near", type=float, nargs="+", default=[0.25], help="share of the keys and values that the near tier may hold"
+    )
     parser.add_argument("--block", type=int, default=1024)
     parser.add_argument("--prefetch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=16)
@@ -171,8 +195,17 @@ def main() -> None:
     if arguments.only != "memory":
         speed(arguments)
     if arguments.only != "speed":
-        command = [sys.executable, __file__, "--child", "--limit", str(arguments.limit), "--threads", str(arguments.threads)]
-        subprocess.run(command, check=True)
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            "--limit",
+            str(arguments.limit),
+            "--threads",
+            str(arguments.threads),
+        ]
+        for threshold in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
+            subprocess.run(command, check=True, env={**os.environ, **threshold})
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ class PolicyLayer(CacheLayerMixin):
         """
         if self.stowage is not None and (self.policy.budget is not None or self.policy.columns):
             raise CacheStateError(
-                f"offload must be None to take tokens back from policy {self.policy.name!r}, which evicts (assisted decoding, prompt lookup)"
+                f"offload must be None to take tokens back from policy {self.policy.name!r}, which evicts (assisted decoding)"
             )
         self.record_past = True
 

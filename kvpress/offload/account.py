@@ -59,7 +59,9 @@ class SharedManager:
         if not last:
             return
         if self.manager.is_own_thread(threading.current_thread()):
-            threading.Thread(target=self.manager.close, name="kvpress-offload-close").start()  # a thread cannot join itself
+            threading.Thread(
+                target=self.manager.close, name="kvpress-offload-close"
+            ).start()  # a thread cannot join itself
         else:
             self.manager.close()
 

@@ -93,12 +93,16 @@ class Attached:
             return
         self._shared.tidy()
         self._give_back_idle()
-        for memory in [each for each in self._memories if each.future is not None and (asking is None or each.layer != asking.layer)]:
+        for memory in [
+            each
+            for each in self._memories
+            if each.future is not None and (asking is None or each.layer != asking.layer)
+        ]:
             if self.account.hold(nbytes):
                 return
             self._give_back(memory)  # read ahead in vain
         others = [other for other in sorted(self._living(), key=lambda each: -each.held) if other is not asking]
-        for give_way in (lambda each: each.cool(), self.lower):
+        for give_way in (self.lower, lambda each: each.cool()):
             for other in others:
                 if self.account.hold(nbytes):
                     return
@@ -223,7 +227,12 @@ class Attached:
         place = order.index(layer)
         for ahead in range(1, min(self.options.prefetch, len(order) - 1) + 1):
             stowage = self._stowage(order[(place + ahead) % len(order)])
-            if stowage is None or not stowage.blocks or stowage.selecting or any(each.layer == stowage.layer for each in self._memories):
+            if (
+                stowage is None
+                or not stowage.blocks
+                or stowage.selecting
+                or any(each.layer == stowage.layer for each in self._memories)
+            ):
                 continue
             if not self.manager.computes_in_host_memory:  # blocks come to the device tier on a stream of their own
                 self.manager.prefetch([key for block in stowage.blocks for key in block.keys])

@@ -49,7 +49,8 @@ class HotSlots:
         """Begin anew with room for `capacity` copies."""
         batch, heads, _ = index.shape
         self.tensors = {
-            name: filled((*each.shape[:2], capacity, each.shape[-1]), 0, each, each.dtype) for name, each in like.items()
+            name: filled((*each.shape[:2], capacity, each.shape[-1]), 0, each, each.dtype)
+            for name, each in like.items()
         }
         self.slot = filled((batch, heads, capacity), -1, index, torch.long)
         self.used = filled((batch, heads, capacity), -1, index, torch.long)
@@ -211,9 +212,9 @@ class StoredSlots:
             block = self._stowage.blocks[number]
             old = rows if block.rows is None else torch.tensor(block.rows, device=rows.device)[rows]
             for name, tensor in self._stowage.block_tensors(self._table, block, names):
-                self._hot.tensors[name][rows, some, goes] = tensor[old.to(tensor.device), some, inside.to(tensor.device)].to(
-                    self.device
-                )
+                self._hot.tensors[name][rows, some, goes] = tensor[
+                    old.to(tensor.device), some, inside.to(tensor.device)
+                ].to(self.device)
 
 
 def _rows(tensor: Tensor, slot: Tensor) -> Tensor:
@@ -225,4 +226,3 @@ def _rows(tensor: Tensor, slot: Tensor) -> Tensor:
     row = torch.arange(batch, device=tensor.device)[:, None, None]
     head = torch.arange(heads, device=tensor.device)[None, :, None]
     return tensor[row, head, slot]
-

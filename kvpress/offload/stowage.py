@@ -10,12 +10,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvpress.memory import allocate, growth, held_bytes
+from kvpress.memory import growth, held_bytes
 from kvpress.offload.attached import Attached
 from kvpress.offload.errors import TierClosedError, TierFullError
 from kvpress.offload.hot_slots import HotSlots, StoredSlots
@@ -142,6 +143,11 @@ class Stowage:
             self._hot = HotSlots()
         return StoredSlots(self, table, self._hot)
 
+    @staticmethod
+    def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
+        """As `kvpress.memory.allocate`, in memory that goes back to the system when it is freed."""
+        return shaped(buffer_like(prod(shape) * like.element_size(), like), [shape], [like.dtype])[0]
+
     # -- verbs of the cache --------------------------------------------------------------------------------------------
 
     def cut(self, table: SlotTable) -> None:
@@ -150,7 +156,11 @@ class Stowage:
         block = self.attached.options.block
         whole = table.count // block
         keys, values = self._new_tail(table, block)
-        read_all(self.attached.manager, self.blocks[whole].readings({"key": keys, "value": values}), self._block_buffer(table))
+        read_all(
+            self.attached.manager,
+            self.blocks[whole].readings({"key": keys, "value": values}),
+            self._block_buffer(table),
+        )
         self._hot = None
         self._drop_from(whole)
         table.keys, table.values, table.base = keys, values, whole * block
@@ -169,8 +179,8 @@ class Stowage:
 
     def gathered(self, table: SlotTable) -> Buffers:
         """All keys and values of `table`, in buffers that are nobody else's and not accounted for."""
-        shapes, dtypes = self._shapes(table, table.count)
-        keys, values = (allocate(shape, table.keys, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        shapes, _ = self._shapes(table, table.count)
+        keys, values = self.allocate(shapes[0], table.keys), self.allocate(shapes[1], table.values)
         read_all(self.attached.manager, self._readings((keys, values)), self._block_buffer(table))
         for whole, tail in ((keys, table.keys), (values, table.values)):
             whole[:, :, table.base :] = tail[:, :, : table.count - table.base]
@@ -189,7 +199,12 @@ class Stowage:
     def __deepcopy__(self, memo: dict[int, Any]) -> Stowage:
         attached = memo.get(id(self.attached)) or self.attached.__deepcopy__(memo)
         copied = memo[id(self)] = Stowage(attached, self.layer, self.apart)
-        copied.blocks, copied.held, copied._serial, copied._beside = list(self.blocks), self.held, self._serial, self._beside
+        copied.blocks, copied.held, copied._serial, copied._beside = (
+            list(self.blocks),
+            self.held,
+            self._serial,
+            self._beside,
+        )
         return copied
 
     # -- what selected slots ask for -----------------------------------------------------------------------------------
@@ -213,7 +228,10 @@ class Stowage:
         """The tensors `names` of a block as they were written; valid until the next is asked for."""
         manager = self.attached.manager
         shapes, dtypes = self._shapes(table, self.attached.options.block)
-        like = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)}
+        like = {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)
+        }
         for reading in block.readings({name: like[name] for name in names}):
             if manager.tiers_of(reading.key)[:1] == ["disk"]:  # bringing it near would cost another block its place
                 found = reading.staged(manager, self._borrow(table, 0, again=True).staging)
@@ -316,8 +334,7 @@ class Stowage:
         """
         shapes, dtypes = self._shapes(table, slots)
         self._hold_more(shaped_bytes(shapes, dtypes))
-        keys, values = (allocate(shape, table.keys, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-        return keys, values
+        return self.allocate(shapes[0], table.keys), self.allocate(shapes[1], table.values)
 
     def _leave_working_memory(self) -> None:
         self._fetched = self._tail = None

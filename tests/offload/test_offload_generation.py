@@ -10,7 +10,7 @@ from kvpress.offload import Offload
 from kvpress.offload.hot_slots import HotSlots
 from kvpress.offload.stowage import Stowage
 from kvpress.offload.working import StoredBlock
-from kvpress.policies import AdaKV, Full, H2O, KNorm, Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect
+from kvpress.policies import H2O, AdaKV, Full, KNorm, Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect
 from kvpress.testing.families import random_tokens, tiny_model
 from kvpress.testing.generation import WAYS
 
@@ -28,7 +28,10 @@ EVICTING = {
     "snapkv": SnapKV(budget=26, window=4),
     "h2o": H2O(budget=26),
     "adakv": AdaKV(budget=26, window=4),
-    "knorm and tokenselect": [KNorm(budget=26), TokenSelect(top_k=4, sinks=2, local=6, chunk=6, tail=2, positions="keep")],
+    "knorm and tokenselect": [
+        KNorm(budget=26),
+        TokenSelect(top_k=4, sinks=2, local=6, chunk=6, tail=2, positions="keep"),
+    ],
 }
 WITHOUT = {}  # outcomes without offload
 FOLDERS = itertools.count()
@@ -96,7 +99,10 @@ def test_a_near_tier_that_is_too_small_gives_the_same_logits(offloaded, name, wa
     assert 0 < tiers["host"].peak_bytes <= host
 
 
-@pytest.mark.parametrize(("name", "way"), zip(list(zip(EVICTING, ("padded_batch", "chunks_of_3", "beams", "turns", "branches", "turns"), strict=True)))
+WAYS_OF_EVICTING = ("padded_batch", "chunks_of_3", "beams", "turns", "branches", "turns")
+
+
+@pytest.mark.parametrize(("name", "way"), list(zip(EVICTING, WAYS_OF_EVICTING, strict=True)))
 def test_an_evicting_policy_goes_through_the_tiers_until_its_table_is_steady(offloaded, name, way):
     outcome, tiers = offloaded(way, EVICTING[name])
     assert differences(outcome, without(name, way, EVICTING[name])) == 0

@@ -8,7 +8,15 @@ import torch
 
 from kvpress import PolicyCache
 from kvpress.errors import CacheStateError, UnsupportedModelError
-from kvpress.offload import Offload, TierClosedError, TierCorruptError, TierError, TierFullError, TierLostError, TierReadError
+from kvpress.offload import (
+    Offload,
+    TierClosedError,
+    TierCorruptError,
+    TierError,
+    TierFullError,
+    TierLostError,
+    TierReadError,
+)
 from kvpress.offload import attached as attachment
 from kvpress.offload.manager import TierManager
 from kvpress.policies import Full, Quest, SnapKV, TokenSelect
