@@ -55,12 +55,12 @@ class PolicyCache(Cache):
         config = model.config.get_text_config(decoder=True)
         layers = make_layers(config, policies, model)
         if offload is not None:
-            self.offload = attach(layers, offload, model.device)
+            self.tiers = attach(layers, offload, model.device)
         if config._attn_implementation != NAME:
             use_our_attention(model, config)
         self._fill(config, policies, layers)
 
-    offload: Attached | None = None  # the tiers
+    tiers: Attached | None = None  # with offload
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, policy: PolicyChoice, **parameters: Any) -> Self:
@@ -202,7 +202,7 @@ class PolicyCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the storages really held in memory, all layers; with offload also working memory and blocks in the memory tiers."""
-        tiers = 0 if self.offload is None else self.offload.nbytes
+        tiers = 0 if self.tiers is None else self.tiers.nbytes
         return tiers + held_bytes(tensor for layer in self.layers for tensor in _tensors(layer))
 
     @property
@@ -262,13 +262,14 @@ class PolicyCache(Cache):
 
     def close(self) -> None:
         """Empty the cache and, with offload, free its tiers: threads, memory and files. It serves no forward any more then."""
-        self.reset()
-        if self.offload is not None:
-            self.offload.close()
+        for layer in self.layers:
+            layer.reset()
+        if self.tiers is not None:
+            self.tiers.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PolicyCache:
-        if self.offload is not None:
-            memo[id(self.offload)] = self.offload.fork()
+        if self.tiers is not None:
+            memo[id(self.tiers)] = self.tiers.fork()
         memo[id(self.config)] = self.config  # the model's own, whose attention implementation is watched
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied

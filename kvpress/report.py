@@ -144,7 +144,7 @@ def make_report(cache: PolicyCache) -> CacheReport:
 
 
 def _tiers(cache: PolicyCache) -> tuple[TierReport, ...]:
-    if cache.offload is None:
+    if cache.tiers is None:
         return ()
     return tuple(
         TierReport(
@@ -160,7 +160,7 @@ def _tiers(cache: PolicyCache) -> tuple[TierReport, ...]:
             stall_seconds=found.stall_seconds,
             failures=found.failures,
         )
-        for name, found in cache.offload.statistics().items()
+        for name, found in cache.tiers.statistics().items()
     )
 
 

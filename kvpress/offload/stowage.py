@@ -314,7 +314,8 @@ class Stowage:
         size = self.attached.options.block
         first = number * size - table.base
         tensors = {"key": table.keys[:, :, first : first + size], "value": table.values[:, :, first : first + size]}
-        manager, parts = self.attached.manager, []
+        manager = self.attached.manager
+        parts: list[tuple[tuple[str, ...], BlockKey]] = []
         for names in (("key",), ("value",)) if self.apart else (("key", "value"),):
             key = BlockKey(self.attached.name, self.layer, number, self._serial, "+".join(names))
             self._serial += 1

@@ -58,7 +58,7 @@ def offloaded(folder):
             return made[-1]
 
         outcome = WAYS[way](model_of(family), make)
-        return outcome, made[0].offload.statistics()
+        return outcome, made[0].tiers.statistics()
 
     yield run
     for cache in made:
@@ -187,7 +187,7 @@ def test_a_saved_cache_holds_what_lay_in_the_tiers(folder):
         model(ids[:, :-1], past_key_values=cache)
         cache.save(folder / "saved")
         loaded = PolicyCache.load(folder / "saved", model)
-        assert cache.report().tiers[0].blocks > 0 and loaded.offload is None
+        assert cache.report().tiers[0].blocks > 0 and loaded.tiers is None
         outputs = [model(ids[:, -1:], past_key_values=each).logits for each in (cache, loaded)]
     assert torch.equal(*outputs)
     cache.close()

@@ -40,13 +40,13 @@ def test_copies_share_blocks_and_go_their_own_ways(model, folder, policy, host):
     for cache in (plain, first):
         step(model, cache, ids)
     if host is not None:
-        for stowage in first.offload._living():
-            first.offload.lower(stowage)
+        for stowage in first.tiers._living():
+            first.tiers.lower(stowage)
     blocks = sum(tier.blocks for tier in first.report().tiers)
     assert blocks >= 10
     second, other = copy.deepcopy(first), copy.deepcopy(plain)
     assert sum(tier.blocks for tier in first.report().tiers) == blocks, "a copy wrote the blocks again"
-    assert second.offload.name != first.offload.name
+    assert second.tiers.name != first.tiers.name
     for seed in range(6):
         a, b = random_tokens(1, 1, seed=seed), random_tokens(1, 2, seed=seed + 50)
         assert torch.equal(step(model, first, a), step(model, plain, a))
@@ -112,7 +112,7 @@ def test_nothing_is_left_over_many_generations(model, folder, way):
         )
         model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
         if kept is not None:
-            kept.offload.lower(kept.policy_layers[0].stowage)
+            kept.tiers.lower(kept.policy_layers[0].stowage)
         below += cache.report().tiers[-1].bytes_in
         reference = weakref.ref(cache)
         if way == "close":

@@ -72,7 +72,7 @@ def test_no_limit_is_overrun_for_a_moment(model, folder, monkeypatch):
     """Counted are all tensors the offload makes, as they are made."""
     limit = 240 * TOKENS // 4
     cache = PolicyCache(model, "full", offload=Offload(host=limit, disk=folder, block=8))
-    tier = cache.offload.manager.near
+    tier = cache.tiers.manager.near
     largest, take = [0], tier.ledger.reserve
 
     def reserve(nbytes):
