@@ -111,6 +111,7 @@ class Stowage:
             return
         self._beside = held_bytes(beside)
         if table.base and table.count - table.base < self.attached.options.block:
+            self.attached.release(self.layer)
             self._settle(table)
         elif table.base or (self._fetched is not None and table.keys is self._fetched):
             self._put_away(table)
