@@ -46,6 +46,7 @@ class Keyformer(EvictionPolicy):
     name: ClassVar[str] = "keyformer"
     summary: ClassVar[str] = "the last tokens and those with the most attention under noise"
     paper: ClassVar[str] = "arXiv 2403.09054"
+    fails: ClassVar[str] = "as H2O; the noise costs accuracy at budgets that H2O just manages"
     needs: ClassVar[str] = "all queries"
     needs_queries: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("attention",)
@@ -76,6 +77,15 @@ class Keyformer(EvictionPolicy):
         known = getattr(configuration, "max_new_tokens", None)
         return self if self.steps is not None or not known else replace(self, steps=known)
 
+    @property
+    def plain(self) -> bool:
+        """Neither noise nor temperature: scores are the model's own attention weights, as in H2O."""
+        return self.noise is None and self.tau_init == self.tau_end == 1
+
+    @property
+    def weights_reduction(self) -> str | None:
+        return "mean" if self.plain else None
+
     def protected_window(self, budget: int) -> int:
         return share_of(self.recent, budget)
 
@@ -104,6 +114,8 @@ class Keyformer(EvictionPolicy):
     def _mass(
         self, observation: Observation, rows: int, temperature: float, row_weights: Tensor | None = None
     ) -> Tensor:
+        if self.plain and row_weights is None:
+            return observation.grouped_mass(rows, "mean")
         return observation.grouped_mass(
             rows,
             "mean",

@@ -28,11 +28,14 @@ class Random(EvictionPolicy):
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "a seeded random set"
     paper: ClassVar[str] = "none: the floor for comparisons"
+    fails: ClassVar[str] = "every question about something particular; it is a floor, not a choice"
 
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_integer(self.name, "seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed of {self.name} must be below 2^63, got {self.seed}")
         super().__post_init__()
 
     def score(self, observation: Observation) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvpress.errors import CacheStateError
 from kvpress.memory import growth, held_bytes
 from kvpress.offload.attached import Attached
 from kvpress.offload.errors import TierClosedError, TierFullError
@@ -53,6 +54,7 @@ class Stowage:
         self._tail: Buffers | None = None  # set aside while the table is in working memory
         self._fetched: Tensor | None = None  # the keys in working memory
         self._ahead: Buffers | None = None  # into which the next forward's blocks are read
+        self._broken = False  # putting away broke off
         self._beside = 0  # bytes of what the layer holds beside its table
         self._hot: HotSlots | None = None
         self._table: weakref.ref[SlotTable] | None = None
@@ -64,7 +66,7 @@ class Stowage:
         self.attached.release(self.layer)
         self._drop_from(0)
         self._tail = self._fetched = self._hot = None
-        self._beside, self.selecting = 0, False
+        self._beside, self.selecting, self._broken = 0, False, False
         self.attached.account.release(self.held)
         self.held = 0
         self.bind(table)
@@ -81,7 +83,12 @@ class Stowage:
 
         Raises:
             TierError: a block is lost or cannot be read, or there is no room for working memory.
+            CacheStateError: the end of an earlier forward broke off.
         """
+        if self._broken:
+            raise CacheStateError(
+                f"layer {self.layer}: an earlier forward could not be put away. Call cache.reset() and start again"
+            )
         if (self.selecting and table.base) or self._is_near(table, tokens):
             return
         buffers = self._read_ahead(table, tokens)
@@ -110,6 +117,11 @@ class Stowage:
         if table.is_empty:
             return
         self._beside = held_bytes(beside)
+        self._broken = True  # until all is put away
+        self._stow(table)
+        self._broken = False
+
+    def _stow(self, table: SlotTable) -> None:
         if table.base and table.count - table.base < self.attached.options.block:
             self.attached.release(self.layer)
             self._settle(table)
