@@ -70,6 +70,9 @@ class TidalSelector(Selector):
         self.shared = shared
         self.hits = self.misses = 0
 
+    def narrows(self, slots: int) -> bool:
+        return not self.dense and not self.chooses and slots > self.top_k
+
     def select(self, view: SlotView) -> Tensor | None:
         if self.dense or not view.decoding or view.keys.shape[2] <= self.top_k:
             return None
