@@ -275,9 +275,8 @@ def layer_nbytes(layer: Any) -> int:
 def _tensors(layer: Any) -> list[Tensor]:
     """Every tensor that a layer holds."""
     if isinstance(layer, PolicyLayer):
-        recent = () if layer.recent is None else layer.recent.tensors()
         selected = [] if layer.selector is None else layer.selector.tensors()
-        return [tensor for tensor in (*layer.table.tensors(), *recent, *selected) if tensor is not None]
+        return [tensor for tensor in (*layer.table.tensors(), *layer.keeper.tensors(), *selected) if tensor is not None]
     found: list[Tensor] = []
     for value in vars(layer).values():
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpress.errors import CacheStateError
-from kvpress.eviction import ranked, strongest, survivors
 from kvpress.forward import Forward
+from kvpress.keeper import Keeper
 from kvpress.kernels.attention import attend, attend_with_weights
-from kvpress.kernels.eviction import weakest
 from kvpress.masks import LogicalLength
-from kvpress.memory import held_bytes
-from kvpress.observation import AttentionArguments, Observation
-from kvpress.policies.budget import layer_budgets
+from kvpress.observation import AttentionArguments
 from kvpress.reading import Reader
-from kvpress.recent_queries import RecentQueries
 from kvpress.rope import Rotation
 from kvpress.slots import SlotTable
 from kvpress.token_ids import TokenIds
@@ -71,21 +65,17 @@ class PolicyLayer(CacheLayerMixin):
         self.expands_keys = expands_keys
         self.reader = reader
         self.token_ids = token_ids
-        self.budget = None if policy.budget is None else layer_budgets(policy.budget, ordinal, layers)
+        self.keeper = Keeper(policy, layer_idx, ordinal, layers, expands_keys=expands_keys, reader=reader)
         self.attended = True  # our attention function follows every update
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the parameters."""
         self.table = SlotTable(self.policy.columns)
-        self.recent = RecentQueries(self.policy.recent_queries) if self.policy.recent_queries else None
-        self.decoded = 0  # tokens since the last prompt
+        self.keeper.reset(self.table)
         self.is_initialized = False
         self.seen = 0
-        self.evictions = 0  # tokens that left the KV head that lost most
         self.seen_rows: tuple[int, ...] = ()  # real tokens of each batch row
-        self.prompt_rows: tuple[int, ...] = ()  # those among them that came in prompts
-        self.budgets: numpy.ndarray | None = None  # tokens to keep, [batch, kv_heads]
         self.record_past = False
         self.forward: Forward | None = None  # appended, not yet attended to
         self._waiting: tuple[Forward, Tensor | None, Tensor, AttentionArguments] | None = None  # for `crop`
@@ -143,7 +133,7 @@ class PolicyLayer(CacheLayerMixin):
         batch, _, rows, _ = key_states.shape
         ids = None if self.token_ids is None else self.token_ids.read(batch, rows).to(key_states.device)
         if not self.is_initialized:
-            self.seen_rows = self.prompt_rows = (0,) * batch
+            self.seen_rows = (0,) * batch
             self.is_initialized = True
         elif batch != len(self.seen_rows):
             raise ValueError(f"batch size must stay {len(self.seen_rows)}, the cache's, got {batch}")
@@ -166,11 +156,7 @@ class PolicyLayer(CacheLayerMixin):
         if forward is None:
             return
         self.place(forward, mask, keys.device)
-        if self.policy.needs_queries:
-            self.prompt_rows = self.seen_rows
-            self.table.settle()
-        else:
-            self._evict(forward, None, self.table.dense()[0], AttentionArguments(1.0))
+        self.keeper.adopt(forward)
 
     @property
     def full_nbytes(self) -> int:
@@ -194,7 +180,7 @@ class PolicyLayer(CacheLayerMixin):
         if self._waiting is not None:
             self._crop_waiting(removed)
         elif removed:
-            if self.evictions or self.table.column_names or self.recent is not None:
+            if self.keeper.evictions or self.table.column_names or self.keeper.recent is not None:
                 raise CacheStateError(
                     f"crop({tokens_to_remove}) would need evicted tokens or earlier scores back: call activate_past_recording() "
                     "before the forward that may be taken back"
@@ -213,14 +199,11 @@ class PolicyLayer(CacheLayerMixin):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().view(-1)
         self.table.select_batch(indices)
-        if self.recent is not None:
-            self.recent.select_batch(indices)
         if self.selector is not None:
             self.selector.select_batch(indices)
         rows = indices.tolist()
         self.seen_rows = tuple(self.seen_rows[row] for row in rows)
-        self.prompt_rows = tuple(self.prompt_rows[row] for row in rows)
-        self.budgets = None if self.budgets is None else self.budgets[rows]
+        self.keeper.select_batch(indices, rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row `repeats` times."""
@@ -233,11 +216,7 @@ class PolicyLayer(CacheLayerMixin):
             "table": self.table.state(),
             "seen": self.seen,
             "seen_rows": self.seen_rows,
-            "prompt_rows": self.prompt_rows,
-            "budgets": self.budgets,
-            "evictions": self.evictions,
-            "decoded": self.decoded,
-            "recent": None if self.recent is None else self.recent.state(),
+            **self.keeper.state(),
             "record_past": self.record_past,
             "selection": None if self.selector is None else self.selector.state(),
         }
@@ -247,10 +226,9 @@ class PolicyLayer(CacheLayerMixin):
         self.reset()
         self.table.load_state(state["table"])
         self.is_initialized = True
-        for name in ("seen", "seen_rows", "prompt_rows", "budgets", "evictions", "decoded", "record_past"):
+        for name in ("seen", "seen_rows", "record_past"):
             setattr(self, name, state[name])
-        if self.recent is not None:
-            self.recent.load_state(state["recent"])
+        self.keeper.load_state(state)
         if self.selector is not None:
             self.selector.load_state(state["selection"])
 
@@ -336,158 +314,16 @@ class PolicyLayer(CacheLayerMixin):
         self.forward = None
         if self.ordinal == self.layers - 1:
             self.clock.clear()
-        if self.record_past and (self.budget is not None or self.policy.columns):
+        if self.record_past and (self.policy.budget is not None or self.policy.columns):
             self._waiting = (forward, None if query is None else query.detach(), keys.detach(), arguments)
         else:
-            self._evict(forward, query, keys, arguments)
+            self.keeper.keep(forward, query, keys, arguments)
 
     def commit(self) -> None:
         """End a forward that waited for a `crop` which did not come."""
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
-            self._evict(*waiting)
-
-    @torch.no_grad()  # a model called with gradients must not keep its graphs alive in the columns
-    def _evict(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
-        table, tokens = self.table, forward.placed
-        prompt = self.budgets is None or (forward.rows > 1 and not self.record_past)
-        self.decoded = 0 if prompt else self.decoded + forward.rows
-        if prompt:
-            self.prompt_rows = tuple(past + new for past, new in zip(self.prompt_rows, tokens.counts, strict=True))
-        if self.budget is None and not self.policy.columns:
-            self.budgets = table.held
-            table.settle()
-            return
-        observation = self._observation(forward, query, keys, arguments)
-        if self.recent is not None and query is not None:
-            self.recent.push(query, observation.key_heads, tokens.positions)
-        if self.policy.columns:
-            self.policy.observe(observation)
-        if prompt or self.budgets is None:
-            self.budgets = self._allocate(observation)
-            unlimited = self.budget is None or self.policy.recounts
-            table.limit = None if unlimited else int(self.budgets.max()) + self.policy.interval
-        if table.spare is not None and self.policy.interval == 1:
-            sinks, first_recent = self._protected(observation, self.budgets)
-            lengths = None if table.rows is None else table.rows.lengths
-            scores = self.policy.score(observation).float()
-            slot = weakest(scores, table.positions, sinks=sinks, first_recent=first_recent, lengths=lengths)
-            table.retire(slot[..., None])
-            self.evictions += 1
-        else:
-            self._evict_many(observation, self.budgets)
-
-    def _evict_many(self, observation: Observation, budgets: numpy.ndarray) -> None:
-        """Cut the heads that hold more than `interval - 1` tokens above their budget back to it."""
-        table, slack = self.table, self.policy.interval - 1
-        over = table.held > budgets + slack
-        if over.any() and self.policy.recounts:
-            budgets = self.budgets = self._allocate(observation)
-            over = table.held > budgets + slack
-        if not over.any():
-            if table.spare is None:
-                table.settle()
-            else:
-                table.spare = table.empty_slot()
-            return
-        scores = self._ranked(observation, budgets)
-        counts = numpy.where(over, numpy.minimum(budgets, table.held), table.held)
-        goes = self.policy.discards(observation)
-        if goes is not None:
-            goes = goes & torch.from_numpy(over).to(scores.device)[..., None] & (scores < torch.inf)
-            scores = scores.masked_fill(goes, -torch.inf)
-            counts = numpy.minimum(counts, (scores > -torch.inf).sum(dim=-1).cpu().numpy())
-        self.evictions += int((table.held - counts).max())
-        if table.spare is not None:
-            table.vacate(strongest(scores, table.positions, counts), counts)
-            if self.selector is not None:
-                self.selector.vacate()
-            return
-        if self.selector is not None:
-            self.selector.rearrange()
-        if goes is None and budgets.min() != budgets.max():
-            table.keep_ragged(survivors(scores, counts), counts, budgets + 1 + slack)
-        else:
-            room = int(budgets.max()) + 1 + slack - int(counts.max())
-            if self.policy.recounts:
-                room = max(room, 2)  # not steady: the next count may ask for more slots
-            table.keep(survivors(scores, counts), counts, room)
-
-    def _ranked(self, observation: Observation, budgets: numpy.ndarray) -> Tensor:
-        return ranked(self.policy.score(observation), observation.positions, *self._protected(observation, budgets))
-
-    def _protected(self, observation: Observation, budgets: numpy.ndarray) -> tuple[int | Tensor, int | Tensor]:
-        """Positions below the first and from the second on are protected: sinks, and the window of recent tokens."""
-        sinks: int | Tensor
-        window: int | Tensor
-        if budgets.min() == budgets.max():
-            budget = int(budgets.flat[0])
-            sinks = min(self.policy.protected_sinks, budget - 1)
-            window = min(self.policy.protected_window(budget), budget - sinks)
-        else:
-            windows = numpy.vectorize(self.policy.protected_window, otypes=[numpy.int64])(budgets)
-            limits = numpy.stack([budgets, windows])[..., None]
-            per_head, own = torch.from_numpy(limits).to(observation.positions.device)
-            sinks = (per_head - 1).clamp(max=self.policy.protected_sinks)
-            window = torch.minimum(per_head - sinks, own)
-        return sinks, observation.newest - window + 1
-
-    def _allocate(self, observation: Observation) -> numpy.ndarray:
-        """`[batch, kv_heads]` tokens to keep."""
-        batch, kv_heads = observation.positions.shape[:2]
-        if self.budget is None:
-            return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
-        cost = self.layers * self.table.bytes_per_token
-        recent = 0 if self.recent is None else held_bytes(self.recent.tensors())
-        fixed = self.layers * (self.table.fixed_bytes + recent)
-        given = [budget.resolve(self.prompt_rows, cost, fixed, spare=self.policy.interval) for budget in self.budget]
-        if len(given) > 1 and len(given) != kv_heads:
-            raise ValueError(
-                f"budget of {self.policy.name} must have an entry for each of {kv_heads} KV heads in layer {self.layer_idx}, "
-                f"got {len(given)}"
-            )
-        rows: Sequence[Any]
-        rows = self.policy.allocate(observation, given[0]) if len(given) == 1 else list(zip(*given, strict=True))
-        per_head = [numpy.broadcast_to(row, kv_heads) for row in rows]
-        return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
-
-    def _observation(
-        self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments
-    ) -> Observation:
-        table, tokens = self.table, forward.placed
-        layout: dict[str, Any] = {}
-        visible = forward.visible
-        if table.rows is not None:
-            if self.expands_keys:
-                visible = table.positions
-            else:
-                keys, _, layout = table.flat()
-        if self.rotation is not None and self.policy.needs_queries:  # scores are made at the tokens' own positions
-            stored, layout, visible = table.dense()[0], {}, table.positions
-            keys = self.rotation.rotate(stored, table.positions)
-        return Observation(
-            layer=self.layer_idx,
-            layers=self.layers,
-            ordinal=self.ordinal,
-            rows=forward.rows,
-            positions=table.positions,
-            columns=table.policy_columns,
-            newest=tokens.newest,
-            seen=tokens.seen,
-            new_keys=forward.new_keys,
-            new_slots=forward.new,
-            query=query,
-            keys=keys,
-            query_positions=tokens.positions,
-            visible=visible,
-            arguments=arguments,
-            weights=forward.weights,
-            weights_reduction=self.policy.weights_reduction,
-            token_ids=forward.token_ids,
-            decoded=self.decoded,
-            recent=self.recent,
-            **layout,
-        )
+            self.keeper.keep(*waiting, taken_back=self.record_past)
 
     # -- taking back ---------------------------------------------------------------------------------------------------
 
@@ -516,7 +352,7 @@ class PolicyLayer(CacheLayerMixin):
             )
             query = None if query is None else query[:, :, :left]
             keys = keys[:, :, : self.table.count]
-        self._evict(forward, query, keys, arguments)
+        self.keeper.keep(forward, query, keys, arguments, taken_back=self.record_past)
 
     def _take_back(self, removed: int) -> None:
         if removed > self.seen:

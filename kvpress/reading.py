@@ -149,6 +149,16 @@ class Reader:
             self._last = (block.positions, index)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
+    def rearrange(self) -> None:
+        """Slots moved."""
+        if self.selector is not None:
+            self.selector.rearrange()
+
+    def vacate(self) -> None:
+        """Slots became empty, the others stand where they stood."""
+        if self.selector is not None:
+            self.selector.vacate()
+
     def reset(self) -> None:
         """Forget what was read, and start the selection anew."""
         self._last = None

@@ -90,7 +90,7 @@ def make_report(cache: PolicyCache) -> CacheReport:
         batch=max(cache.policy_layers[0].batch_size, 0),
         nbytes=cache.nbytes,
         full_nbytes=cache.full_nbytes,
-        evictions=sum(layer.evictions for layer in cache.policy_layers),
+        evictions=sum(layer.keeper.evictions for layer in cache.policy_layers),
         selections=sum(selector.misses for selector in selectors),
         selections_reused=sum(selector.hits for selector in selectors),
         layers=tuple(rows),

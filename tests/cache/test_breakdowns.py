@@ -197,7 +197,7 @@ def test_memory_is_what_is_kept(name):
             per_token = 2 * 64 * 4 + 4 * (
                 1 + len(cache.policies.eviction.columns)
             )  # keys, values, position, named columns
-            rings = [layer.recent for layer in cache.policy_layers if layer.recent is not None]
+            rings = [layer.keeper.recent for layer in cache.policy_layers if layer.keeper.recent is not None]
             recent = sum(held_bytes(ring.tensors()) for ring in rings)  # the last queries, where a policy needs them
             assert kept * per_token <= cache.nbytes <= 1.02 * kept * per_token + recent
             assert cache.full_nbytes == (600 + step) * 2 * 6 * 2 * 64 * 4

@@ -8,16 +8,16 @@ from test_finite_budget import test_padded_row_equals_the_same_prompt_alone as p
 from test_policy_table import test_budgets_hold_at_every_step_and_turn as budgets_hold
 
 import kvpress.eviction
-import kvpress.layer
+import kvpress.keeper
 from kvpress import PolicyCache
-from kvpress.layer import PolicyLayer
+from kvpress.keeper import Keeper
 from kvpress.slots import POSITION, SlotTable
 from kvpress.testing.families import random_tokens, tiny_model
 
 
 def off_by_one_survivors(patch):
     original = kvpress.eviction.survivors
-    patch.setattr(kvpress.layer, "survivors", lambda scores, counts: (original(scores, counts) - 1).clamp(min=0))
+    patch.setattr(kvpress.keeper, "survivors", lambda scores, counts: (original(scores, counts) - 1).clamp(min=0))
 
 
 def positions_one_too_late(patch):
@@ -37,7 +37,7 @@ def padding_is_scored(patch):
     def ranked(scores, positions, sinks, first_recent):
         return original(scores, positions.clamp(min=0), sinks, first_recent)
 
-    patch.setattr(kvpress.layer, "ranked", ranked)
+    patch.setattr(kvpress.keeper, "ranked", ranked)
 
 
 def evicted_token_stays_visible(patch):
@@ -107,8 +107,8 @@ def a_new_token_starts_with_a_score(patch):
 
 
 def budget_is_one_too_large(patch):
-    original = PolicyLayer._allocate
-    patch.setattr(PolicyLayer, "_allocate", lambda self, observation: original(self, observation) + 1)
+    original = Keeper._allocate
+    patch.setattr(Keeper, "_allocate", lambda self, observation: original(self, observation) + 1)
 
 
 def crop_forgets_one_token(patch):

@@ -125,7 +125,7 @@ def test_rows_decoded_at_once_have_their_own_temperatures():
         for step in range(30, 34):
             model(ids[:, step : step + 1], past_key_values=caches[1])
     for own, other in zip(caches[0].policy_layers, caches[1].policy_layers, strict=True):
-        assert own.decoded == other.decoded == 4
+        assert own.keeper.decoded == other.keeper.decoded == 4
         torch.testing.assert_close(
             own.table.policy_columns["attention"], other.table.policy_columns["attention"], rtol=1e-5, atol=1e-6
         )

@@ -90,11 +90,11 @@ def test_the_ring_is_part_of_the_cache(tmp_path):
                 model(token.view(1, 1), past_key_values=held)
     kept = [[held.kept_positions(layer).tolist() for layer in range(2)] for held in (cache, twin, loaded)]
     assert kept[0] == kept[1] == kept[2]
-    ring = cache.policy_layers[0].recent
+    ring = cache.policy_layers[0].keeper.recent
     assert ring.queries.shape == (1, 2, 6, 8)
     assert cache.nbytes > sum(layer.table.nbytes for layer in cache.policy_layers)
     cache.reset()
-    assert cache.policy_layers[0].recent.queries is None
+    assert cache.policy_layers[0].keeper.recent.queries is None
 
 
 def test_a_limit_in_bytes_holds():
