@@ -1,7 +1,8 @@
-"""One forward of a prompt for the caches of many eviction policies.
+"""One forward of a prompt for the caches of many policies.
 
-An eviction policy attends to every token of a prompt that comes in one forward, and evicts at the end of each layer. So what the
-model computes is the same for all of them: one forward serves them all, and each cache holds what it would hold after its own.
+An eviction policy attends to every token of a prompt that comes in one forward, and evicts at the end of each layer; a selection
+policy that selects for decoded tokens alone keeps them all. So what the model computes is the same for all of them: one forward
+serves them all, and each cache holds what it would hold after its own.
 """
 
 from collections.abc import Sequence
@@ -38,13 +39,13 @@ class Prefilled:
 
 
 def can_share(cache: Cache) -> bool:
-    """Whether `cache` reads a prompt of one forward as every other eviction policy does.
+    """Whether `cache` reads a prompt of one forward as a full cache does.
 
-    Not so where a policy selects what is attended to or re-indexes positions, and where some layers are not compressed.
+    Not so where a policy selects for prompts or re-indexes positions, and where some layers are not compressed.
     """
     return (
         isinstance(cache, PolicyCache)
-        and cache.policies.selection is None
+        and (cache.policies.selection is None or not cache.policies.selection.selects_for_prompts)
         and not cache.policies.reindex
         and all(isinstance(layer, PolicyLayer) for layer in cache.layers)
     )
@@ -61,7 +62,7 @@ def prefill_together(model: PreTrainedModel, caches: Sequence[Cache], ids: Seque
         raise ValueError(f"ids must hold at least 2 tokens, not {len(ids)}")
     for cache in caches:
         if not can_share(cache) or cache.get_seq_length():
-            raise ValueError(f"caches must be empty caches of eviction policies, got {cache!r}")
+            raise ValueError(f"caches must be empty, and attend to all of a prompt, got {cache!r}")
     followers = cast(Sequence[PolicyCache], caches)
     lead = _Lead(model, followers)
     batch = torch.tensor([ids], device=model.device)
@@ -87,7 +88,10 @@ class _Lead(PolicyCache):
 
 
 class _LeadLayer(PolicyLayer):
-    """A layer whose forward is also that of its followers: they are told every step of it, and do none of its attention."""
+    """A layer whose forward is also that of its followers: they are told every step of it.
+
+    They do none of its attention, but where a selection learns from it.
+    """
 
     def __init__(self, layer: PolicyLayer, followers: Sequence[PolicyLayer]) -> None:
         super().__init__(
@@ -108,6 +112,17 @@ class _LeadLayer(PolicyLayer):
         for follower in self.followers:
             follower.place(_running(follower), mask, device, ids)
         return super().place(forward, mask, device, ids)
+
+    def attend(
+        self, forward: Forward, query: Tensor, keys: Tensor, values: Tensor, arguments: AttentionArguments
+    ) -> Tensor:
+        """Attention over all tokens."""
+        for row, follower in enumerate(self.followers):
+            if follower.reader is not None:
+                start = now(keys.device)
+                follower.attend(_running(follower), query, keys, values, arguments)
+                self.seconds[row] += now(keys.device) - start
+        return super().attend(forward, query, keys, values, arguments)
 
     def finish(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         """Every follower observes and evicts as at the end of its own forward."""

@@ -81,6 +81,31 @@ def test_every_policy_ends_as_after_its_own_prefill(family, ids):
     assert len({logits.sum().item() for logits in after.values()}) >= len(EVICTING) - 1  # and they are not one policy
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("quest", {"top_k": 8, "page_size": 4, "skip_layers": 0}),
+        ("tidaldecode", {"top_k": 8, "dense_layers": 0, "reselect_layer": 1}),
+    ],
+)
+def test_selections_for_decoded_tokens_share_too(name, options, ids):
+    model = tiny_model("llama")
+    prompt, later = ids[:, :PROMPT], ids[:, PROMPT:]
+    shared, own = (PolicyCache(model, name, **options) for _ in range(2))
+    prefilled = prefill_together(model, [PolicyCache(model, "knorm", budget=10), shared], prompt[0].tolist())
+    with torch.no_grad():
+        logits = model(prompt, past_key_values=own, logits_to_keep=1).logits[0, -1]
+    assert torch.equal(prefilled.logits, logits)
+    for layer, expected in zip(shared.layers, own.layers, strict=True):
+        found, wanted = dict(tensors(layer.state())), dict(tensors(expected.state()))
+        assert found.keys() == wanted.keys() and layer.selector is not None
+        assert all(torch.equal(found[place], tensor) for place, tensor in wanted.items())
+    dense = follow(model, PolicyCache(model, "full"), torch.cat([prompt, later], dim=1))[:, PROMPT:]
+    assert torch.equal(found_logits := follow(model, shared, later), follow(model, own, later))
+    assert not torch.allclose(found_logits, dense)  # tokens were left out
+    assert torch.equal(shared.selected_positions(1), own.selected_positions(1))
+
+
 def test_caches_hold_nothing_of_each_other(ids):
     model = tiny_model("llama")
     caches = [PolicyCache(model, "full"), PolicyCache(model, "knorm", budget=10), PolicyCache(model, "full")]
@@ -113,17 +138,17 @@ def test_sabotage_a_policy_that_observes_too_late_is_noticed(ids, monkeypatch):
 def test_what_cannot_share(ids):
     llama, gemma = tiny_model("llama"), tiny_model("gemma3")
     for cache in (
-        PolicyCache(llama, "quest", top_k=16),
+        PolicyCache(llama, "tokenselect", top_k=16),
         PolicyCache(llama, "streaming_llm", budget=10, positions="reindex"),
         PolicyCache(gemma, "snapkv", budget=40),
         FULL.make_cache(llama),
     ):
         assert not can_share(cache)
-        with pytest.raises(ValueError, match="caches must be empty caches of eviction policies"):
+        with pytest.raises(ValueError, match="caches must be empty, and attend to all of a prompt"):
             prefill_together(llama, [cache], [1, 2, 3])
     used = PolicyCache(llama, "knorm", budget=10)
     prefill_together(llama, [used], [1, 2, 3])
-    with pytest.raises(ValueError, match="caches must be empty"):
+    with pytest.raises(ValueError, match="caches must be empty,"):
         prefill_together(llama, [used], [1, 2, 3])
     with pytest.raises(ValueError, match="ids must hold at least 2 tokens, not 1"):
         prefill_together(llama, [PolicyCache(llama, "knorm", budget=10)], [1])
