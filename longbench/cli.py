@@ -405,9 +405,15 @@ def perplexity(
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, or of several runs.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Left out: report/ inside the folder.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown and write nothing.")] = False,
 ) -> None:
     """One self-contained HTML page, and its figures as PNG files."""
     with _refusals():
+        if markdown:
+            from .report.markdown import markdown_tables
+
+            typer.echo(markdown_tables(folder))
+            return
         from .report import make_report
 
         page = make_report(folder, output)
