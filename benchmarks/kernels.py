@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from kvpress.kernels.attention import attend, attend_with_weights
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.compaction import compact
-from kvpress.kernels.eviction import overwrite, weakest
+from kvpress.kernels.eviction import RowWriter, weakest
 from kvpress.kernels.head_vote import head_vote, top_slots
 from kvpress.kernels.pages import page_bounds, page_scores
 from kvpress.kernels.rotation import rotate
@@ -255,12 +255,14 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
         check=gate(rotate, turned, *tables),
     )
     few, place = keys[:, :, :SELECTED].clone(), positions[:, :, :SELECTED].expand(1, kv_heads, -1).int().contiguous()
-    scores, new = torch.rand(1, kv_heads, SELECTED), torch.randn(1, kv_heads, dim)
+    scores, new = torch.rand(1, kv_heads, SELECTED), torch.randn(1, kv_heads, 1, dim)
 
     def evict(name: str) -> Call:
+        writer = RowWriter([few, few], (1, kv_heads), impl=name)
+
         def step() -> None:
             slot = weakest(scores, place, sinks=4, first_recent=SELECTED - 64, impl=name)
-            overwrite([few, few], [new, new], slot, impl=name)
+            writer.write(slot[..., None], [new, new])
 
         return step
 

@@ -323,16 +323,3 @@ def _(
 ) -> Tensor:
     kv_heads = max(scores.shape[1], positions.shape[1])
     return scores.new_empty(scores.shape[0], kv_heads, dtype=torch.int64)
-
-
-@custom_op("kvpress::overwrite", mutates_args={"columns"})
-def overwrite(columns: list[Tensor], rows: list[Tensor], slot: Tensor, starts: Tensor | None = None) -> None:
-    """`kvpress.kernels.eviction.overwrite`."""
-    from kvpress.kernels.eviction import api
-
-    api.overwrite(columns, rows, slot, starts=starts)
-
-
-@overwrite.register_fake
-def _(columns: list[Tensor], rows: list[Tensor], slot: Tensor, starts: Tensor | None = None) -> None:
-    return None

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvpress.delegates import NAME, original_attention
-from kvpress.errors import UnsupportedModelError
+from kvpress.errors import CacheStateError, UnsupportedModelError
 from kvpress.forward import Forward, take_over
 from kvpress.masks import padding_mask
 from kvpress.observation import AttentionArguments
@@ -55,7 +55,15 @@ def attention_forward(
     output = layer.attend(forward, query, key, value, arguments)
     if owner:
         layer.finish(forward, query, key, arguments)
+    if output.requires_grad:
+        output.register_hook(_refuse_backward)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _refuse_backward(gradient: Tensor) -> Tensor:
+    raise CacheStateError(
+        "a PolicyCache holds keys and values without their history: gradients through it would be wrong"
+    )
 
 
 def check_call(forward: Forward, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -74,7 +74,6 @@ class Keeper:
         self.evictions = 0
         self._limits: tuple[numpy.ndarray, int | Tensor, int | Tensor] | None = None
 
-    @torch.no_grad()  # a model called with gradients must not keep its graphs alive in the columns
     def keep(
         self,
         forward: Forward,
@@ -91,6 +90,15 @@ class Keeper:
             keys: of the table's slots, as attention saw them.
             taken_back: some rows of the forward may have been taken back; so many rows are no prompt then.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():  # a model called with gradients must not keep its graphs alive in the columns
+                self._keep(forward, query, keys, arguments, taken_back)
+        else:
+            self._keep(forward, query, keys, arguments, taken_back)
+
+    def _keep(
+        self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments, taken_back: bool
+    ) -> None:
         table, tokens = self.table, forward.placed
         prompt = self.budgets is None or (forward.rows > 1 and not taken_back)
         self.decoded = 0 if prompt else self.decoded + forward.rows
@@ -101,9 +109,12 @@ class Keeper:
             self.budgets = table.held
             table.settle()
             return
-        observation = self._observation(forward, query, keys, arguments)
+        positions = tokens.positions
+        if query is not None and forward.rows > 1 and tokens.padded:
+            query, positions = padding_first(query, positions)
+        observation = self._observation(forward, query, positions, keys, arguments)
         if self.recent is not None and query is not None:
-            self.recent.push(query, observation.key_heads, tokens.positions)
+            self.recent.push(query, observation.key_heads, positions)
         if self.policy.columns:
             self.policy.observe(observation)
         if prompt or self.budgets is None:
@@ -113,9 +124,12 @@ class Keeper:
         if table.spare is not None and self.policy.interval == 1:
             sinks, window = self._protected(self.budgets)
             lengths = None if table.rows is None else table.rows.lengths
-            scores = self.policy.score(observation).float()
             slot = weakest(
-                scores, table.positions, sinks=sinks, first_recent=observation.newest - window + 1, lengths=lengths
+                self.policy.score(observation),
+                table.positions,
+                sinks=sinks,
+                first_recent=observation.newest - window + 1,
+                lengths=lengths,
             )
             table.retire(slot[..., None])
             self.evictions += 1
@@ -233,13 +247,38 @@ class Keeper:
                 f"budget of {self.policy.name} must have an entry for each of {kv_heads} KV heads in layer {self.layer_idx}, "
                 f"got {len(given)}"
             )
-        rows: Sequence[Any]
-        rows = self.policy.allocate(observation, given[0]) if len(given) == 1 else list(zip(*given, strict=True))
+        if len(given) > 1:
+            return self._per_head(list(zip(*given, strict=True)), kv_heads)
+        budgets = self._per_head(self.policy.allocate(observation, given[0]), kv_heads)
+        allowed, slot_bytes = int(budgets.sum()), self.table.bytes_per_token // (batch * kv_heads)
+        while self.budget[0].size is not None and (over := self._padded_bytes(budgets) - allowed * slot_bytes) > 0:
+            lower = [tokens - -(-over // (slot_bytes * budgets.size)) for tokens in given[0]]
+            if min(lower) < 1:
+                break
+            given[0] = lower
+            budgets = self._per_head(self.policy.allocate(observation, lower), kv_heads)
+        return budgets
+
+    def _per_head(self, rows: Sequence[Any], kv_heads: int) -> numpy.ndarray:
         per_head = [numpy.broadcast_to(row, kv_heads) for row in rows]
         return numpy.maximum(numpy.array(per_head, dtype=numpy.int64), 1)
 
+    def _padded_bytes(self, budgets: numpy.ndarray) -> int:
+        """Bytes of a layer's slots when heads keep `budgets`: small columns are as long as the longest head."""
+        batch, kv_heads = budgets.shape
+        item = self.table.kv_bytes_per_token // (batch * kv_heads)
+        columns = self.table.bytes_per_token // (batch * kv_heads) - item
+        if budgets.min() != budgets.max():
+            columns += 1  # `RaggedRows.outside`
+        return int(budgets.sum()) * item + int(budgets.max()) * budgets.size * columns
+
     def _observation(
-        self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments
+        self,
+        forward: Forward,
+        query: Tensor | None,
+        query_positions: Tensor,
+        keys: Tensor,
+        arguments: AttentionArguments,
     ) -> Observation:
         table, tokens = self.table, forward.placed
         layout: dict[str, Any] = {}
@@ -266,7 +305,7 @@ class Keeper:
             new_slots=forward.new,
             query=query,
             keys=keys,
-            query_positions=tokens.positions,
+            query_positions=query_positions,
             visible=visible,
             arguments=arguments,
             weights=forward.weights,
@@ -276,3 +315,13 @@ class Keeper:
             recent=self.recent,
             **layout,
         )
+
+
+def padding_first(query: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Query rows `[batch, query_heads, rows, dim]` and their `positions [batch, rows]`, padding moved before the real ones: the last rows
+    are then the last tokens, where a batch was padded on the right too."""
+    if bool((positions[:, -1] >= 0).all()):
+        return query, positions
+    order = (positions >= 0).int().argsort(dim=-1, stable=True)
+    rows = order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return query.gather(2, rows), positions.gather(1, order)

@@ -9,11 +9,13 @@ import numpy
 import torch
 from torch import Tensor
 
+from kvpress.kernels.eviction import RowWriter
 from kvpress.memory import allocate, filled, grown, growth, held_bytes, take
 from kvpress.ragged import RaggedRows
 
 POSITION = "position"
 _NOTHING = torch.empty(0)
+_NO_SCORE = torch.zeros(1, 1)
 
 
 class SlotTable:
@@ -41,8 +43,9 @@ class SlotTable:
         self.spare: Tensor | None = None
         self.rows: RaggedRows | None = None
         self.limit: int | None = None  # slots that this table will use at most, where that is known
-        self._first_rows: Tensor | None = None  # row of each head's first slot in the buffers seen as [rows, dim]
+        self._writers: tuple[RowWriter, RowWriter] | None = None  # of keys and values, of the policy's columns; steady
         self._owned = True  # not a model's own tensors, taken in for one forward
+        self._complete = False  # known to have no empty slot; real tokens appended or exchanged do not change that
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -54,18 +57,23 @@ class SlotTable:
     @property
     def positions(self) -> Tensor:
         """`[batch, kv_heads, slots in use]` int32."""
-        return self.columns[POSITION][:, :, : self.count]
+        return self._in_use(self.columns[POSITION])
 
     @property
     def policy_columns(self) -> dict[str, Tensor]:
         """The policy's columns, `[batch, kv_heads, slots in use]`."""
-        return {name: self.columns[name][:, :, : self.count] for name in self.column_names}
+        return {name: self._in_use(self.columns[name]) for name in self.column_names}
+
+    def _in_use(self, column: Tensor) -> Tensor:
+        return column if column.shape[2] == self.count else column[:, :, : self.count]
 
     @property
     def has_empty(self) -> bool:
         """Whether a slot that attention reads is empty; asked between `place` and the end of a forward."""
-        limit = self.count if self.rows is None else self.rows.capacities
-        return bool((self.held < limit).any())
+        if not self._complete:
+            limit = self.count if self.rows is None else self.rows.capacities
+            self._complete = bool((self.held >= limit).all())
+        return not self._complete
 
     def kept_positions(self) -> Tensor:
         """Positions of the kept tokens, ascending with `-1` last: `[batch, kv_heads, most tokens of a head]` int64."""
@@ -112,13 +120,15 @@ class SlotTable:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes that do not depend on the number of tokens: which slot of each head is spare, and where its rows begin."""
+        """Bytes that do not depend on the number of tokens: which slot of each head is spare, where its rows begin, and how many."""
         batch, kv_heads = self.columns[POSITION].shape[:2]
-        return 2 * batch * kv_heads * torch.long.itemsize
+        return 4 * batch * kv_heads * torch.long.itemsize
 
     def tensors(self) -> Iterator[Tensor | None]:
         """Every tensor held."""
-        yield from (self.keys, self.values, self.spare, self._first_rows, *self.columns.values())
+        yield from (self.keys, self.values, self.spare, *self.columns.values())
+        for writer in self._writers or ():
+            yield from writer.tensors()
         if self.rows is not None:
             yield from (self.rows.starts, self.rows.lengths, self.rows.outside)
 
@@ -167,12 +177,17 @@ class SlotTable:
             column.scatter_(-1, new, positions)
         else:
             column.scatter_(-1, new, positions[:, None].expand(-1, column.shape[1], -1))
-        self.held += numpy.array(counts, dtype=numpy.int64)[:, None]
+        if min(counts) == max(counts):
+            self.held += counts[0]
+        else:
+            self.held += numpy.array(counts, dtype=numpy.int64)[:, None]
+        if not isinstance(positions, int) and min(counts) < positions.shape[-1]:
+            self._complete = False
 
     def write_keys(self, new: slice | Tensor, keys: Tensor) -> None:
         """Put `keys [batch, kv_heads, tokens, dim]` in the place of those just appended."""
         if not isinstance(new, slice):
-            self.keys.view(-1, keys.shape[-1]).index_copy_(0, self._rows_of(new), keys.reshape(-1, keys.shape[-1]))
+            self._writer()[0].write(new, [keys])
         elif self._owned:
             self.keys[:, :, new] = keys
         else:
@@ -197,7 +212,7 @@ class SlotTable:
         if counts.min() < kept:
             empty = torch.from_numpy(kept - counts).to(keys.device)[..., None]
             surplus = torch.arange(kept, device=keys.device) < empty
-        self.held = counts.astype(numpy.int64)
+        self.held, self._complete = counts.astype(numpy.int64), False
         self.keys = take(keys, index, kept + room)
         self.values = take(values, index, kept + room)
         for name, column in self.columns.items():
@@ -206,7 +221,7 @@ class SlotTable:
             taken = column[:, :, : self.count].gather(-1, index)
             fresh[:, :, :kept] = taken if surplus is None else taken.masked_fill(surplus, nothing)
             self.columns[name] = fresh
-        self.rows, self._first_rows, self._owned = None, None, True
+        self.rows, self._writers, self._owned = None, None, True
         self.spare = filled((batch, kv_heads, 1), kept, keys, torch.long) if room == 1 else None
         self.count = kept + 1 if room == 1 else kept
 
@@ -214,7 +229,7 @@ class SlotTable:
         """Empty all slots of a steady table but those in `kept [batch, kv_heads, slots]` bool, `counts` of each head."""
         column = self.columns[POSITION]
         column[:, :, : self.count] = self.positions.masked_fill(~kept, -1)
-        self.held = counts.astype(numpy.int64)
+        self.held, self._complete = counts.astype(numpy.int64), False
         self.spare = self.empty_slot()
 
     def empty_slot(self) -> Tensor:
@@ -227,8 +242,11 @@ class SlotTable:
     def retire(self, slot: Tensor) -> None:
         """Evict one token per head: `slot [batch, kv_heads, 1]` becomes the spare one."""
         self.spare = slot
-        limit = self.count - 1 if self.rows is None else self.rows.capacities - 1
-        self.held = numpy.minimum(self.held, limit)
+        if self.has_empty:
+            limit = self.count - 1 if self.rows is None else self.rows.capacities - 1
+            self.held = numpy.minimum(self.held, limit)
+        else:
+            self.held -= 1
 
     def drop_last(self, tokens: int) -> None:
         """Undo the last `tokens` appended tokens; only before anything was evicted after them.
@@ -269,7 +287,7 @@ class SlotTable:
         self.columns = {name: column[..., :length].index_select(0, index) for name, column in self.columns.items()}
         self.spare = None if self.spare is None else self.spare.index_select(0, index)
         self.held = self.held[rows]
-        self._first_rows = None
+        self._writers = None
 
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal table."""
@@ -298,16 +316,14 @@ class SlotTable:
         self.columns, self.count, self.held = state["columns"], state["count"], state["held"]
         capacities = state["capacities"]
         self.rows = None if capacities is None else RaggedRows(capacities, self.keys.device)
-        self._owned, self._first_rows = True, None
-        if self.spare is not None:
-            self._rows_of(self.spare)  # found once, and held from then on
+        self._owned, self._writers, self._complete = True, None, False
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _adopt(self, keys: Tensor, values: Tensor) -> slice:
         """The first tokens: the model's own tensors serve until the end of the forward, nothing is copied."""
         batch, kv_heads, tokens, _ = keys.shape
-        self.keys, self.values, self._owned = keys, values, False
+        self.keys, self.values, self._owned, self._complete = keys, values, False, False
         self.count = tokens
         self.held = numpy.zeros((batch, kv_heads), dtype=numpy.int64)
         shape = (batch, kv_heads, tokens)
@@ -316,21 +332,20 @@ class SlotTable:
         return slice(0, tokens)
 
     def _overwrite(self, spare: Tensor, keys: Tensor, values: Tensor) -> None:
-        rows = self._rows_of(spare)
-        self.keys.view(-1, keys.shape[-1]).index_copy_(0, rows, keys.reshape(-1, keys.shape[-1]))
-        self.values.view(-1, values.shape[-1]).index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
-        for name in self.column_names:
-            self.columns[name].scatter_(-1, spare, 0.0)
+        kept, columns = self._writer()
+        kept.write(spare, [keys, values])
+        if self.column_names:
+            columns.write(spare, [_NO_SCORE.to(spare.device)] * len(self.column_names))
 
-    def _rows_of(self, slot: Tensor) -> Tensor:
-        """Rows of the buffers, seen as `[rows, dim]`, of one slot per head: `[batch, kv_heads, 1]` to `[batch * kv_heads]`."""
-        if self._first_rows is None:
-            batch, kv_heads, slots = self.columns[POSITION].shape
-            if self.rows is not None:
-                self._first_rows = self.rows.starts.view(-1)
-            else:
-                self._first_rows = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device)
-        return slot.view(-1) + self._first_rows
+    def _writer(self) -> tuple[RowWriter, RowWriter]:
+        if self._writers is None:
+            batch, kv_heads = self.columns[POSITION].shape[:2]
+            starts = None if self.rows is None else self.rows.starts
+            self._writers = (
+                RowWriter([self.keys, self.values], (batch, kv_heads), starts),
+                RowWriter([self.columns[name] for name in self.column_names], (batch, kv_heads)),
+            )
+        return self._writers
 
     def _resume_growing(self, spare: Tensor, room: int) -> None:
         """From steady to growing: slots sorted by position, the spare one gone, `room` slots for coming tokens."""
@@ -344,7 +359,7 @@ class SlotTable:
             fresh = filled((*column.shape[:2], kept + room), 0, column, column.dtype)
             fresh[:, :, :kept] = column[:, :, : self.count].gather(-1, order)
             self.columns[name] = fresh
-        self.count, self.spare, self.rows, self._first_rows = kept, None, None, None
+        self.count, self.spare, self.rows, self._writers, self._complete = kept, None, None, None, False
 
     def _reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots, with some to spare."""
@@ -377,7 +392,7 @@ class SlotTable:
             kept = column[:, :, : self.count].gather(-1, source)
             fresh.copy_(kept.masked_fill(slot >= taken, -1 if name == POSITION else 0))
             self.columns[name] = fresh
-        self.held = counts.astype(numpy.int64)
+        self.held, self._complete = counts.astype(numpy.int64), False
         self.spare = taken
         self.rows, self.count, self._owned = rows, longest, True
-        self._first_rows = None
+        self._writers = None

@@ -50,6 +50,10 @@ class H2O(EvictionPolicy):
                 raise ValueError(f"decay of {self.name} must be in (0, 1] or None, got {self.decay!r}")
         super().__post_init__()
 
+    @property
+    def weights_reduction(self) -> str | None:
+        return "mean"
+
     def protected_window(self, budget: int) -> int:
         return share_of(self.recent, budget)
 

@@ -76,6 +76,15 @@ class Keyformer(EvictionPolicy):
         known = getattr(configuration, "max_new_tokens", None)
         return self if self.steps is not None or not known else replace(self, steps=known)
 
+    @property
+    def plain(self) -> bool:
+        """Neither noise nor temperature: scores are the model's own attention weights, as in H2O."""
+        return self.noise is None and self.tau_init == self.tau_end == 1
+
+    @property
+    def weights_reduction(self) -> str | None:
+        return "mean" if self.plain else None
+
     def protected_window(self, budget: int) -> int:
         return share_of(self.recent, budget)
 
@@ -104,6 +113,8 @@ class Keyformer(EvictionPolicy):
     def _mass(
         self, observation: Observation, rows: int, temperature: float, row_weights: Tensor | None = None
     ) -> Tensor:
+        if self.plain and row_weights is None:
+            return observation.grouped_mass(rows, "mean")
         return observation.grouped_mass(
             rows,
             "mean",

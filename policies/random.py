@@ -33,6 +33,8 @@ class Random(EvictionPolicy):
 
     def __post_init__(self) -> None:
         check_integer(self.name, "seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed of {self.name} must be below 2^63, got {self.seed}")
         super().__post_init__()
 
     def score(self, observation: Observation) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -60,53 +58,6 @@ def weakest(
     if chosen == "native":
         return native.weakest(scores, positions, sinks, first_recent, lengths)
     return reference.weakest(scores, positions, sinks, first_recent, lengths)
-
-
-def overwrite(
-    columns: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    slot: Tensor,
-    *,
-    starts: Tensor | None = None,
-    impl: str = "auto",
-) -> None:
-    """Write one new row per head into every column, in place: `columns[i][b, h, slot[b, h]] = rows[i][b, h]`.
-
-    Args:
-        columns: `[batch, kv_heads, slots]` or `[batch, kv_heads, slots, dim]` each (keys, values, positions, scores …);
-            or flat, `[rows]` or `[rows, dim]`, with `starts`.
-        rows: for each column what to write, `[batch, kv_heads]` or `[batch, kv_heads, dim]`, of the column's type; a
-            size of 1 stands for all batch rows or heads.
-        slot: `[batch, kv_heads]` int64.
-        starts: `[batch, kv_heads]` integer, of the flat layout.
-        impl: `"auto"` or the name of an implementation.
-
-    Raises:
-        ValueError: shapes or types that do not fit, an unknown `impl`, or an explicit one that cannot serve.
-        IndexError: a slot that does not exist; columns before it may be written.
-    """
-    if impl == "auto" and torch.compiler.is_compiling():
-        return operators.overwrite(list(columns), list(rows), slot, starts)
-    if slot.dim() != 2 or (starts is not None and starts.shape != slot.shape):
-        raise ValueError(f"slot (and starts) must be [batch, kv_heads], got {tuple(slot.shape)}")
-    if len(columns) != len(rows):
-        raise ValueError(f"columns and rows must be equally many, got {len(columns)} and {len(rows)}")
-    leading = 2 if starts is None else 0
-    heads = slot.shape
-    for column, row in zip(columns, rows, strict=True):
-        have, given = column.shape, row.shape
-        if column.dtype != row.dtype:
-            raise ValueError(f"rows must have the type of their column, got {row.dtype} for {column.dtype}")
-        if have[leading + 1 :] != given[2:] or len(given) - 2 != len(have) - leading - 1:
-            raise ValueError(f"rows must be [batch, kv_heads, …] as their column, got {tuple(given)}")
-        if leading and have[:2] != heads:
-            raise ValueError(f"columns must be [batch, kv_heads, …] as slot, got {tuple(have)}")
-    chosen = choose(
-        "overwriting a slot",
-        impl,
-        {"native": lambda: native.overwrite_refusal(columns, rows, slot), "reference": lambda: None},
-    )
-    (native if chosen == "native" else reference).overwrite(columns, rows, slot, starts)
 
 
 def _limit(limit: int | Tensor | None) -> Tensor | None:

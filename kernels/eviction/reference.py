@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -29,18 +27,3 @@ def weakest(
     lowest = scores.masked_fill(~exists, torch.inf).amin(dim=-1, keepdim=True)
     ranks = positions.long().clamp(min=-1).masked_fill((scores != lowest) | ~exists, torch.iinfo(torch.int64).max)
     return ranks.argmin(dim=-1).masked_fill(~exists.any(dim=-1), -1)
-
-
-def overwrite(columns: Sequence[Tensor], rows: Sequence[Tensor], slot: Tensor, starts: Tensor | None) -> None:
-    """See `kvpress.kernels.eviction.overwrite`."""
-    batch, kv_heads = slot.shape
-    if bool((slot < 0).any()):
-        raise IndexError("slot must name slots that exist, got a negative one")
-    for column, row in zip(columns, rows, strict=True):
-        row = row.expand(batch, kv_heads, *row.shape[2:])
-        if starts is not None:
-            column[starts + slot] = row
-        else:
-            b = torch.arange(batch, device=slot.device)[:, None]
-            h = torch.arange(kv_heads, device=slot.device)
-            column[b, h, slot] = row

@@ -235,3 +235,54 @@ def test_huge_budget_costs_nothing():
     cache = PolicyCache(model, StreamingLLM(budget=2**31))
     feed(model, cache, 8, 1)
     assert cache.nbytes < 2 * cache.full_nbytes
+
+
+@pytest.mark.parametrize("size", [12_000, 16_384, 24_001])
+@pytest.mark.parametrize("name", ["adakv", "pyramidkv"])
+def test_bytes_hold_where_layers_or_heads_share_them(name, size):
+    """Small columns are as long as the longest head: heads of unequal length leave less for keys and values."""
+    model = tiny_model("llama")
+    cache = PolicyCache(model, name, budget=f"{size}B", window=4, kernel_size=3)
+    text = random_tokens(1, 150)
+    with torch.no_grad():
+        for start, stop in ((0, 130), *((i, i + 1) for i in range(130, 150))):
+            model(text[:, start:stop], past_key_values=cache)
+            assert cache.nbytes <= size
+    assert cache.nbytes > size * 0.85
+    if name == "adakv":
+        assert cache.policy_layers[0].table.rows is not None, "heads are equally long"
+
+
+def test_backward_is_refused():
+    model = tiny_model("llama")
+    logits = model(random_tokens(1, 20), past_key_values=PolicyCache(model, "snapkv", budget=10, window=4)).logits
+    with pytest.raises(CacheStateError, match="gradients"):
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["full", "streaming_llm", "snapkv", "h2o", "tova"])
+def test_right_padding(name):
+    """A row padded behind its prompt goes on as the same prompt alone."""
+    model = tiny_model("llama", dtype=torch.float64)
+    parameters = (
+        {} if name == "full" else {"budget": 9, **({"window": 4, "kernel_size": 3} if name == "snapkv" else {})}
+    )
+    text, more = random_tokens(2, 24), random_tokens(2, 6, seed=5)
+    mask = torch.ones_like(text)
+    mask[0, 17:] = 0
+    both, alone = PolicyCache(model, name, **parameters), PolicyCache(model, name, **parameters)
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        padded = model(text, attention_mask=mask, position_ids=positions, past_key_values=both).logits[0, :17]
+        single = model(text[:1, :17], past_key_values=alone).logits[0]
+        torch.testing.assert_close(padded, single, rtol=0, atol=1e-10)
+        for step in range(6):
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=-1)
+            positions = mask.cumsum(-1)[:, -1:] - 1
+            token = more[:, step : step + 1]
+            padded = model(token, attention_mask=mask, position_ids=positions, past_key_values=both).logits[0]
+            single = model(token[:1], past_key_values=alone).logits[0]
+            torch.testing.assert_close(padded, single, rtol=0, atol=1e-10)
+    own, other = both.kept_positions(1)[:1], alone.kept_positions(1)
+    assert own[..., : other.shape[-1]].tolist() == other.tolist()
+    assert name == "full" or other.shape[-1] == 9 < 23

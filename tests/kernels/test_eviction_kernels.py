@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.compaction import compact
-from kvpress.kernels.eviction import overwrite, weakest
+from kvpress.kernels.eviction import RowWriter, weakest
 
 IMPLEMENTATIONS = ["reference", "native"]
 
@@ -76,41 +76,50 @@ def test_weakest_with_limits_per_head_and_lengths(impl: str, poisoned: list[int]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_overwrite(impl: str) -> None:
+def test_a_row_is_overwritten(impl: str) -> None:
     generator = torch.Generator().manual_seed(2)
-    keys = torch.randn(2, 6, 9, 16, generator=generator)[:, ::2]
+    keys = torch.randn(2, 3, 9, 16, generator=generator)
     values = torch.randn(2, 3, 9, 8, generator=generator).half()
     positions, score = torch.arange(9).expand(2, 3, 9).contiguous().int(), torch.rand(2, 3, 9, generator=generator)
     columns = [keys, values, positions, score]
-    before = [column.clone() for column in columns]
     rows = [
-        torch.randn(2, 16, 3, generator=generator).transpose(1, 2),
-        torch.randn(2, 3, 8).half(),
+        torch.randn(2, 1, 3, 16, generator=generator).transpose(1, 2),
+        torch.randn(2, 3, 1, 8).half(),
         torch.tensor([[77]], dtype=torch.int32),
         torch.zeros(2, 1),
     ]
-    slot = torch.tensor([[0, 8, 4], [3, 3, 1]])
-    overwrite(columns, rows, slot, impl=impl)
-    for column, old, row in zip(columns, before, rows, strict=True):
-        for b in range(2):
-            for h in range(3):
-                for s in range(9):
-                    wanted = row[b % len(row), h % row.shape[1]] if s == slot[b, h] else old[b, h, s]
-                    assert torch.equal(column[b, h, s], wanted)
-        assert not torch.equal(column, old)
+    writer = RowWriter(columns, (2, 3), impl=impl)
+    for slots in ([[0, 8, 4], [3, 3, 1]], [[1, 8, 2], [0, 3, 5]]):
+        before = [column.clone() for column in columns]
+        slot = torch.tensor(slots)
+        writer.write(slot[..., None], rows)
+        for column, old, row in zip(columns, before, rows, strict=True):
+            for b in range(2):
+                for h in range(3):
+                    for s in range(9):
+                        wanted = row[b % len(row), h % row.shape[1]].squeeze(0) if s == slot[b, h] else old[b, h, s]
+                        assert torch.equal(column[b, h, s], wanted)
+            assert not torch.equal(column, old)
+    before = [column.clone() for column in columns]
+    writer.write(slot[..., None], [rows[0] + 1])  # only the first column
+    assert not torch.equal(keys, before[0])
+    assert all(torch.equal(column, old) for column, old in zip(columns[1:], before[1:], strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_overwrite_of_flat_columns(impl: str) -> None:
+def test_a_row_of_flat_columns_is_overwritten(impl: str) -> None:
     column, scores = torch.zeros(20, 4), torch.zeros(20)
-    starts, slot = torch.tensor([[0, 5], [9, 15]]), torch.tensor([[4, 0], [5, 2]])
-    overwrite([column, scores], [torch.ones(2, 2, 4), torch.ones(2, 2)], slot, starts=starts, impl=impl)
+    starts, slot = torch.tensor([[0, 5], [9, 15]]), torch.tensor([[[4], [0]], [[5], [2]]])
+    writer = RowWriter([column, scores], (2, 2), starts, impl=impl)
+    writer.write(slot, [torch.ones(2, 2, 1, 4), torch.ones(2, 2)])
     written = [4, 5, 14, 17]
     assert column.sum(1).nonzero().flatten().tolist() == written and scores.nonzero().flatten().tolist() == written
     with pytest.raises(IndexError):
-        overwrite([column], [torch.ones(2, 2, 4)], torch.tensor([[0, 0], [0, 9]]), starts=starts, impl=impl)
-    with pytest.raises(IndexError):
-        overwrite([column], [torch.ones(2, 2, 4)], torch.tensor([[0, 0], [0, -1]]), starts=starts, impl=impl)
+        writer.write(torch.tensor([[[0], [0]], [[0], [9]]]), [torch.ones(2, 2, 1, 4)])
+    with pytest.raises(ValueError, match="contiguous"):
+        RowWriter([column[:, ::2]], (2, 2), starts)
+    with pytest.raises(ValueError, match="impl"):
+        RowWriter([column], (2, 2), starts, impl="fast")
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -12,7 +12,7 @@ from kvpress.kernels import operators
 from kvpress.kernels.attention import attend, attend_with_weights
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.compaction import compact
-from kvpress.kernels.eviction import overwrite, weakest
+from kvpress.kernels.eviction import RowWriter, weakest
 from kvpress.kernels.head_vote import head_vote
 from kvpress.kernels.pages import page_bounds, page_scores
 from kvpress.kernels.rotation import rotate
@@ -42,11 +42,6 @@ CASES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (operators.rotate, (KEYS, ANGLES.cos(), ANGLES.sin()), {"inverse": True}),
     (operators.compact, ([KEYS, POSITIONS.expand(2, 2, 40)], INDEX), {}),
     (operators.weakest, (torch.rand(2, 2, 40), POSITIONS, torch.tensor([[[4]]])), {}),
-    (
-        operators.overwrite,
-        ([KEYS.clone(), torch.rand(2, 2, 40)], [torch.randn(2, 2, 64), torch.zeros(2, 2)], INDEX[:, :, 0].clamp(min=0)),
-        {},
-    ),
 ]
 
 
@@ -69,7 +64,7 @@ def step(query: Any, keys: Any, positions: Any, index: Any, cosine: Any, sine: A
     slot = weakest(weights, positions, sinks=4)
     kept = compact([keys, weights], index)
     weights = weights.clone()
-    overwrite([weights], [torch.full((2, 2), 7.0)], slot)
+    RowWriter([weights], (2, 2)).write(slot[..., None], [torch.full((2, 2), 7.0)])
     return output, lse, chosen, mass, votes, scores, slot, *kept, weights
 
 

@@ -1,0 +1,112 @@
+"""A writer for a fixed set of columns: what is the same for every decoded token is looked up once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpress.kernels.native import missing
+from kvpress.kernels.native import tensors as native
+
+
+class RowWriter:
+    """Writes one new row per head into every column, in place: `columns[i][b, h, slot[b, h]] = rows[i][b, h]`.
+
+    On the CPU by the compiled kernel; elsewhere, and while `torch.compile` traces, by `index_copy_`.
+
+    Args:
+        columns: contiguous, `[batch, kv_heads, slots]` or `[batch, kv_heads, slots, dim]` each; or flat, `[rows]` or
+            `[rows, dim]`, with `starts`.
+        starts: `[batch, kv_heads]` int64, of the flat layout.
+        heads: `(batch, kv_heads)`.
+        impl: `"auto"`, `"native"` or `"reference"`.
+
+    Raises:
+        ValueError: columns that are not contiguous, or an `impl` that cannot serve them.
+    """
+
+    def __init__(
+        self, columns: Sequence[Tensor], heads: tuple[int, int], starts: Tensor | None = None, impl: str = "auto"
+    ) -> None:
+        if not all(column.is_contiguous() for column in columns):
+            raise ValueError("columns must be contiguous")
+        reason = missing or (
+            None if all(column.is_cpu for column in columns) else "native kernels read host memory only"
+        )
+        if impl not in ("auto", "native", "reference") or (impl == "native" and reason is not None):
+            raise ValueError(f"impl must be 'auto', 'native' or 'reference', and able to serve, got {impl!r}: {reason}")
+        self.columns = list(columns)
+        self.heads = heads
+        self.starts = starts
+        self._first_rows: Tensor | None = None
+        self._native = reason is None and impl != "reference"
+        self._fields = [self._field(column) for column in columns] if self._native else []
+
+    def write(self, slot: Tensor, rows: Sequence[Tensor]) -> None:
+        """Write `rows`.
+
+        Args:
+            slot: `[batch, kv_heads, 1]` int64, contiguous.
+            rows: for the first of the columns, or all: `[batch, kv_heads]`, or `[batch, kv_heads, 1, dim]` with a
+                contiguous last dimension, of the column's type; sizes of 1 stand for all.
+
+        Raises:
+            IndexError: a slot that does not exist; columns before it may be written.
+        """
+        if not self._native or torch.compiler.is_compiling():
+            self._index_copy(slot, rows)
+            return
+        overwrite, place = native.built().overwrite, slot.data_ptr()
+        batch, kv_heads = self.heads
+        for (item, fields), row in zip(self._fields, rows, strict=False):
+            strides, shape = row.stride(), row.shape
+            overwrite(
+                *fields,
+                place,
+                row.data_ptr(),
+                strides[0] * item if shape[0] == batch else 0,
+                strides[1] * item if shape[1] == kv_heads else 0,
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowWriter:
+        columns, starts = copy.deepcopy((self.columns, self.starts), memo)  # addresses are those of the copies
+        return RowWriter(columns, self.heads, starts, "native" if self._native else "reference")
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is held beside the columns and `starts`."""
+        if self._first_rows is not None:
+            yield self._first_rows
+
+    def _field(self, column: Tensor) -> tuple[int, tuple[int, ...]]:
+        """Bytes of an item, and what the kernel needs to know of a column."""
+        item, (batch, kv_heads) = column.element_size(), self.heads
+        leading = 1 if self.starts is not None else 3
+        row_bytes = item * (column.shape[-1] if column.dim() > leading else 1)
+        slots = column.shape[leading - 1]
+        strides = (0, 0) if self.starts is not None else (kv_heads * slots * row_bytes, slots * row_bytes)
+        start = 0 if self.starts is None else self.starts.data_ptr()
+        return item, (batch, kv_heads, slots, row_bytes, column.data_ptr(), *strides, row_bytes, start)
+
+    def _index_copy(self, slot: Tensor, rows: Sequence[Tensor]) -> None:
+        batch, kv_heads = self.heads
+        if self._first_rows is None:
+            if self.starts is not None:
+                self._first_rows = self.starts.view(-1)
+            else:
+                slots = self.columns[0].shape[2]
+                self._first_rows = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device)
+        where = slot.view(-1) + self._first_rows
+        leading = 1 if self.starts is not None else 3
+        for column, row in zip(self.columns, rows, strict=False):
+            wide = column.dim() > leading
+            dim = (column.shape[-1],) if wide else ()
+            new = (
+                row.reshape(-1, *dim)
+                if wide and row.shape[:2] == self.heads
+                else row.expand(*self.heads, *row.shape[2:])
+            )
+            column.view(-1, *dim).index_copy_(0, where, new.reshape(-1, *dim))
