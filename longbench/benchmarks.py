@@ -256,9 +256,7 @@ def _evaluate(
 
 def _engine(run: Run) -> Callable[[PreTrainedModel, Any], GroupEngine]:
     """Makes the engine; holds none of the run's own objects, so that it can be sent to workers."""
-    return partial(
-        GroupEngine, query_aware=run.query_aware, chunk_size=run.chunk_size, together=run.decode_together
-    )
+    return partial(GroupEngine, query_aware=run.query_aware, chunk_size=run.chunk_size, together=run.decode_together)
 
 
 def _ray_workers(run: Run, cluster: RayCluster) -> Callable[[Sequence[WorkItem]], Results]:

@@ -1,6 +1,6 @@
 """Writes RULER samples as JSON lines of token ids, so that another library can be asked the very same questions.
 
-    python benchmarks/peers/export_samples.py --tasks niah_single_2 --lengths 1024 --samples 10 --answer-tokens 12 --output samples.jsonl
+python benchmarks/peers/export_samples.py --tasks niah_single_2 --lengths 1024 --samples 10 --answer-tokens 12 --output samples.jsonl
 """
 
 from __future__ import annotations

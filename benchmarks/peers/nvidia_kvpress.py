@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import kvpress  # NVIDIA's
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import kvpress  # NVIDIA's
 
 PRESSES: dict[str, Callable[[float], Any]] = {
     "streaming_llm": lambda ratio: kvpress.StreamingLLMPress(ratio),
@@ -177,7 +178,9 @@ def check(models: dict[str, Any], row: dict[str, Any], wanted: list[tuple[str, f
             for mine, other in zip(ours[key].masked[index] or (), mask or (), strict=True):
                 if not torch.equal(mine, other):
                     raise SystemExit(f"{key}: masked keys of layer {index} differ from the library's own")
-        print(f"{key[0]} at ratio {key[1]}: equal in {len(theirs.layers)} layers, {sorted(ours[key].lengths)} tokens kept")
+        print(
+            f"{key[0]} at ratio {key[1]}: equal in {len(theirs.layers)} layers, {sorted(ours[key].lengths)} tokens kept"
+        )
 
 
 @torch.no_grad()
@@ -195,7 +198,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     models = {
-        kind: AutoModelForCausalLM.from_pretrained(arguments.model, attn_implementation=kind, dtype=torch.float32).eval()
+        kind: AutoModelForCausalLM.from_pretrained(
+            arguments.model, attn_implementation=kind, dtype=torch.float32
+        ).eval()
         for kind in ("sdpa", "eager")
         if kind == "sdpa" or any(name in EAGER for name in arguments.presses)
     }

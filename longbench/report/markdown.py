@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,23 @@ def _section(run: RunData) -> list[str]:
         lines += _table(run, lambda entry: f"{entry.get('ratio', float('nan')):.3f} (KL {entry['kl']:.3f})")
         full = run.totals["methods"].get("full")
         if full is not None:
-            lines += ["", f"Full cache: perplexity {full['perplexity']:.2f} over {full['tokens']} tokens, {full['windows']} windows."]
+            lines += [
+                "",
+                f"Full cache: perplexity {full['perplexity']:.2f} over {full['tokens']} tokens, {full['windows']} windows.",
+            ]
         return [*lines, ""]
     for group in accuracy_groups(run):
-        counts = sorted({entry["groups"][group]["n"] for entry in run.totals["methods"].values() if group in entry["groups"]})
+        counts = sorted(
+            {entry["groups"][group]["n"] for entry in run.totals["methods"].values() if group in entry["groups"]}
+        )
         size = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
         lines += [f"{group}: percent with 95 % interval, n = {size}.", ""]
-        lines += [*_table(run, lambda entry, group=group: _score(entry["groups"].get(group))), ""]
+        lines += [*_table(run, partial(_score, group)), ""]
     return lines
 
 
-def _score(entry: Mapping[str, Any] | None) -> str | None:
+def _score(group: str, method: Mapping[str, Any]) -> str | None:
+    entry = method["groups"].get(group)
     return None if entry is None else f"{entry['score']:.0f} ({entry['lower']:.0f}-{entry['upper']:.0f})"
 
 
@@ -66,7 +73,8 @@ def _table(run: RunData, cell: Cell) -> list[str]:
 
 def _name(row: Mapping[str, Any]) -> str:
     options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
-    return (row["policy"] + (f" ({options})" if options else "")).replace("|", "\\|")
+    name = f"{row['policy']} ({options})" if options else str(row["policy"])
+    return name.replace("|", "\\|")
 
 
 def _percent(budget: str) -> str:

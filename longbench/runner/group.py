@@ -68,7 +68,7 @@ class GroupEngine(ModelEngine):
         for number, (sample, prompt) in enumerate(batch, start=1):
             read = context if agnostic else self._read(group, prompt.ids)
             if agnostic and number < len(batch):
-                read = (replace(item, cache=copy.deepcopy(item.cache)) for item in context)
+                read = [replace(item, cache=copy.deepcopy(item.cache)) for item in context]
             for method, answer in answer_all(read, sample, prompt, agnostic):
                 yield method, sample, answer
 

@@ -49,7 +49,10 @@ def test_scores_by_policy_and_budget(tmp_path):
     rows += [row("odd|name", 512, 0, i) for i in range(4)]
     write_run(tmp_path / "run", rows)
     table = markdown_tables(tmp_path)
-    assert "    kvpress eval ruler -o 'a folder'" in table and "niah/1024: percent with 95 % interval, n = 2 to 4." in table
+    assert (
+        "    kvpress eval ruler -o 'a folder'" in table
+        and "niah/1024: percent with 95 % interval, n = 2 to 4." in table
+    )
     header, rule, *body = cells(table.replace("\\|", "/"))
     assert header == ["policy", "512", "50 %", "25 %", "no budget"] and set(rule) == {"---"}
     assert body == [

@@ -172,7 +172,12 @@ def questions(count, **changes):
 
 def texts(answers):
     return {
-        (method.label, sample.sample_id): (answer.prediction, answer.new_tokens, answer.prompt_tokens, answer.cache_bytes)
+        (method.label, sample.sample_id): (
+            answer.prediction,
+            answer.new_tokens,
+            answer.prompt_tokens,
+            answer.cache_bytes,
+        )
         for method, sample, answer in answers
     }
 
@@ -198,7 +203,9 @@ def test_answers_in_a_group_equal_those_one_by_one(query_aware, changes, model, 
 def test_a_group_reads_the_prompt_once(query_aware, model, tokenizer, encoder):
     batch = [(sample, encoder.encode(sample)) for sample in questions(1)]
     read = []
-    handle = model.get_input_embeddings().register_forward_pre_hook(lambda module, given: read.append(given[0].shape[1]))
+    handle = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, given: read.append(given[0].shape[1])
+    )
     try:
         list(GroupEngine(model, tokenizer, query_aware=query_aware).answers_of(METHODS[1:5], batch))
         assert len([tokens for tokens in read if tokens > 20]) == 1
