@@ -19,7 +19,7 @@ REQUIREMENTS := $(wildcard requirements/*.txt)
 SOURCES := pyproject.toml setup.py $(shell find kvpress policies kernels longbench \
 	-name __init__.py -o -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: help venv demo test lint types format docs clean
+.PHONY: help venv demo test lint links types format docs site clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -31,7 +31,7 @@ $(VENV)/requirements: $(REQUIREMENTS)
 	@echo "Installing the requirements into $(VENV) (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install $(TORCH_FLAGS) -r requirements/torch.txt
-	@$(PIP) install -r requirements/dev.txt
+	@$(PIP) install -r requirements/dev.txt -r requirements/docs.txt
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install -r requirements/triton.txt
 	@touch $@
 
@@ -49,10 +49,12 @@ lint: venv ## ruff: rules and layout
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 
-# mypy does not know the mapping of the four folders to one package, so it reads them through a folder of links.
-types: venv ## mypy --strict
+# Tools that read source files do not know that four folders make one package: they read it through a folder of links.
+links:
 	@rm -rf .typecheck && mkdir -p .typecheck/kvpress
 	@ln -s $(CURDIR)/kvpress/* $(CURDIR)/policies $(CURDIR)/kernels $(CURDIR)/longbench .typecheck/kvpress/
+
+types: venv links ## mypy --strict
 	@cd .typecheck && $(abspath $(BIN))/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p kvpress
 
 format: venv ## let ruff rewrite
@@ -61,6 +63,9 @@ format: venv ## let ruff rewrite
 
 docs: venv ## write the generated tables of the README
 	@$(BIN)/python docs/generate.py
+
+site: venv links ## the documentation, into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir build/site
 
 clean: ## remove .venv and everything built; the model stays in the user's cache folder
 	rm -rf $(VENV) .typecheck build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis ./*.egg-info

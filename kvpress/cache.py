@@ -209,10 +209,7 @@ class PolicyCache(Cache):
         Raises:
             ValueError: a layer that is not compressed.
         """
-        layer = self.layers[layer_idx]
-        if not isinstance(layer, PolicyLayer):
-            raise ValueError(f"layer_idx must name a compressed layer, {layer_idx} is a {type(layer).__name__}")
-        return layer.table.kept_positions()
+        return self._compressed(layer_idx).table.kept_positions()
 
     def selected_positions(self, layer_idx: int) -> Tensor:
         """Original positions that the last rows of the last forward attended to, sinks and local window included.
@@ -222,10 +219,20 @@ class PolicyCache(Cache):
         Raises:
             ValueError: a layer that is not compressed, or a cache without a selection policy.
         """
-        layer = self.layers[layer_idx]
-        if not isinstance(layer, PolicyLayer) or layer.reader is None:
-            raise ValueError(f"layer_idx must name a layer with a selection policy, {layer_idx} has none")
-        return layer.reader.read_positions()
+        reader = self._compressed(layer_idx).reader
+        if reader is None:
+            raise ValueError(
+                "selected_positions needs a selection policy, this cache has none: it attends to all it keeps"
+            )
+        return reader.read_positions()
+
+    def _compressed(self, layer_idx: int) -> PolicyLayer:
+        layer = next((layer for layer in self.policy_layers if layer.layer_idx == layer_idx), None)
+        if layer is None:
+            raise ValueError(
+                f"layer_idx must be one of {[layer.layer_idx for layer in self.policy_layers]}, got {layer_idx!r}"
+            )
+        return layer
 
     def report(self) -> CacheReport:
         """What was seen, kept and evicted, and the bytes of it; prints as a table, `.to_dict()` gives JSON types."""

@@ -270,7 +270,8 @@ class Keeper:
         columns = self.table.bytes_per_token // (batch * kv_heads) - item
         if budgets.min() != budgets.max():
             columns += 1  # `RaggedRows.outside`
-        return int(budgets.sum()) * item + int(budgets.max()) * budgets.size * columns
+        padded: int = budgets.sum() * item + budgets.max() * budgets.size * columns
+        return padded
 
     def _observation(
         self,

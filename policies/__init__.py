@@ -65,6 +65,6 @@ def __getattr__(attribute: str) -> Any:
 
         return separator_ids
     for name, target in _POLICIES.items():
-        if target.endswith(f":{attribute}"):
+        if isinstance(target, str) and target.endswith(f":{attribute}"):
             return policy_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

@@ -37,6 +37,9 @@ class AdaKV(SnapKV):
     name: ClassVar[str] = "adakv"
     summary: ClassVar[str] = "as SnapKV, with more tokens for the heads that need them"
     paper: ClassVar[str] = "arXiv 2407.11550"
+    fails: ClassVar[str] = (
+        "as SnapKV; a head that looked unimportant to the prompt and matters later has few tokens left"
+    )
 
     shares_out: ClassVar[str | None] = "heads"
 

@@ -26,6 +26,7 @@ class Policy:
     summary: ClassVar[str]
     paper: ClassVar[str]
     needs: ClassVar[str] = "nothing"  # what it must be given, for tables
+    fails: ClassVar[str] = ""  # when not to use it, for its page
 
     def to_dict(self) -> dict[str, Any]:
         """The registered name and the parameters, as JSON types."""

@@ -16,6 +16,7 @@ class Full(EvictionPolicy):
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "every token"
     paper: ClassVar[str] = "none: the full cache"
+    fails: ClassVar[str] = "memory and the time of a decoded token grow with the context"
     same_for_all_heads: ClassVar[bool] = True
     same_in_all_layers: ClassVar[bool] = True
 

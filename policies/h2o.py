@@ -32,6 +32,9 @@ class H2O(EvictionPolicy):
     name: ClassVar[str] = "h2o"
     summary: ClassVar[str] = "the last tokens and those with the most attention so far"
     paper: ClassVar[str] = "arXiv 2306.14048"
+    fails: ClassVar[str] = (
+        "long contexts: early tokens had more queries to collect weight from; a question counts as little as any text"
+    )
     needs: ClassVar[str] = "all queries"
     needs_queries: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("attention",)

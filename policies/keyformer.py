@@ -46,6 +46,7 @@ class Keyformer(EvictionPolicy):
     name: ClassVar[str] = "keyformer"
     summary: ClassVar[str] = "the last tokens and those with the most attention under noise"
     paper: ClassVar[str] = "arXiv 2403.09054"
+    fails: ClassVar[str] = "as H2O; the noise costs accuracy at budgets that H2O just manages"
     needs: ClassVar[str] = "all queries"
     needs_queries: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("attention",)

@@ -26,6 +26,7 @@ class KNorm(EvictionPolicy):
     name: ClassVar[str] = "knorm"
     summary: ClassVar[str] = "the keys of smallest norm"
     paper: ClassVar[str] = "arXiv 2406.11430"
+    fails: ClassVar[str] = "models in which small keys do not go with attention; small budgets"
     needs: ClassVar[str] = "keys"
     columns: ClassVar[tuple[str, ...]] = ("key_norm",)
 

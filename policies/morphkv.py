@@ -31,6 +31,7 @@ class MorphKV(EvictionPolicy):
     name: ClassVar[str] = "morphkv"
     summary: ClassVar[str] = "what the last tokens attend to, ranked anew at every step"
     paper: ClassVar[str] = "arXiv 2503.00979"
+    fails: ClassVar[str] = "query-agnostic compression: the last tokens of the context, not the question, choose"
     needs: ClassVar[str] = "the last `window` queries"
     needs_queries: ClassVar[bool] = True
 

@@ -34,6 +34,9 @@ class PyramidKV(SnapKV):
     name: ClassVar[str] = "pyramidkv"
     summary: ClassVar[str] = "as SnapKV, with more tokens for the lower layers"
     paper: ClassVar[str] = "arXiv 2406.02069"
+    fails: ClassVar[str] = (
+        "models whose upper layers look widely; small budgets, where the upper layers are left with little"
+    )
 
     shares_out: ClassVar[str | None] = "layers"
 

@@ -31,6 +31,7 @@ class Quest(SelectionPolicy):
     name: ClassVar[str] = "quest"
     summary: ClassVar[str] = "pages whose key bounds promise high scores"
     paper: ClassVar[str] = "arXiv 2406.10774"
+    fails: ClassVar[str] = "answers spread thinly over many pages; budgets of few pages"
     needs: ClassVar[str] = "the query of each decoded token"
 
     top_k: int = 1024

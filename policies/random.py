@@ -28,6 +28,7 @@ class Random(EvictionPolicy):
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "a seeded random set"
     paper: ClassVar[str] = "none: the floor for comparisons"
+    fails: ClassVar[str] = "every question about something particular; it is a floor, not a choice"
 
     seed: int = 0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvpress.policies.base import Policy
 
-_POLICIES: dict[str, str] = {  # name -> module:class
+_POLICIES: dict[str, str | type[Policy]] = {  # name -> module:class, or the class
     "full": "kvpress.policies.full:Full",
     "streaming_llm": "kvpress.policies.streaming_llm:StreamingLLM",
     "snapkv": "kvpress.policies.snapkv:SnapKV",
@@ -47,10 +47,13 @@ def register_policy(name: str, policy: type[Policy] | str) -> None:
     Raises:
         ValueError: a name that is taken by another class.
     """
-    target = policy if isinstance(policy, str) else f"{policy.__module__}:{policy.__qualname__}"
-    if _POLICIES.get(name, target) != target:
-        raise ValueError(f"policy name {name!r} is taken by {_POLICIES[name]}")
-    _POLICIES[name] = target
+    if _target(_POLICIES.get(name, policy)) != _target(policy):
+        raise ValueError(f"policy name {name!r} is taken by {_target(_POLICIES[name])}")
+    _POLICIES[name] = policy
+
+
+def _target(policy: type[Policy] | str) -> str:
+    return policy if isinstance(policy, str) else f"{policy.__module__}:{policy.__qualname__}"
 
 
 def policy_names() -> list[str]:
@@ -68,7 +71,10 @@ def policy_class(name: str) -> type[Policy]:
         near = difflib.get_close_matches(str(name).lower().replace("-", "_"), _POLICIES, n=2, cutoff=0.4)
         hint = f"; did you mean {' or '.join(repr(item) for item in near)}?" if near else ""
         raise ValueError(f"policy must be one of {policy_names()}, got {name!r}{hint}")
-    module, _, attribute = _POLICIES[name].partition(":")
+    registered = _POLICIES[name]
+    if not isinstance(registered, str):
+        return registered
+    module, _, attribute = registered.partition(":")
     found: type[Policy] = getattr(importlib.import_module(module), attribute)
     return found
 

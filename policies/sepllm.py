@@ -45,6 +45,9 @@ class SepLLM(EvictionPolicy):
     name: ClassVar[str] = "sepllm"
     summary: ClassVar[str] = "the first tokens, separators, and the last tokens"
     paper: ClassVar[str] = "arXiv 2412.12094"
+    fails: ClassVar[str] = (
+        "text with little punctuation (code, JSON, tables); facts that their separator did not take up"
+    )
     needs: ClassVar[str] = "token ids"
     needs_token_ids: ClassVar[bool] = True
     same_for_all_heads: ClassVar[bool] = True

@@ -36,6 +36,9 @@ class SnapKV(EvictionPolicy):
     name: ClassVar[str] = "snapkv"
     summary: ClassVar[str] = "what the last tokens of the prompt attend to, with their neighbours"
     paper: ClassVar[str] = "arXiv 2404.14469"
+    fails: ClassVar[str] = (
+        "the question is not at the end of what is compressed; what later tokens need, no earlier one asked for"
+    )
     needs: ClassVar[str] = "the last `window` queries"
     needs_queries: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("votes",)

@@ -30,6 +30,7 @@ class StreamingLLM(EvictionPolicy):
     name: ClassVar[str] = "streaming_llm"
     summary: ClassVar[str] = "the first tokens and the last ones"
     paper: ClassVar[str] = "arXiv 2309.17453"
+    fails: ClassVar[str] = "anything asked about the middle: it is gone"
     same_for_all_heads: ClassVar[bool] = True
     same_in_all_layers: ClassVar[bool] = True
 

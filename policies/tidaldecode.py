@@ -32,6 +32,7 @@ class TidalDecode(SelectionPolicy):
     name: ClassVar[str] = "tidaldecode"
     summary: ClassVar[str] = "tokens that two layers chose for all"
     paper: ClassVar[str] = "arXiv 2410.05076"
+    fails: ClassVar[str] = "layers that need other tokens than the selecting layer found"
     needs: ClassVar[str] = "the query of each decoded token"
     same_slots_in_all_layers: ClassVar[bool] = True
 

@@ -40,6 +40,7 @@ class TokenSelect(SelectionPolicy):
     name: ClassVar[str] = "tokenselect"
     summary: ClassVar[str] = "tokens that the query heads vote for"
     paper: ClassVar[str] = "arXiv 2411.02886"
+    fails: ClassVar[str] = "one needle in a chunk of haystack is blurred by the chunk's mean query (see `tail`)"
     needs: ClassVar[str] = "queries"
     selects_for_prompts: ClassVar[bool] = True
 

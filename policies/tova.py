@@ -27,6 +27,9 @@ class TOVA(EvictionPolicy):
     name: ClassVar[str] = "tova"
     summary: ClassVar[str] = "what the last query attends to"
     paper: ClassVar[str] = "arXiv 2401.06104"
+    fails: ClassVar[str] = (
+        "a last token that looks elsewhere (a newline, a template's end); what leaves never comes back"
+    )
     same_for_all_heads: ClassVar[bool] = True
     needs: ClassVar[str] = "the last query"
     needs_queries: ClassVar[bool] = True

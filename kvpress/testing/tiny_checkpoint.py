@@ -18,7 +18,7 @@ def tiny_model(*, max_position_embeddings: int = 4096, seed: int = 0) -> Any:
         vocab_size=len(byte_vocabulary()),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,

@@ -286,3 +286,10 @@ def test_right_padding(name):
     own, other = both.kept_positions(1)[:1], alone.kept_positions(1)
     assert own[..., : other.shape[-1]].tolist() == other.tolist()
     assert name == "full" or other.shape[-1] == 9 < 23
+
+
+@pytest.mark.parametrize("layer_idx", [7, -1, None])
+def test_a_layer_that_is_not_there(layer_idx):
+    cache = PolicyCache(tiny_model("llama"), "knorm", budget=5)
+    with pytest.raises(ValueError, match=rf"layer_idx must be one of \[0, 1\], got {layer_idx}"):
+        cache.kept_positions(layer_idx)

@@ -13,7 +13,7 @@ from kvpress.demo.table import full_cache_agrees
 from kvpress.policies import policy_names
 from kvpress.testing.tiny_checkpoint import tiny_model, tiny_tokenizer
 
-BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head_dim, float32
+BYTES_PER_TOKEN = 4 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head_dim, float32
 
 
 @pytest.fixture(scope="module")

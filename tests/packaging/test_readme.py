@@ -2,17 +2,12 @@
 
 import importlib.util
 import io
-import json
 import re
 import types
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-
-from kvpress.models.convert import MANIFEST, MANIFEST_VERSION
-from kvpress.models.packaged import PACKAGED_MODELS
-from kvpress.testing.tiny_checkpoint import save_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,18 +22,6 @@ def generate() -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def tiny_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache folder in which `smollm2` is a tiny random model."""
-    packaged = PACKAGED_MODELS["smollm2"]
-    folder = tmp_path / "models" / packaged.folder
-    save_tiny_checkpoint(folder)
-    files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    manifest = {"version": MANIFEST_VERSION, "source": packaged.sha256, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    monkeypatch.setenv("KVPRESS_CACHE_HOME", str(tmp_path))
 
 
 def test_there_are_three_snippets() -> None:

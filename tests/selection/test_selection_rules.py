@@ -52,7 +52,7 @@ def test_choices_that_do_not_go_together():
 
 
 def test_selected_positions_needs_a_selection(llama):
-    with pytest.raises(ValueError, match="layer_idx must name a layer with a selection policy"):
+    with pytest.raises(ValueError, match="selected_positions needs a selection policy"):
         PolicyCache(llama, SnapKV(budget=16, window=4)).selected_positions(0)
     assert PolicyCache(llama, TokenSelect()).selected_positions(0).numel() == 0
 
