@@ -26,9 +26,12 @@ from .clock import now
 
 
 def can_stand_side_by_side(cache: Cache) -> bool:
-    """Whether `cache` can be a row: every layer is compressed, and the model attends to what is cached as it is."""
-    return isinstance(cache, PolicyCache) and all(
-        isinstance(layer, PolicyLayer) and not layer.expands_keys for layer in cache.layers
+    """Whether `cache` can be a row: every layer is compressed, the model attends to what is cached as it is, and the policy
+    does not read the ids of the batch's tokens."""
+    return (
+        isinstance(cache, PolicyCache)
+        and not cache.policies.eviction.needs_token_ids
+        and all(isinstance(layer, PolicyLayer) and not layer.expands_keys for layer in cache.layers)
     )
 
 
@@ -45,7 +48,7 @@ class SideBySide(Cache):
     def __init__(self, caches: Sequence[Cache]) -> None:
         for cache in caches:
             if not can_stand_side_by_side(cache):
-                raise ValueError(f"caches must be PolicyCaches that compress every layer, got {cache!r}")
+                raise ValueError(f"caches must be PolicyCaches that can be rows of a batch, got {cache!r}")
         lengths = {cache.get_seq_length() for cache in caches}
         if len(lengths) != 1:
             raise ValueError(f"caches must have seen equally many tokens, got {sorted(lengths)}")
