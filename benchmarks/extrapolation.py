@@ -121,6 +121,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     for name in dict.fromkeys(row["way"] for row in rows if row["measure"] == "perplexity"):
@@ -135,6 +136,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         yscale="log",
         title="SmolLM2-135M-Instruct beyond its trained length",
     )
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
