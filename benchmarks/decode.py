@@ -7,6 +7,7 @@ values. Stock and ours take turns token by token, so that a busy machine slows b
 one thread the process's own CPU time is taken, which a busy machine disturbs less.
 `share_of_limit` compares with the stock cache of 256 tokens, stepped in the same turns: no cache is faster than the rest of the model.
 A cache whose logits must equal the stock's is checked first, and its times are not printed when they differ.
+`kvpress bench` does the same with a model of one's own.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
 from kvpress import PolicyCache
-from kvpress.policies import Full, Policy, SnapKV, StreamingLLM
+from kvpress.policies import Full, SnapKV, StreamingLLM
+from kvpress.profiling.turns import decode_seconds, logits_difference, random_cache, ratios
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5  # of the largest logit
 SHORT = 256  # tokens of the stock cache that serves as the limit
 
 
@@ -44,61 +44,25 @@ def smollm2_shape(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def filled_cache(model: LlamaForCausalLM, tokens: int) -> DynamicCache:
-    """A stock cache of `tokens` random tokens."""
-    generator = torch.Generator().manual_seed(1)
-    cache = DynamicCache(config=model.config)
-    shape = (1, model.config.num_key_value_heads, tokens, 64)
-    for layer in range(model.config.num_hidden_layers):
-        cache.update(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator), layer)
-    return cache
-
-
-def decode_times(model: LlamaForCausalLM, caches: dict[str, object], steps: int) -> dict[str, list[float]]:
-    """Seconds per token of each cache, taking turns; `"stock"` and `"stock_short"` run under sdpa."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in caches}
-    token = torch.tensor([[7]])
-    for step in range(steps + 3):
-        for name, cache in caches.items():
-            model.set_attn_implementation("sdpa" if name.startswith("stock") else "kvpress")
-            start = clock()
-            model(token, past_key_values=cache)
-            if step >= 3:
-                times[name].append(clock() - start)
-    return times
-
-
-def logits_agree(model: LlamaForCausalLM, policy: Policy) -> bool:
-    """Whether greedy logits after 300 random tokens equal the stock cache's."""
-    ids = torch.randint(0, 49152, (1, 300), generator=torch.Generator().manual_seed(2))
-    arguments = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    model.set_attn_implementation("sdpa")
-    stock = model.generate(ids, **arguments)
-    ours = model.generate(ids, past_key_values=PolicyCache(model, policy), **arguments)
-    return max((a - b).abs().max().item() for a, b in zip(stock.logits, ours.logits, strict=True)) <= TOLERANCE
-
-
 def measure(
     model: LlamaForCausalLM, tokens: int, budget: int, steps: int, emit: Callable[[dict[str, object]], None]
 ) -> None:
     """Emit one row per cache at one context."""
     policies = {"full": Full(), "streaming_llm": StreamingLLM(budget=budget), "snapkv": SnapKV(budget=budget)}
-    stock = filled_cache(model, tokens)
-    caches: dict[str, object] = {"stock": stock, "stock_short": filled_cache(model, SHORT)}
+    stock = random_cache(model, tokens)
+    caches: dict[str, Cache] = {"stock": stock, "stock_short": random_cache(model, SHORT)}
     for name, policy in policies.items():
         caches[name] = PolicyCache.from_cache(model, policy, stock)
-    times = decode_times(model, caches, steps)
-    base, limit = statistics.median(times["stock"]), statistics.median(times["stock_short"])
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
+    found = ratios(decode_seconds(model, caches, torch.tensor([[7]]), steps))
+    limit = found["stock_short"]["token_milliseconds"]
+    for name, figures in found.items():
         row: dict[str, object] = {
             "cache": name,
             "context": SHORT if name == "stock_short" else tokens,
             "budget": budget if name in ("streaming_llm", "snapkv") else None,
-            "ms_per_token": round(1e3 * median, 2),
-            "speedup": round(base / median, 3),
-            "share_of_limit": round(median / limit, 3),
+            "ms_per_token": round(figures["token_milliseconds"], 2),
+            "speedup": round(figures["speedup"], 3),
+            "share_of_limit": round(figures["token_milliseconds"] / limit, 3),
             "steps": steps,
         }
         emit(row)
@@ -115,7 +79,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = smollm2_shape(arguments.layers)
     with torch.no_grad():
-        agree = logits_agree(model, Full())
+        ids = torch.randint(0, 49152, (1, 300), generator=torch.Generator().manual_seed(2))
+        agree = logits_difference(model, Full(), ids)[0] <= TOLERANCE
         print(
             json.dumps(
                 {"check": "full equals stock", "agree": agree, "threads": arguments.threads, "load": os.getloadavg()[0]}

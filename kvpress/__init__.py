@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvpress.cache import PolicyCache
+    from kvpress.profiling import profile
 
 __version__ = "0.1.0"
-__all__ = ["PolicyCache", "__version__"]
+__all__ = ["PolicyCache", "__version__", "profile"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> Any:
         from kvpress.cache import PolicyCache
 
         return PolicyCache
+    if name == "profile":
+        from kvpress.profiling import profile
+
+        return profile
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -306,6 +306,7 @@ class Keeper:
             new_slots=forward.new,
             query=query,
             keys=keys,
+            values=table.dense()[1] if self.policy.needs_values else None,
             query_positions=query_positions,
             visible=visible,
             arguments=arguments,

@@ -42,6 +42,7 @@ class Observation:
         query: `[batch, query_heads, rows, dim]`, `None` for a policy that needs none.
         weights: of a decoded token, its softmax weights `[batch, heads of the keys, slots]` reduced by `weights_reduction`.
         keys: `[batch, heads, slots, dim]` as attention saw them, or `[rows, dim]` with `starts` and `lengths` where heads are ragged.
+        values: `[batch, kv_heads, slots, dim]`, `None` for a policy that needs none.
         query_positions: `[batch or 1, rows]`.
         decoded: tokens since the last prompt, those of this forward included; 0 for a prompt.
         recent: the last query rows, where the policy asks for them.
@@ -61,6 +62,7 @@ class Observation:
     new_slots: slice | Tensor
     query: Tensor | None = None
     keys: Tensor | None = None
+    values: Tensor | None = None
     query_positions: Tensor | None = None
     visible: Tensor | None = None
     arguments: AttentionArguments = field(default_factory=lambda: AttentionArguments(1.0))

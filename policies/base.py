@@ -65,6 +65,7 @@ class EvictionPolicy(Policy):
     same_in_all_layers: ClassVar[bool] = False  # and so do layers
     needs_queries: ClassVar[bool] = False  # the attention function must hand over query rows
     needs_token_ids: ClassVar[bool] = False  # the model must be called with input_ids
+    needs_values: ClassVar[bool] = False  # observations show the values of all slots
     recounts: ClassVar[bool] = False  # `allocate` counts what is held: ask again when its limit is reached
 
     shares_out: ClassVar[str | None] = None  # "layers" or "heads": `allocate` divides a mean budget among them

@@ -109,7 +109,9 @@ def test_a_stream_stays_flat():
     assert buffers <= STREAM / 20 + 2  # a cut frees 20 tokens, and only a cut copies
     kept = cache.kept_positions(0)[0, 0].tolist()
     assert kept[:4] == [0, 1, 2, 3] and kept[-1] == STREAM - 1
-    between = [position for position in kept[4:] if position < STREAM - 36]  # outside the window, even one token before a cut
+    between = [
+        position for position in kept[4:] if position < STREAM - 36
+    ]  # outside the window, even one token before a cut
     assert between and all(int(tokens[position]) in SEPARATORS for position in between)
 
 

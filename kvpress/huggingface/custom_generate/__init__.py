@@ -1,0 +1,1 @@
+"""What transformers loads for `custom_generate`."""

@@ -1,0 +1,86 @@
+"""Decoding of a model with chosen policies against its stock cache, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from kvpress.cache import PolicyCache
+from kvpress.policies import Full
+from kvpress.profiling.cache_bytes import cache_bytes
+from kvpress.profiling.candidates import Candidate
+from kvpress.profiling.measure import prose_ids
+from kvpress.profiling.turns import STOCK, attention_of, decode_seconds, logits_difference, random_cache, ratios
+
+FILLS = ("random", "prompt")
+CHECK_TOKENS = 300
+Row = dict[str, Any]
+
+
+def check(model: PreTrainedModel, tokenizer: Any) -> Row:
+    """Whether the `full` policy gives the stock cache's logits: `{"difference": share of the largest logit, "agree": …}`."""
+    ids = prose_ids(tokenizer, CHECK_TOKENS, 1, seed=0).to(model.device)
+    difference, agree = logits_difference(model, Full(), ids)
+    return {"difference": difference, "agree": agree}
+
+
+def bench(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    candidates: Sequence[Candidate],
+    context: int,
+    *,
+    batch: int = 1,
+    steps: int = 15,
+    fill: str = "random",
+    advance: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """One row a cache at one context: median milliseconds per step, speed against the stock cache, bytes held.
+
+    Args:
+        fill: `"random"` keys and values, taken over from one stock cache (time does not depend on them), or `"prompt"`: every cache reads
+            generated prose.
+        advance: called with the label of each cache that was filled.
+
+    Raises:
+        ValueError: an unknown `fill`, or a model that `"random"` cannot fill.
+    """
+    if fill not in FILLS:
+        raise ValueError(f"fill must be one of {list(FILLS)}, got {fill!r}")
+    ids = prose_ids(tokenizer, context, batch, seed=1).to(model.device)
+    stock: Cache = random_cache(model, context, batch) if fill == "random" else DynamicCache(config=model.config)
+    caches: dict[str, Cache] = {STOCK: stock}
+    errors: dict[str, str] = {}
+    with torch.no_grad(), attention_of(model) as use_stock:
+        if fill == "prompt":
+            use_stock(True)
+            model(ids, past_key_values=stock, use_cache=True, logits_to_keep=1)
+        advance(STOCK)
+        for candidate in candidates:
+            policy = candidate.policy(context)
+            if policy is None:
+                continue
+            use_stock(False)
+            try:
+                if fill == "random":
+                    caches[candidate.label] = PolicyCache.from_cache(model, policy, stock)
+                else:
+                    caches[candidate.label] = PolicyCache(model, policy)
+                    model(ids, past_key_values=caches[candidate.label], use_cache=True, logits_to_keep=1)
+            except ValueError as error:
+                caches.pop(candidate.label, None)
+                errors[candidate.label] = str(error) + (" (or use --fill prompt)" if fill == "random" else "")
+            advance(candidate.label)
+    found = ratios(decode_seconds(model, caches, ids[:, -1:], steps))
+    rows = []
+    for label in (STOCK, *(candidate.label for candidate in candidates if candidate.label != STOCK)):
+        row: Row = {"label": label, "context": context, "batch": batch, "steps": steps, "fill": fill}
+        if label in errors:
+            row["error"] = errors[label]
+        else:
+            row |= {**found[label], "kv_held_bytes": cache_bytes(caches[label]).held_bytes}
+        rows.append(row)
+    return rows
