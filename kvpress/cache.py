@@ -18,6 +18,8 @@ from kvpress.errors import CacheStateError, UnsupportedModelError
 from kvpress.forward import hand_over
 from kvpress.layer import PolicyLayer
 from kvpress.memory import held_bytes
+from kvpress.offload.attached import Attached, attach
+from kvpress.offload.options import Offload
 from kvpress.policies.base import Policy
 from kvpress.report import CacheReport, make_report
 
@@ -33,6 +35,7 @@ class PolicyCache(Cache):
     Args:
         model: a decoder model of transformers. It must have been loaded before; weights are not touched.
         policy: an instance, a registered name with its parameters, or a list with at most one eviction and one selection policy.
+        offload: limits of device memory, host memory and disk; what does not fit near moves down.
         parameters: of a policy given by name.
 
     Raises:
@@ -45,13 +48,19 @@ class PolicyCache(Cache):
         print(cache.report())
     """
 
-    def __init__(self, model: PreTrainedModel, policy: PolicyChoice, **parameters: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, policy: PolicyChoice, *, offload: Offload | None = None, **parameters: Any
+    ) -> None:
         policies = choose_policies(policy, parameters).for_model(model)
         config = model.config.get_text_config(decoder=True)
         layers = make_layers(config, policies, model)
+        if offload is not None:
+            self.tiers = attach(layers, offload, model.device)
         if config._attn_implementation != NAME:
             use_our_attention(model, config)
         self._fill(config, policies, layers)
+
+    tiers: Attached | None = None  # with offload
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, policy: PolicyChoice, **parameters: Any) -> Self:
@@ -192,8 +201,9 @@ class PolicyCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages really held, all layers."""
-        return held_bytes(tensor for layer in self.layers for tensor in _tensors(layer))
+        """Bytes of the storages really held in memory, all layers; with offload also working memory and blocks in the memory tiers."""
+        tiers = 0 if self.tiers is None else self.tiers.nbytes
+        return tiers + held_bytes(tensor for layer in self.layers for tensor in _tensors(layer))
 
     @property
     def full_nbytes(self) -> int:
@@ -257,12 +267,24 @@ class PolicyCache(Cache):
 
         return load_cache(Path(directory), model)
 
+    def close(self) -> None:
+        """Empty the cache and, with offload, free its tiers: threads, memory and files. It serves no forward any more then."""
+        for layer in self.layers:
+            layer.reset()
+        if self.tiers is not None:
+            self.tiers.close()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PolicyCache:
+        if self.tiers is not None:
+            memo[id(self.tiers)] = self.tiers.fork()
         memo[id(self.config)] = self.config  # the model's own, whose attention implementation is watched
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
             setattr(copied, name, copy.deepcopy(value, memo))
+        for layer in copied.policy_layers:
+            if layer.stowage is not None:
+                layer.stowage.bind(layer.table)
         return copied
 
     def __reduce__(self) -> NoReturn:

@@ -23,6 +23,7 @@ from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock, Tokens
 
 if TYPE_CHECKING:
+    from kvpress.offload.stowage import Stowage
     from kvpress.policies.base import EvictionPolicy
     from kvpress.policies.selection import Selector
 
@@ -44,6 +45,7 @@ class PolicyLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     is_compileable = False
+    stowage: Stowage | None = None  # with offload: where keys and values lie between forwards
 
     def __init__(
         self,
@@ -72,6 +74,8 @@ class PolicyLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything but the parameters."""
         self.table = SlotTable(self.policy.columns)
+        if self.stowage is not None:
+            self.stowage.begin(self.table)
         self.keeper.reset(self.table)
         self.is_initialized = False
         self.seen = 0
@@ -137,17 +141,26 @@ class PolicyLayer(CacheLayerMixin):
             self.is_initialized = True
         elif batch != len(self.seen_rows):
             raise ValueError(f"batch size must stay {len(self.seen_rows)}, the cache's, got {batch}")
+        if self.stowage is not None:
+            self.stowage.selecting = self._reads_some(rows)
         new = self.table.append(key_states.detach(), value_states.detach())
         self.seen += rows
         self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows, token_ids=ids)
         self.forward.ragged = self.table.rows is not None
-        if self.forward.ragged and self.attended and not self.expands_keys:
+        if self.table.base or (self.forward.ragged and self.attended and not self.expands_keys):
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
         if not self.attended:
             self.place(self.forward, None, keys.device)
             self.finish(self.forward, None, keys, AttentionArguments(1.0))
         return keys, values
+
+    def _reads_some(self, rows: int) -> bool:
+        """Whether only selected slots are read, and nothing has to be known of the others."""
+        if rows > 1 or self.selector is None or not self.attended or self.expands_keys:
+            return False
+        keeps_all = self.policy.budget is None and not self.policy.columns
+        return keeps_all and self.selector.narrows(self.table.count + 1)
 
     def take_in(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Fill an empty layer with tokens `[batch, kv_heads, tokens, dim]` that another cache has seen, without their queries."""
@@ -157,6 +170,7 @@ class PolicyLayer(CacheLayerMixin):
             return
         self.place(forward, mask, keys.device)
         self.keeper.adopt(forward)
+        self._stow()
 
     @property
     def full_nbytes(self) -> int:
@@ -164,7 +178,15 @@ class PolicyLayer(CacheLayerMixin):
         return self.seen * self.table.kv_bytes_per_token
 
     def activate_past_recording(self) -> None:
-        """From now on eviction waits for the `crop` that follows each forward, so that `crop` is exact."""
+        """From now on eviction waits for the `crop` that follows each forward, so that `crop` is exact.
+
+        Raises:
+            CacheStateError: with offload, where something is evicted: all layers would have to stay near until then.
+        """
+        if self.stowage is not None and (self.policy.budget is not None or self.policy.columns):
+            raise CacheStateError(
+                f"offload must be None to take tokens back from policy {self.policy.name!r}, which evicts (assisted decoding)"
+            )
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -272,7 +294,7 @@ class PolicyLayer(CacheLayerMixin):
         if self.reader is not None:
             if self.rotation is not None:
                 query = self.rotation.undo(query, forward.rotated)
-            if not self.expands_keys:
+            if not self.expands_keys and not self.table.base:
                 keys, values = self.table.dense()
             return self.reader.read(self.table, forward, query, keys, values, arguments)
         several, visible = forward.rows > 1, forward.visible
@@ -318,6 +340,12 @@ class PolicyLayer(CacheLayerMixin):
             self._waiting = (forward, None if query is None else query.detach(), keys.detach(), arguments)
         else:
             self.keeper.keep(forward, query, keys, arguments)
+            self._stow()
+
+    def _stow(self) -> None:
+        if self.stowage is not None:
+            selected = [] if self.selector is None else self.selector.tensors()
+            self.stowage.stow(self.table, (*self.keeper.tensors(), *selected))
 
     def commit(self) -> None:
         """End a forward that waited for a `crop` which did not come."""

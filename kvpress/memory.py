@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,8 +48,11 @@ def take(source: Tensor, index: Tensor, capacity: int) -> Tensor:
     return buffer
 
 
-def grown(source: Tensor, count: int, capacity: int) -> Tensor:
-    buffer = allocate((*source.shape[:2], capacity, *source.shape[3:]), source)
+def grown(
+    source: Tensor, count: int, capacity: int, make: Callable[[Sequence[int], Tensor], Tensor] = allocate
+) -> Tensor:
+    """The first `count` slots of `source` in a buffer of `capacity` slots, the others 0; `make` makes the buffer, as `allocate` does."""
+    buffer = make((*source.shape[:2], capacity, *source.shape[3:]), source)
     buffer[:, :, :count] = source[:, :, :count]
     buffer[:, :, count:] = 0
     return buffer

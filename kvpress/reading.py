@@ -86,6 +86,8 @@ class Reader:
             query: before rotation where positions are re-indexed.
             keys, values: all slots, dense, in the order of the table; keys likewise.
         """
+        if table.base:
+            return self._read_stored(table, forward, query, arguments)
         tokens = forward.placed
         rows = Rows(query, keys, values, table.positions, tokens.positions, tokens.newest, forward.new)
         padded = forward.visible is not None
@@ -158,6 +160,39 @@ class Reader:
         """Slots became empty, the others stand where they stood."""
         if self.selector is not None:
             self.selector.vacate()
+
+    def _read_stored(self, table: SlotTable, forward: Forward, query: Tensor, arguments: AttentionArguments) -> Tensor:
+        """One row that reads selected slots of a table whose first slots lie in the tiers."""
+        if table.stowage is None or self.selector is None:
+            raise RuntimeError("the slots of this table do not lie in the tiers")
+        tokens, padded, stored = forward.placed, forward.visible is not None, table.stowage.stored_slots(table)
+        positions, newest = table.positions, tokens.newest
+        index = self.selector.select(
+            SlotView(
+                query=query,
+                keys=stored,
+                positions=positions,
+                newest=newest,
+                scaling=arguments.scaling,
+                ordered=not padded and isinstance(newest, int) and table.count == newest + 1,
+                ascending=True,
+                decoding=True,
+                new=forward.new,
+                shared=self.shared,
+                rotation=self.rotation,
+            )
+        )
+        self._last = (positions, index)
+        if index is None:
+            index = torch.arange(table.count, device=query.device)[None, None]
+        keys, values = stored.take(index)
+        whole = index.expand(positions.shape[0], positions.shape[1], -1)
+        chosen = positions.gather(-1, whole.clamp(min=0)).masked_fill(whole < 0, -1)
+        rows = Rows(query, keys, values, chosen, tokens.positions, newest, forward.new)
+        if self.rotation is not None:
+            return self._attend_reindexed(rows, None, padded, arguments)
+        listed = torch.arange(index.shape[-1], device=index.device).expand_as(index).masked_fill(index < 0, -1)
+        return _attend_kept(rows, listed, padded, arguments)
 
     def reset(self) -> None:
         """Forget what was read, and start the selection anew."""

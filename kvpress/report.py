@@ -28,6 +28,34 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class TierReport:
+    """One tier of an offloaded cache. Copied caches share their tiers, so figures are of all of them together.
+
+    Attributes:
+        tier: `"device"`, `"host"` or `"disk"`.
+        limit: bytes it may hold, `None` for no limit.
+        nbytes, peak_nbytes: bytes it holds now and held at most: blocks, and in the near tier also what layers hold there.
+        blocks: blocks it holds.
+        hits, misses: requests for a block that it could serve, and that went on to the next tier.
+        bytes_in, bytes_out: bytes moved into it and read from it.
+        stall_seconds: time that callers waited for its copies, reads and writes; reading ahead in the background is counted too.
+        failures: reads and writes that ended in an error.
+    """
+
+    tier: str
+    limit: int | None
+    nbytes: int
+    peak_nbytes: int
+    blocks: int
+    hits: int
+    misses: int
+    bytes_in: int
+    bytes_out: int
+    stall_seconds: float
+    failures: int
+
+
+@dataclass(frozen=True)
 class CacheReport:
     """A snapshot of a cache. `str()` gives a table, `to_dict()` JSON types. Bytes are of storages really held."""
 
@@ -40,6 +68,7 @@ class CacheReport:
     selections: int
     selections_reused: int
     layers: tuple[LayerReport, ...]
+    tiers: tuple[TierReport, ...] = ()
 
     @property
     def saved(self) -> float:
@@ -48,7 +77,8 @@ class CacheReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as JSON types."""
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "saved": self.saved}
+        listed = {name: [asdict(item) for item in getattr(self, name)] for name in ("layers", "tiers")}
+        return {**asdict(self), **listed, "saved": self.saved}
 
     def __str__(self) -> str:
         names = " + ".join(policy["name"] for policy in self.policies)
@@ -65,8 +95,23 @@ class CacheReport:
         table.add_section()
         table.add_row("all", "", "", "", f"{self.nbytes / 1e6:.2f}", f"{self.full_nbytes / 1e6:.2f}")
         buffer = io.StringIO()
-        Console(file=buffer, width=100).print(table)
+        console = Console(file=buffer, width=100)
+        console.print(table)
+        if self.tiers:
+            console.print(_tier_table(self.tiers))
         return buffer.getvalue()
+
+
+def _tier_table(tiers: tuple[TierReport, ...]) -> Table:
+    table = Table(title="tiers")
+    for heading in ("tier", "limit MB", "MB held", "MB peak", "blocks", "hits", "misses", "MB in", "MB out", "stall s"):
+        table.add_column(heading, justify="right")
+    for tier in tiers:
+        amounts = [tier.limit, tier.nbytes, tier.peak_nbytes, tier.bytes_in, tier.bytes_out]
+        limit, held, peak, moved_in, moved_out = ("" if each is None else f"{each / 1e6:.2f}" for each in amounts)
+        counts = (str(tier.blocks), str(tier.hits), str(tier.misses))
+        table.add_row(tier.tier, limit, held, peak, *counts, moved_in, moved_out, f"{tier.stall_seconds:.2f}")
+    return table
 
 
 def make_report(cache: PolicyCache) -> CacheReport:
@@ -94,6 +139,28 @@ def make_report(cache: PolicyCache) -> CacheReport:
         selections=sum(selector.misses for selector in selectors),
         selections_reused=sum(selector.hits for selector in selectors),
         layers=tuple(rows),
+        tiers=_tiers(cache),
+    )
+
+
+def _tiers(cache: PolicyCache) -> tuple[TierReport, ...]:
+    if cache.tiers is None:
+        return ()
+    return tuple(
+        TierReport(
+            tier=name,
+            limit=found.limit,
+            nbytes=found.bytes,
+            peak_nbytes=found.peak_bytes,
+            blocks=found.blocks,
+            hits=found.hits,
+            misses=found.misses,
+            bytes_in=found.bytes_in,
+            bytes_out=found.bytes_out,
+            stall_seconds=found.stall_seconds,
+            failures=found.failures,
+        )
+        for name, found in cache.tiers.statistics().items()
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 from kvpress.kernels.eviction import RowWriter
 from kvpress.memory import allocate, filled, grown, growth, held_bytes, take
 from kvpress.ragged import RaggedRows
+
+if TYPE_CHECKING:
+    from kvpress.offload.stowage import Stowage
 
 POSITION = "position"
 _NOTHING = torch.empty(0)
@@ -31,7 +34,12 @@ class SlotTable:
       columns stay `[batch, kv_heads, longest]` with `-1` positions past a head's capacity.
 
     An empty slot (padding, or never filled) has position `-1`. `held [batch, kv_heads]` counts the real tokens, on the host.
+
+    With offload a `stowage` keeps keys and values between forwards: those of the first `base` slots of a growing table then lie elsewhere.
     """
+
+    stowage: Stowage | None = None
+    base = 0
 
     def __init__(self, columns: tuple[str, ...] = ()) -> None:
         self.column_names = columns
@@ -89,6 +97,8 @@ class SlotTable:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[batch, kv_heads, slots in use, dim]`: views, or a padded copy where heads are ragged."""
+        if self.base and self.stowage is not None:
+            return self.stowage.gathered(self)
         if self.rows is not None:
             return self.rows.padded(self.keys), self.rows.padded(self.values)
         if self.keys.shape[2] == self.count:
@@ -147,6 +157,8 @@ class SlotTable:
         tokens = keys.shape[2]
         if self.is_empty:
             return self._adopt(keys, values)
+        if self.stowage is not None:
+            self.stowage.fetch(self, tokens)
         if self.spare is not None and tokens == 1:
             self._overwrite(self.spare, keys, values)
             return self.spare
@@ -154,8 +166,8 @@ class SlotTable:
             self._resume_growing(self.spare, room=tokens)
         first = self.count
         self._reserve(first + tokens)
-        self.keys[:, :, first : first + tokens] = keys
-        self.values[:, :, first : first + tokens] = values
+        place = slice(first - self.base, first - self.base + tokens)
+        self.keys[:, :, place], self.values[:, :, place] = keys, values
         self.count += tokens
         new = slice(first, self.count)
         for column in self.columns.values():
@@ -189,14 +201,37 @@ class SlotTable:
         if not isinstance(new, slice):
             self._writer()[0].write(new, [keys])
         elif self._owned:
-            self.keys[:, :, new] = keys
+            self.keys[:, :, new.start - self.base : new.stop - self.base] = keys
         else:
             self.keys = keys  # the model's own tensor is left as it is
 
     def settle(self) -> None:
-        """Keep everything: tensors taken in from the model are copied into own buffers."""
+        """Keep everything: tensors taken in from the model are copied into own buffers (by the stowage, if there is one)."""
+        if self.stowage is None:
+            self.take_over()
+
+    def take_over(self) -> None:
+        """Copy tensors taken in from the model into own buffers."""
         if not self._owned:
             self._reserve(self._grown_capacity(self.count))
+
+    @property
+    def owned(self) -> bool:
+        """Whether keys and values lie in buffers of this table, not in the model's own tensors."""
+        return self._owned
+
+    @property
+    def capacity(self) -> int:
+        """Slots that the buffers of a dense table have, those of `base` included."""
+        return self.base + self.keys.shape[2]
+
+    def capacity_for(self, slots: int) -> int:
+        """Slots that the buffers will have when `slots` are in use."""
+        return self.capacity if self._owned and self.capacity >= slots else self._grown_capacity(slots)
+
+    def lie(self, keys: Tensor, values: Tensor, base: int) -> None:
+        """From now on slots from `base` on lie at the beginning of these buffers, earlier ones elsewhere."""
+        self.keys, self.values, self.base, self._owned = keys, values, base, True
 
     def keep(self, index: Tensor, counts: numpy.ndarray, room: int) -> None:
         """Drop all but the slots `index [batch, kv_heads, n]`, in that order, and free the memory of the rest.
@@ -266,6 +301,8 @@ class SlotTable:
         dropped = self.columns[POSITION][:, :, self.count - tokens : self.count] >= 0
         self.held = self.held - dropped.sum(dim=-1).cpu().numpy()
         self.count -= tokens
+        if self.stowage is not None and self.base > self.count:
+            self.stowage.cut(self)
 
     def select_batch(self, index: Tensor) -> None:
         """Row `i` becomes what row `index[i]` was, in every column."""
@@ -275,6 +312,8 @@ class SlotTable:
         rows = index.tolist()
         with torch.inference_mode(False), torch.no_grad():
             self._select_batch(index, rows)
+            if self.stowage is not None:
+                self.stowage.select_batch(self, rows)
 
     def _select_batch(self, index: Tensor, rows: list[int]) -> None:
         if self.rows is not None:
@@ -292,9 +331,10 @@ class SlotTable:
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal table."""
         capacities = None if self.rows is None else self.rows.capacities
+        keys, values = self.dense() if self.base else (self.keys, self.values)
         return {
-            "keys": self.keys,
-            "values": self.values,
+            "keys": keys,
+            "values": values,
             "spare": self.spare,
             "columns": dict(self.columns),
             "count": self.count,
@@ -363,13 +403,14 @@ class SlotTable:
 
     def _reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots, with some to spare."""
-        if self._owned and self.keys.shape[2] >= capacity:
-            return
-        if self._owned:
-            capacity = self._grown_capacity(capacity)
-        self.keys = grown(self.keys, self.count, capacity)
-        self.values = grown(self.values, self.count, capacity)
-        self.columns = {name: grown(column, self.count, capacity) for name, column in self.columns.items()}
+        roomy = self._grown_capacity(capacity) if self._owned else capacity
+        if not self._owned or self.capacity < capacity:
+            held = self.count - self.base
+            make = allocate if self.stowage is None else self.stowage.allocate
+            self.keys = grown(self.keys, held, roomy - self.base, make)
+            self.values = grown(self.values, held, roomy - self.base, make)
+        if not self._owned or self.columns[POSITION].shape[2] < capacity:
+            self.columns = {name: grown(column, self.count, roomy) for name, column in self.columns.items()}
         self._owned = True
 
     def _grown_capacity(self, capacity: int) -> int:

@@ -73,6 +73,9 @@ class PageSelector(Selector):
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.low, self.high) if tensor is not None]
 
+    def narrows(self, slots: int) -> bool:
+        return not self.skip and slots > self.policy.top_k
+
     def select(self, view: SlotView) -> Tensor | None:
         if not view.decoding:
             self.rearrange()  # a prompt may move the slots of earlier tokens
@@ -142,5 +145,6 @@ def _from_first_token(view: SlotView, first: int) -> tuple[Tensor, Tensor]:
     batch, heads, slots, dim = keys.shape
     index = first_tokens(view) + torch.arange(first, slots, device=keys.device)
     index, outside = index.clamp(max=slots - 1), index >= slots
-    shifted = keys.gather(2, index[..., None].expand(batch, heads, -1, dim))
+    least = int(index.min())
+    shifted = keys[:, :, least:].gather(2, (index - least)[..., None].expand(batch, heads, -1, dim))
     return shifted, positions.gather(2, index.expand(batch, positions.shape[1], -1)).masked_fill(outside, -1)

@@ -39,7 +39,8 @@ class SlotView:
 
     Attributes:
         query: `[batch, query_heads, rows, dim]`: rotated, or before rotation where positions are re-indexed.
-        keys: `[batch, kv_heads, slots, dim]` likewise.
+        keys: `[batch, kv_heads, slots, dim]` likewise. With offload it may be a stand-in (`kvpress.offload.hot_slots.StoredSlots`) that has
+            a shape and a device, and reads `keys[:, :, first:last]` from the tiers: ask for no more than is needed.
         positions: `[batch, kv_heads, slots]` int32, `-1` for an empty slot.
         newest: position of the last of these rows: an int when all batch rows are alike, else `[batch, 1, 1]`.
         scaling: factor of the dot products in attention.
@@ -52,7 +53,7 @@ class SlotView:
     """
 
     query: Tensor
-    keys: Tensor
+    keys: Any
     positions: Tensor
     newest: int | Tensor
     scaling: float
@@ -73,6 +74,11 @@ class Selector:
     def select(self, view: SlotView) -> Tensor | None:
         """Slots to attend to, `[batch, kv_heads or 1, n]` int64 with `-1` for none; `None` for all."""
         raise NotImplementedError
+
+    def narrows(self, slots: int) -> bool:
+        """Whether a decoded token that sees `slots` slots surely reads only some of them. With offload the others are then left where they
+        are, and `select` sees a stand-in for the keys; the default reads everything."""
+        return False
 
     def select_batch(self, index: Tensor) -> None:
         """Row `i` becomes what row `index[i]` was."""

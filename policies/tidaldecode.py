@@ -70,6 +70,9 @@ class TidalSelector(Selector):
         self.shared = shared
         self.hits = self.misses = 0
 
+    def narrows(self, slots: int) -> bool:
+        return not self.dense and not self.chooses and slots > self.top_k
+
     def select(self, view: SlotView) -> Tensor | None:
         if self.dense or not view.decoding or view.keys.shape[2] <= self.top_k:
             return None
@@ -83,11 +86,12 @@ class TidalSelector(Selector):
 
 
 def largest_products(view: SlotView, top_k: int) -> Tensor:
-    """The slots of the `top_k` largest dot products of each KV head: `[batch, kv_heads, top_k]`, `-1` where there are fewer."""
+    """The slots of the `top_k` largest dot products of each KV head: `[batch, heads of the keys, top_k]`, `-1` where there are fewer."""
     batch, _, _, dim = view.query.shape
     kind = accumulator_type(view.query)
     grouped = view.query.to(kind).view(batch, view.keys.shape[1], -1, dim)
     products = torch.matmul(grouped, view.keys.to(kind).transpose(-1, -2)).amax(dim=2)
-    products = products.nan_to_num(-torch.inf).masked_fill(view.positions < 0, -torch.inf)
-    best = best_slots(products, top_k, None if view.ascending else view.positions)
-    return best.masked_fill(view.positions.gather(-1, best) < 0, -1)
+    positions = view.positions.expand(-1, products.shape[1], -1)  # a model that expands keys has more heads of them
+    products = products.nan_to_num(-torch.inf).masked_fill(positions < 0, -torch.inf)
+    best = best_slots(products, top_k, None if view.ascending else positions)
+    return best.masked_fill(positions.gather(-1, best) < 0, -1)

@@ -116,6 +116,9 @@ class VoteSelector(Selector):
         for name in CACHED:
             setattr(self, name, state[name])
 
+    def narrows(self, slots: int) -> bool:
+        return slots > self.policy.sinks + self.policy.top_k + self.policy.local
+
     def select(self, view: SlotView) -> Tensor | None:
         policy = self.policy
         if not view.decoding:
@@ -166,7 +169,7 @@ class VoteSelector(Selector):
             votes = self._count(view, query, keys[:, :, first:last], None)
             return best_slots(votes, policy.top_k) + first, torch.ones(batch, dtype=torch.bool, device=votes.device)
         candidates = candidate_slots(view, policy.sinks, policy.local)
-        votes = self._count(view, query, keys, candidates)
+        votes = self._count(view, query, keys[:, :, :], candidates)
         candidates = candidates[:, : votes.shape[1]]
         votes = votes.masked_fill(~candidates, -1.0)
         live = (candidates.sum(dim=-1) > policy.top_k).any(dim=-1)

@@ -122,7 +122,8 @@ def new_cache(model: Any, name: str, budget: int) -> Any:
     """An empty cache of a policy that keeps `budget` tokens, or transformers' own."""
     if name == STOCK:
         return DynamicCache(config=model.config)
-    return PolicyCache(model, name, **budget_options(name, budget))
+    options: dict[str, Any] = budget_options(name, budget)
+    return PolicyCache(model, name, **options)
 
 
 def warm_up(model: Any, task: PasskeyTask) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import NoReturn
 
 from torch import Tensor
@@ -210,6 +211,50 @@ class TierManager:
             with suppress(CancelledError):
                 future.result()
 
+    # --- memory of the caller's own ----------------------------------------------------------------------------
+
+    @property
+    def near(self) -> MemoryTier | None:
+        """The tier that accounts for memory the computation works in: the nearest one, if it is such memory."""
+        nearest = next(iter(self._mover.tiers.values()))
+        is_near = nearest.name == "device" or self._mover.device.is_host
+        return nearest if isinstance(nearest, MemoryTier) and is_near else None
+
+    def hold(self, nbytes: int) -> bool:
+        """Reserve bytes of the near tier for tensors of the caller's own, moving blocks down; False when they cannot be had.
+
+        Without a near tier nothing is reserved, and the answer is True.
+        """
+        tier = self.near
+        if tier is None:
+            return True
+        with self._locked() as mover:
+            while True:
+                attempt, before = Attempt(), mover.changes
+                if mover.reserve(tier.name, nbytes, attempt):
+                    return True
+                if mover.moving:
+                    mover.lock.wait()
+                elif mover.changes == before and not attempt.met_busy:
+                    return False
+
+    def release(self, nbytes: int) -> None:
+        """Give bytes back that `hold` reserved."""
+        tier = self.near
+        if tier is not None:
+            tier.ledger.release(nbytes)
+            with self._mover.lock:
+                self._mover.changed()
+
+    def background(self, work: Callable[[], None]) -> Future[None]:
+        """Run `work` on a thread of the pool. `close` waits for it, or cancels it before it began."""
+        with self._locked():
+            return self._pool.submit(work)
+
+    def is_own_thread(self, thread: Thread) -> bool:
+        """Whether `thread` belongs to the pool."""
+        return thread in self._pool._threads
+
     # --- pins and owners ---------------------------------------------------------------------------------------
 
     def pin(self, key: BlockKey) -> None:
@@ -289,6 +334,17 @@ class TierManager:
     def statistics(self) -> dict[str, TierStatistics]:
         """Counters of each tier, the nearest first."""
         return {name: tier.ledger.statistics() for name, tier in self._mover.tiers.items()}
+
+    def bytes_in_memory(self, owner: str) -> int:
+        """Bytes of the copies in memory of the blocks that `owner` relies on."""
+        with self._mover.lock:
+            mine = [block for block in self._mover.blocks.values() if owner in block.owners]
+            return sum(block.layout.nbytes for block in mine for _ in block.buffers)
+
+    @property
+    def computes_in_host_memory(self) -> bool:
+        """Whether the device that computes reads host memory."""
+        return self._mover.device.is_host
 
     def close(self) -> None:
         """Stop the threads, free every block and remove the files. Closing twice is no error."""

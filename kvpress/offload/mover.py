@@ -126,7 +126,7 @@ class Mover:
         """A buffer in a memory tier, whose bytes are reserved. Raises TierFullError when the allocator has none."""
         try:
             return self.device.empty(nbytes) if name == "device" else self.device.empty_host(nbytes)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             raise TierFullError(name, f"the allocator has no {nbytes} bytes ({error})") from error
 
     def release_buffer(self, name: str, buffer: Tensor) -> None:

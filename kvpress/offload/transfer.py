@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kvpress.offload.pages import empty_pages, page_bytes
+
 Event = Any  # torch.cuda.Event, or what a fake device records
 
 
@@ -69,16 +71,16 @@ class HostDevice:
     is_host = True
 
     def device_bytes(self, nbytes: int) -> int:
-        return nbytes
+        return page_bytes(nbytes)
 
     def host_bytes(self, nbytes: int) -> int:
-        return nbytes
+        return page_bytes(nbytes)
 
     def empty(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return empty_pages(nbytes)
 
     def empty_host(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return empty_pages(nbytes)
 
     def free(self, buffer: Tensor) -> None:
         pass

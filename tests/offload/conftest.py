@@ -1,8 +1,9 @@
 """Helpers of the offload tests: small blocks, and children that may be killed."""
 
 import os
+import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,11 @@ def in_child() -> Callable[[Callable[[], object]], tuple[int, str]]:
 @pytest.fixture
 def bytes_in() -> Callable[[Path], int]:
     return bytes_below
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """An empty directory, in memory where the machine has such a file system: caches write thousands of tiny files."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as name:
+        yield Path(name)

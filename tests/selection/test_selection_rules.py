@@ -6,7 +6,7 @@ import torch
 from kvpress import PolicyCache
 from kvpress.errors import UnsupportedModelError
 from kvpress.policies import Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect, make_policy
-from kvpress.testing.families import tiny_model
+from kvpress.testing.families import random_tokens, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -137,3 +137,26 @@ def test_the_last_tokens_of_a_prompt_ask_for_themselves(llama):
     with torch.no_grad():
         other = llama(ids, past_key_values=without).logits[0, -3:]
     assert float((together - other).abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        TidalDecode(top_k=6, dense_layers=0),
+        Quest(top_k=8, page_size=4, skip_layers=0),
+        TokenSelect(top_k=6, sinks=1, local=4, chunk=4, tail=0, positions="keep"),
+    ],
+    ids=lambda policy: policy.name,
+)
+def test_keys_made_from_latents(policy):
+    """Such a model attends with more heads of keys than the cache holds; the sets fit them, and few are read."""
+    model, text = tiny_model("deepseek_v3", num_hidden_layers=3), random_tokens(1, 36)
+    cache = PolicyCache(model, policy)
+    with torch.no_grad():
+        model(text[:, :30], past_key_values=cache)
+        for step in range(30, 36):
+            logits = model(text[:, step : step + 1], past_key_values=cache).logits
+    read = cache.selected_positions(2)
+    assert torch.isfinite(logits).all()
+    assert 0 < read.shape[-1] < 30
+    assert read.max() < 36

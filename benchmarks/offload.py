@@ -1,0 +1,213 @@
+"""Offload: decode speed with a near tier that is too small, and peak memory against the limit.
+
+    python benchmarks/offload.py                          # both, a few minutes
+    python benchmarks/offload.py --only speed --near 0.25 0.6 --policies tokenselect quest
+    python benchmarks/offload.py --only memory
+
+JSON lines. *speed*: SmolLM2-135M (`--model`) decodes greedily over a context of `--tokens` slots, with and without offload in turn,
+token by token, on the same tokens; every step's logits are compared bit for bit before it counts. The context is a text of 2,048 tokens
+that the model has read, its keys and values repeated (with positions="reindex" keys are stored before rotation, so a repeated text is
+what they are). The near tier is a share of all keys and values, the rest lies on disk; files are not dropped from the page cache,
+which is stated.
+Figures are medians of wall time and of the process's CPU time, background threads included, and the ratio without / with offload.
+
+*memory*: in a process of its own, a random model of 32 layers reads and continues a context whose keys and values are 4 times the limit.
+Reported is what the process's peak resident memory is above that of the same run with a cache that keeps 64 tokens, once with the C
+library's allocator as it is, whose heap keeps memory that the model's activations freed (the model's own peak differs by 100 MB from run to
+run), and once with MALLOC_MMAP_THRESHOLD_=65536, so that what is freed is returned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvpress import PolicyCache
+from kvpress.models import load_model
+from kvpress.offload import Offload
+from kvpress.policies import Policy, Quest, StreamingLLM, TokenSelect
+
+READ = 2_048  # tokens of text
+POLICIES: dict[str, Policy] = {
+    "tokenselect": TokenSelect(tail=0),
+    "tokenselect, threshold 0.7": TokenSelect(tail=0, threshold=0.7),
+    "quest": Quest(),
+}
+
+
+def text_ids(tokenizer: Any) -> Tensor:
+    """The first tokens of this project's own documentation."""
+    root = Path(__file__).parents[1]
+    text = "\n".join(path.read_text("utf-8") for path in sorted(root.glob("docs/*.md")))
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :READ]
+    return ids
+
+
+def fill(cache: PolicyCache, read: list[tuple[Tensor, Tensor]], copies: int) -> None:
+    """The context, `copies` times over."""
+    for layer, (keys, values) in zip(cache.policy_layers, read, strict=True):
+        layer.take_in(keys.repeat(1, 1, copies, 1), values.repeat(1, 1, copies, 1), None)
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    model, tokenizer = load_model(arguments.model)
+    ids = text_ids(tokenizer)
+    for name in arguments.policies:
+        policy = POLICIES[name]
+        first = PolicyCache(model, policy)
+        with torch.no_grad():
+            model(ids, past_key_values=first, logits_to_keep=1)
+        read = [(layer.keys.clone(), layer.values.clone()) for layer in first.policy_layers]
+        del first
+        for near in arguments.near:
+            compare(model, policy, name, read, ids, near, arguments)
+
+
+def compare(
+    model: Any,
+    policy: Policy,
+    name: str,
+    read: list[tuple[Tensor, Tensor]],
+    ids: Tensor,
+    near: float,
+    arguments: argparse.Namespace,
+) -> None:
+    """Steps without and with offload, in turn."""
+    copies = arguments.tokens // read[0][0].shape[2]
+    full = copies * sum(keys.nbytes + values.nbytes for keys, values in read)
+    with tempfile.TemporaryDirectory(dir=arguments.disk) as folder:
+        offload = Offload(host=int(near * full), disk=folder, block=arguments.block, prefetch=arguments.prefetch)
+        plain, tiered = PolicyCache(model, policy), PolicyCache(model, policy, offload=offload)
+        for cache in (plain, tiered):
+            fill(cache, read, copies)
+        token, times = ids[:, -1:], {"without": [], "with": []}
+        cpu: dict[str, list[float]] = {"without": [], "with": []}
+        with torch.no_grad():
+            for step in range(arguments.steps + arguments.warm_up):
+                logits = []
+                for kind, cache in (("without", plain), ("with", tiered)):
+                    start, start_cpu = time.perf_counter(), time.process_time()
+                    logits.append(model(token, past_key_values=cache).logits)
+                    if step >= arguments.warm_up:
+                        times[kind].append(time.perf_counter() - start)
+                        cpu[kind].append(time.process_time() - start_cpu)
+                if not torch.equal(*logits):
+                    raise SystemExit(f"{name}: logits differ at step {step}: no figure is printed")
+                token = logits[0][:, -1:].argmax(dim=-1)
+        report = tiered.report()
+        row: dict[str, Any] = {
+            "benchmark": "speed", "policy": name, "tokens": arguments.tokens, "kv_bytes": full, "near_share": near,
+            "block": arguments.block,
+            "prefetch": arguments.prefetch, "steps": arguments.steps, "logits": "equal bit for bit", "page_cache": "not dropped",
+            "selections": report.selections, "selections_reused": report.selections_reused, "load": os.getloadavg()[0],
+        }  # fmt: skip
+        for clock, found in (("wall", times), ("cpu", cpu)):
+            medians = {kind: statistics.median(values) for kind, values in found.items()}
+            row |= {f"{clock}_ms_{kind}": round(1e3 * value, 1) for kind, value in medians.items()}
+            row[f"{clock}_speed_kept"] = round(medians["without"] / medians["with"], 3)
+        row["tiers"] = {tier.tier: {"limit": tier.limit, "peak": tier.peak_nbytes, "hits": tier.hits, "bytes_out": tier.bytes_out,
+                                    "stall_seconds": round(tier.stall_seconds, 2)} for tier in report.tiers}  # fmt: skip
+        print(json.dumps(row), flush=True)
+        tiered.close()
+
+
+def peak() -> int:
+    """Peak resident bytes of this process since it was last reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def memory_child(tokens: int, limit: int) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=32, num_attention_heads=8, num_key_value_heads=8,
+        head_dim=64, max_position_embeddings=1 << 16,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (1, tokens), generator=torch.Generator().manual_seed(0))
+    peaks, report = [], None
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for kind in ("own", "own", "offload"):
+            tiers = Offload(host=limit, disk=folder, block=64)
+            cache = (
+                PolicyCache(model, StreamingLLM(budget=64))
+                if kind == "own"
+                else PolicyCache(model, "full", offload=tiers)
+            )
+            Path("/proc/self/clear_refs").write_text("5")
+            for piece in ids.split([tokens - 16, *[1] * 16], dim=1):
+                model(piece, past_key_values=cache, logits_to_keep=1)
+            peaks.append(peak())
+            report = cache.report()
+            cache.close()
+    if report is None or not report.tiers:
+        raise SystemExit("nothing was offloaded")
+    above = peaks[2] - peaks[1]
+    row = {
+        "benchmark": "memory",
+        "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
+        "tokens": tokens,
+        "kv_bytes": report.full_nbytes,
+        "limit": limit,
+        "times_the_limit": report.full_nbytes / limit,
+        "peak_own": peaks[1],
+        "peak_with_offload": peaks[2],
+        "above_own": above,
+        "above_own_over_limit": round(above / limit, 3),
+        "near_peak_accounted": report.tiers[0].peak_nbytes,
+        "disk_peak": report.tiers[1].peak_nbytes,
+    }
+    print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["speed", "memory"])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--tokens", type=int, default=32_768, help="slots of the context, a multiple of 2048")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument(
+        "--near", type=float, nargs="+", default=[0.25], help="share of the keys and values that the near tier may hold"
+    )
+    parser.add_argument("--block", type=int, default=1024)
+    parser.add_argument("--prefetch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--disk", default=None, help="directory for the files")
+    parser.add_argument("--limit", type=int, default=64 << 20, help="of the memory run, bytes")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.child:
+        memory_child(4 * arguments.limit // (32 * 8 * 64 * 2 * 4), arguments.limit)
+        return
+    if arguments.only != "memory":
+        speed(arguments)
+    if arguments.only != "speed":
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            "--limit",
+            str(arguments.limit),
+            "--threads",
+            str(arguments.threads),
+        ]
+        for threshold in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
+            subprocess.run(command, check=True, env={**os.environ, **threshold})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Selected slots of a table whose blocks lie in the tiers: near copies of the ones used last, and the blocks of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpress.memory import filled
+
+if TYPE_CHECKING:
+    from kvpress.offload.stowage import Stowage
+    from kvpress.slots import SlotTable
+
+SPARE = 2  # near copies for so many times the slots that one forward reads
+
+
+class HotSlots:
+    """Copies of slots, the least recently read of which give way.
+
+    Attributes:
+        tensors: by name, `[batch, kv_heads, capacity, dim]`.
+        slot: `[batch, heads, capacity]` which slot each copy is of, -1 for none; `heads` is 1 where all KV heads select the same.
+        place: `[batch, heads, slots]` where the copy of each slot is, -1 for nowhere.
+        used: `[batch, heads, capacity]` the last forward that read it.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget and free everything."""
+        self.tensors: dict[str, Tensor] = {}
+        self.slot = self.place = self.used = torch.empty(0, 0, 0, dtype=torch.long)
+        self.now = 0
+
+    @property
+    def capacity(self) -> int:
+        """Copies that there is room for, per head."""
+        return self.slot.shape[-1]
+
+    def fits(self, index: Tensor, wanted: int) -> bool:
+        """Whether slots of `index [batch, heads, n]` can be looked up, `wanted` of them at once."""
+        return self.slot.shape[:2] == index.shape[:2] and wanted <= self.capacity
+
+    def make(self, index: Tensor, capacity: int, slots: int, like: dict[str, Tensor]) -> None:
+        """Begin anew with room for `capacity` copies."""
+        batch, heads, _ = index.shape
+        self.tensors = {
+            name: filled((*each.shape[:2], capacity, each.shape[-1]), 0, each, each.dtype)
+            for name, each in like.items()
+        }
+        self.slot = filled((batch, heads, capacity), -1, index, torch.long)
+        self.used = filled((batch, heads, capacity), -1, index, torch.long)
+        self.place = filled((batch, heads, slots), -1, index, torch.int32)
+        self.now = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), self.slot, self.used, self.place))
+
+    def widen(self, slots: int) -> None:
+        """Room in `place` for `slots` slots."""
+        if self.place.shape[-1] < slots:
+            roomy = filled((*self.place.shape[:2], slots), -1, self.place, self.place.dtype)
+            roomy[..., : self.place.shape[-1]] = self.place
+            self.place = roomy
+
+    def find(self, slot: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Places `[batch, heads, n]` of `slot`, given to those that had none, and which these are; only where `wanted`."""
+        self.now += 1
+        place = self.place.gather(-1, slot).long()
+        missing = wanted & (place < 0)
+        hit = (wanted & ~missing).nonzero(as_tuple=True)
+        self.used[hit[0], hit[1], place[hit]] = self.now
+        if bool(missing.any()):
+            batch, head, entry = missing.nonzero(as_tuple=True)
+            number = missing.cumsum(dim=-1)[batch, head, entry] - 1  # among its head's missing ones
+            oldest = self.used.topk(int(number.max()) + 1, dim=-1, largest=False, sorted=True).indices
+            given = oldest[batch, head, number]
+            old = self.slot[batch, head, given]
+            held = old >= 0
+            self.place[batch[held], head[held], old[held]] = -1
+            new = slot[batch, head, entry]
+            self.slot[batch, head, given] = new
+            self.used[batch, head, given] = self.now
+            self.place[batch, head, new] = given.int()
+            place[batch, head, entry] = given
+        return place, missing
+
+    def forget(self, slot: Tensor, place: Tensor, missing: Tensor) -> None:
+        """The copies of `missing` slots were not made after all."""
+        batch, head, entry = missing.nonzero(as_tuple=True)
+        self.place[batch, head, slot[batch, head, entry]] = -1
+        self.slot[batch, head, place[batch, head, entry]] = -1
+
+    def select_batch(self, rows: Sequence[int]) -> None:
+        """Row `i` becomes what row `rows[i]` was."""
+        index = torch.tensor(rows, device=self.slot.device)
+        if self.capacity:
+            with torch.inference_mode(False), torch.no_grad():
+                self.tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
+                self.slot, self.place, self.used = self.slot[index], self.place[index], self.used[index]
+
+
+class StoredSlots:
+    """Stands for the keys `[batch, kv_heads, slots, dim]` of a table whose first slots lie in the tiers: reads what is asked of it.
+
+    It knows the shape, a range of the last slots (`keys[:, :, first:last]`), and some slots of each head (`take`).
+    """
+
+    def __init__(self, stowage: Stowage, table: SlotTable, hot: HotSlots) -> None:
+        self._stowage, self._table, self._hot = stowage, table, hot
+        self._whole: tuple[int, Tensor] | None = None  # all keys from a slot on
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """As of the keys."""
+        batch, heads, _, dim = self._table.keys.shape
+        return batch, heads, self._table.count, dim
+
+    @property
+    def device(self) -> torch.device:
+        """As of the keys."""
+        return self._table.keys.device
+
+    def __getitem__(self, item: tuple[slice, slice, slice]) -> Tensor:
+        """Keys of consecutive slots.
+
+        Raises:
+            TierError: a block is lost or cannot be read, or there is no room to put them together.
+        """
+        batch, heads, slots = item
+        first, last, _ = slots.indices(self._table.count)
+        start, keys = self._from(first)
+        return keys[batch, heads, first - start : last - start]
+
+    def _from(self, first: int) -> tuple[int, Tensor]:
+        """A slot not behind `first`, and the keys of all slots from there on."""
+        table = self._table
+        if first >= table.base:
+            return table.base, table.keys
+        if self._whole is None or self._whole[0] > first:
+            self._whole = self._stowage.keys_from(table, first)
+        return self._whole
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[batch, kv_heads, n, dim]` of the slots `index [batch, kv_heads or 1, n]`; any for `-1`.
+
+        Raises:
+            TierError: a block is lost or cannot be read, or there is no room for the copies.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            return self._take(index.clone() if index.is_inference() else index)
+
+    def _take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        table, hot = self._table, self._hot
+        slot = index.clamp(min=0)
+        stored, near = (index >= 0) & (slot < table.base), (index >= 0) & (slot >= table.base)
+        tail = {"key": table.keys, "value": table.values}
+        if not hot.fits(index, index.shape[-1]):
+            self._make(index, tail)
+        hot.widen(table.base)
+        place, missing = hot.find(slot.clamp(max=table.base - 1), stored)
+        if bool(missing.any()):
+            try:
+                self._bring(slot, place, missing)
+            except BaseException:
+                hot.forget(slot, place, missing)
+                raise
+        place = torch.where(stored, place, 0)
+        behind = torch.where(near, slot - table.base, 0)
+        taken = []
+        for name, rows in tail.items():
+            kept, late = _rows(hot.tensors[name], place), _rows(rows, behind)
+            taken.append(torch.where(near[..., None], late, kept))
+        return taken[0], taken[1]
+
+    def _make(self, index: Tensor, like: dict[str, Tensor]) -> None:
+        stowage, wanted = self._stowage, index.shape[-1]
+        per_slot = sum(each.shape[0] * each.shape[1] * each.shape[-1] * each.element_size() for each in like.values())
+        per_slot += index.shape[0] * index.shape[1] * 16
+        fixed = index.shape[0] * index.shape[1] * 4 * self._table.count
+        self._hot.clear()
+        capacity = SPARE * wanted
+        if not stowage.may_hold(capacity * per_slot + fixed):
+            capacity = wanted
+            stowage.must_hold(capacity * per_slot + fixed)
+        self._hot.make(index, capacity, self._table.count, like)
+
+    def _bring(self, slot: Tensor, place: Tensor, missing: Tensor) -> None:
+        """Copy the missing slots to their places, block by block."""
+        size = self._stowage.attached.options.block
+        entries = missing.nonzero()
+        batch, head, entry = entries.unbind(-1)
+        source, target = slot[batch, head, entry], place[batch, head, entry]
+        heads: Any = slice(None) if slot.shape[1] == 1 else head
+        names = ["key", "value"]
+        if self._whole is not None and bool((source >= self._whole[0]).all()):
+            start, keys = self._whole
+            self._hot.tensors["key"][batch, heads, target] = keys[batch, heads, source - start]
+            names = ["value"]
+        order = (source // size).argsort(stable=True)
+        numbers, counts = (source // size)[order].unique_consecutive(return_counts=True)
+        for number, chosen in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
+            some: Any = heads if isinstance(heads, slice) else heads[chosen]
+            rows, goes = batch[chosen], target[chosen]
+            inside = source[chosen] - number * size
+            block = self._stowage.blocks[number]
+            old = rows if block.rows is None else torch.tensor(block.rows, device=rows.device)[rows]
+            for name, tensor in self._stowage.block_tensors(self._table, block, names):
+                self._hot.tensors[name][rows, some, goes] = tensor[
+                    old.to(tensor.device), some, inside.to(tensor.device)
+                ].to(self.device)
+
+
+def _rows(tensor: Tensor, slot: Tensor) -> Tensor:
+    """Slots `[batch, heads or 1, n]` of `tensor [batch, heads, slots, dim]`."""
+    if slot.shape[:2] == (1, 1):
+        return tensor.index_select(2, slot[0, 0])
+    batch, heads = tensor.shape[:2]
+    slot = slot.expand(batch, heads, -1)
+    row = torch.arange(batch, device=tensor.device)[:, None, None]
+    head = torch.arange(heads, device=tensor.device)[None, :, None]
+    return tensor[row, head, slot]

@@ -1,0 +1,432 @@
+"""Stowage: where the keys and values of one layer's slots lie between two forwards.
+
+A table stays as it is while the near tier has room for it. When it has none, a *growing* table is cut into blocks of consecutive slots,
+which never change again and go to the tiers; the slots behind the last complete block, the tail, stay near. For each forward all of them
+are put together in working memory. A *steady* table overwrites slots anywhere, so it stays near: its budget must fit there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpress.errors import CacheStateError
+from kvpress.memory import growth, held_bytes
+from kvpress.offload.attached import Attached
+from kvpress.offload.errors import TierClosedError, TierFullError
+from kvpress.offload.hot_slots import HotSlots, StoredSlots
+from kvpress.offload.key import BlockKey
+from kvpress.offload.working import Reading, StoredBlock, WorkingMemory, buffer_like, read_all, shaped, shaped_bytes
+
+if TYPE_CHECKING:
+    from kvpress.slots import SlotTable
+
+Buffers = tuple[Tensor, Tensor]
+NAMES = ("key", "value")
+
+
+class Stowage:
+    """The stowage of one layer.
+
+    Attributes:
+        blocks: of the first slots, in order, `options.block` slots each.
+        held: bytes of the near tier that are held for this layer.
+        selecting: the forward under way reads only some slots: they are taken with `stored_slots`, and nothing else is fetched.
+
+    Args:
+        apart: keys and values are written apart, for a selection that reads them at different times.
+    """
+
+    def __init__(self, attached: Attached, layer: int, apart: bool = False) -> None:
+        self.attached = attached
+        self.layer = layer
+        self.blocks: list[StoredBlock] = []
+        self.held = 0
+        self.selecting = False
+        self.apart = apart
+        self._serial = 0  # of the blocks written, so that no two share a name
+        self._tail: Buffers | None = None  # set aside while the table is in working memory
+        self._fetched: Tensor | None = None  # the keys in working memory
+        self._ahead: Buffers | None = None  # into which the next forward's blocks are read
+        self._broken = False  # putting away broke off
+        self._beside = 0  # bytes of what the layer holds beside its table
+        self._hot: HotSlots | None = None
+        self._table: weakref.ref[SlotTable] | None = None
+        attached.stowages[layer] = weakref.ref(self)
+
+    def begin(self, table: SlotTable) -> None:
+        """Forget everything, for an empty `table`."""
+        self._invalidate()
+        self.attached.release(self.layer)
+        self._drop_from(0)
+        self._tail = self._fetched = self._hot = None
+        self._beside, self.selecting, self._broken = 0, False, False
+        self.attached.account.release(self.held)
+        self.held = 0
+        self.bind(table)
+
+    def bind(self, table: SlotTable) -> None:
+        """`table` is the one that this is the stowage of."""
+        self._table = weakref.ref(table)
+        table.stowage = self
+
+    # -- a forward -----------------------------------------------------------------------------------------------------
+
+    def fetch(self, table: SlotTable, tokens: int) -> None:
+        """Put all keys and values of `table` together, with room for `tokens` more, where they do not lie near already.
+
+        Raises:
+            TierError: a block is lost or cannot be read, or there is no room for working memory.
+            CacheStateError: the end of an earlier forward broke off.
+        """
+        if self._broken:
+            raise CacheStateError(
+                f"layer {self.layer}: an earlier forward could not be put away. Call cache.reset() and start again"
+            )
+        if (self.selecting and table.base) or self._is_near(table, tokens):
+            return
+        buffers = self._read_ahead(table, tokens)
+        if buffers is None:
+            memory = self._borrow(table, table.count + tokens)
+            buffers = self._buffers(table, tokens, memory)
+            read_all(self.attached.manager, self._readings(buffers), memory.staging)
+        self._tail = table.keys, table.values
+        for whole, tail in zip(buffers, self._tail, strict=True):
+            whole[:, :, table.base : table.count] = tail[:, :, : table.count - table.base]
+        table.keys, table.values, table.base = *buffers, 0
+        self._fetched = table.keys
+        self.attached.prefetch(self.layer)
+
+    def stow(self, table: SlotTable, beside: Iterable[Tensor] = ()) -> None:
+        """The end of a forward: what does not stay near goes to the tiers.
+
+        Args:
+            beside: other tensors that the layer holds, accounted for with the table's.
+
+        Raises:
+            TierFullError: no tier has room for it.
+            TierClosedError: the cache was closed.
+        """
+        self.attached.check_open()
+        if table.is_empty:
+            return
+        self._beside = held_bytes(beside)
+        self._broken = True  # until all is put away
+        self._stow(table)
+        self._broken = False
+
+    def _stow(self, table: SlotTable) -> None:
+        if table.base and table.count - table.base < self.attached.options.block:
+            self.attached.release(self.layer)
+            self._settle(table)
+        elif table.base or (self._fetched is not None and table.keys is self._fetched):
+            self._put_away(table)
+        else:  # it lay near, or an eviction made new buffers, and the blocks hold what is no more
+            if self._fetched is not None:
+                self._leave_working_memory()
+            self._drop_from(0)
+            if not self._stays_near(table):
+                self._put_away(table)
+
+    def cool(self) -> None:
+        """Give up the near copies of what the tiers hold anyway."""
+        if self._hot is not None:
+            released = min(self._hot.nbytes, self.held)
+            self._hot = None
+            self.held -= released
+            self.attached.account.release(released)
+
+    def lower(self) -> None:
+        """Give up the near memory of a table that may as well lie in the tiers."""
+        table = None if self._table is None else self._table()
+        if table is None or table.is_empty or table.base or self._fetched is not None:
+            return
+        if table.owned and table.spare is None and table.count >= self.attached.options.block:
+            self._put_away(table)
+
+    def stored_slots(self, table: SlotTable) -> StoredSlots:
+        """The slots of a table of which only some will be read."""
+        if self._hot is None:
+            self._hot = HotSlots()
+        return StoredSlots(self, table, self._hot)
+
+    @staticmethod
+    def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
+        """As `kvpress.memory.allocate`, in memory that goes back to the system when it is freed."""
+        return shaped(buffer_like(prod(shape) * like.element_size(), like), [shape], [like.dtype])[0]
+
+    # -- verbs of the cache --------------------------------------------------------------------------------------------
+
+    def cut(self, table: SlotTable) -> None:
+        """Tokens were taken back, down to `table.count` slots: later blocks go, the rest of the first of them returns to the tail."""
+        self._invalidate()
+        block = self.attached.options.block
+        whole = table.count // block
+        keys, values = self._new_tail(table, block)
+        read_all(
+            self.attached.manager,
+            self.blocks[whole].readings({"key": keys, "value": values}),
+            self._block_buffer(table),
+        )
+        self._hot = None
+        self._drop_from(whole)
+        table.keys, table.values, table.base = keys, values, whole * block
+        self._settle(table)
+
+    def select_batch(self, table: SlotTable, rows: Sequence[int]) -> None:
+        """Batch row `i` of the blocks becomes what row `rows[i]` was; the table has seen to what lies near."""
+        self._invalidate()
+        self.blocks = [block.selected(rows) for block in self.blocks]
+        if self._hot is not None:
+            self._hot.select_batch(rows)
+        if table.base:
+            self._settle(table)
+        elif not self._stays_near(table):
+            self._put_away(table)
+
+    def gathered(self, table: SlotTable) -> Buffers:
+        """All keys and values of `table`, in buffers that are nobody else's and not accounted for."""
+        shapes, _ = self._shapes(table, table.count)
+        keys, values = self.allocate(shapes[0], table.keys), self.allocate(shapes[1], table.values)
+        read_all(self.attached.manager, self._readings((keys, values)), self._block_buffer(table))
+        for whole, tail in ((keys, table.keys), (values, table.values)):
+            whole[:, :, table.base :] = tail[:, :, : table.count - table.base]
+        return keys, values
+
+    def readings_ahead(self) -> tuple[WorkingMemory, list[Reading]] | None:
+        """Working memory for this layer's next forward, and what to read into it; None where there is no room."""
+        table = None if self._table is None else self._table()
+        if table is None or not table.base:
+            return None
+        if (memory := self._try_borrow(table, table.count, ahead=True)) is None:
+            return None
+        self._ahead = self._buffers(table, 0, memory)
+        return memory, self._readings(self._ahead)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stowage:
+        attached = memo.get(id(self.attached)) or self.attached.__deepcopy__(memo)
+        copied = memo[id(self)] = Stowage(attached, self.layer, self.apart)
+        copied.blocks, copied.held, copied._serial, copied._beside = (
+            list(self.blocks),
+            self.held,
+            self._serial,
+            self._beside,
+        )
+        return copied
+
+    # -- what selected slots ask for -----------------------------------------------------------------------------------
+
+    def keys_from(self, table: SlotTable, first: int) -> tuple[int, Tensor]:
+        """The first slot of the block of slot `first`, and all keys from there on, in working memory until the forward ends."""
+        size = self.attached.options.block
+        number = first // size
+        start = number * size
+        memory = self._borrow(table, table.count - start)
+        shapes, dtypes = self._shapes(table, table.count - start)
+        keys = shaped(memory.buffer, shapes[:1], dtypes[:1])[0]
+        readings = []
+        for place, block in enumerate(self.blocks[number:]):
+            readings += block.readings({"key": keys[:, :, place * size : (place + 1) * size]})
+        read_all(self.attached.manager, readings, memory.staging)
+        keys[:, :, table.base - start :] = table.keys[:, :, : table.count - table.base]
+        return start, keys
+
+    def block_tensors(self, table: SlotTable, block: StoredBlock, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors `names` of a block as they were written; valid until the next is asked for."""
+        manager = self.attached.manager
+        shapes, dtypes = self._shapes(table, self.attached.options.block)
+        like = {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)
+        }
+        for reading in block.readings({name: like[name] for name in names}):
+            if manager.tiers_of(reading.key)[:1] == ["disk"]:  # bringing it near would cost another block its place
+                found = reading.staged(manager, self._borrow(table, 0, again=True).staging)
+                yield from ((name, found[name]) for name in reading.out if name in names)
+                continue
+            with manager.use([reading.key]) as held:
+                yield from ((name, held[0][name]) for name in reading.out if name in names)
+
+    def may_hold(self, nbytes: int) -> bool:
+        """Hold more of the near tier for this layer, if that costs nobody else's place."""
+        if not self.attached.account.hold(nbytes):
+            return False
+        self.held += nbytes
+        return True
+
+    def must_hold(self, nbytes: int) -> None:
+        """Hold more of the near tier for this layer.
+
+        Raises:
+            TierFullError: there is no room.
+        """
+        self.attached.hold(nbytes, self)
+        self.held += nbytes
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _is_near(self, table: SlotTable, tokens: int) -> bool:
+        """Whether the table lies near, and may grow there by `tokens`; if not, it makes room."""
+        if table.base:
+            return False
+        if table.spare is not None or not self.attached.keeps_near:
+            return True
+        extra = (table.capacity_for(table.count + tokens) - table.capacity) * table.bytes_per_token
+        if self.attached.account.hold(extra):
+            self.held += max(extra, 0)
+            return True
+        self.attached.lower(self)
+        return False
+
+    def _stays_near(self, table: SlotTable) -> bool:
+        """Account for a table that lies in buffers of its own, or of the model; False where there is no room for it."""
+        if table.spare is not None or table.rows is not None:
+            self._account(self._near_bytes(table))
+            return True
+        if not self.attached.keeps_near:
+            return table.owned and table.count < self.attached.options.block
+        self.attached.set_aside(shaped_bytes(*self._shapes(table, self.attached.options.block)))
+        size = self._near_bytes(table)
+        if not table.owned:
+            size = table.capacity_for(table.count) * table.bytes_per_token + self._beside
+        if not self.attached.account.hold(size - self.held):
+            return False
+        self.held = max(size, self.held)
+        table.take_over()
+        self._settle(table)
+        return True
+
+    def _put_away(self, table: SlotTable) -> None:
+        """Complete blocks to the tiers, the tail to buffers of its own."""
+        size, full = self.attached.options.block, None
+        try:
+            while (len(self.blocks) + 1) * size <= table.count:
+                self._put(table, len(self.blocks))
+        except TierFullError as error:
+            full = error
+        base = len(self.blocks) * size
+        tail, count = (table.keys, table.values) if table.base else self._tail, table.count - base
+        if tail is None or tail[0].shape[0] != table.keys.shape[0] or tail[0].shape[2] < count:
+            try:
+                tail = self._new_tail(table, max(size, count))
+            except TierFullError as error:
+                raise full or error from error
+        for part, whole in zip(tail, (table.keys, table.values), strict=True):
+            part[:, :, :count] = whole[:, :, base - table.base : table.count - table.base]
+        table.lie(*tail, base)
+        self._leave_working_memory()
+        self._settle(table)
+
+    def _put(self, table: SlotTable, number: int) -> None:
+        size = self.attached.options.block
+        first = number * size - table.base
+        tensors = {"key": table.keys[:, :, first : first + size], "value": table.values[:, :, first : first + size]}
+        manager = self.attached.manager
+        parts: list[tuple[tuple[str, ...], BlockKey]] = []
+        for names in (("key",), ("value",)) if self.apart else (("key", "value"),):
+            key = BlockKey(self.attached.name, self.layer, number, self._serial, "+".join(names))
+            self._serial += 1
+            try:
+                manager.put(key, {name: tensors[name] for name in names}, self.attached.name)
+            except BaseException:
+                manager.drop(self.attached.name, [each for _, each in parts])
+                raise
+            parts.append((names, key))
+        self.blocks.append(StoredBlock(tuple(parts), table.keys.shape[0]))
+
+    def _new_tail(self, table: SlotTable, slots: int) -> Buffers:
+        """Buffers for the tail, accounted for before they exist.
+
+        Raises:
+            TierFullError: there is no room.
+        """
+        shapes, dtypes = self._shapes(table, slots)
+        self._hold_more(shaped_bytes(shapes, dtypes))
+        return self.allocate(shapes[0], table.keys), self.allocate(shapes[1], table.values)
+
+    def _leave_working_memory(self) -> None:
+        self._fetched = self._tail = None
+        self.attached.release(self.layer)
+
+    def _near_bytes(self, table: SlotTable) -> int:
+        return held_bytes(table.tensors()) + self._beside + (0 if self._hot is None else self._hot.nbytes)
+
+    def _settle(self, table: SlotTable) -> None:
+        """Make the account equal what lies near."""
+        self._account(self._near_bytes(table))
+
+    def _account(self, size: int) -> None:
+        self._hold_more(size - self.held)
+        self.attached.account.release(self.held - size)
+        self.held = size
+
+    def _hold_more(self, nbytes: int) -> None:
+        if nbytes > 0 and not self.may_hold(nbytes):
+            self.cool()
+            self.must_hold(nbytes)
+
+    def _shapes(self, table: SlotTable, slots: int) -> tuple[list[tuple[int, ...]], list[torch.dtype]]:
+        tensors = (table.keys, table.values)
+        return [(*tensor.shape[:2], slots, tensor.shape[-1]) for tensor in tensors], [each.dtype for each in tensors]
+
+    def _borrow(self, table: SlotTable, slots: int, *, again: bool = False) -> WorkingMemory:
+        """Working memory for `slots` slots and some spare ones; `again`: what this layer has is enough."""
+        mine = self.attached.lent_to(self.layer) if again else None
+        memory = mine or self._try_borrow(table, slots)
+        if memory is None:
+            raise RuntimeError("working memory is refused only ahead of time")
+        return memory
+
+    def _try_borrow(self, table: SlotTable, slots: int, *, ahead: bool = False) -> WorkingMemory | None:
+        size = shaped_bytes(*self._shapes(table, _roomy(slots)))
+        return self.attached.borrow(self.layer, size, self._block_bytes(table), ahead=ahead)
+
+    def _block_bytes(self, table: SlotTable) -> int:
+        """Of one block on its way, with the most batch rows that any has."""
+        shapes, dtypes = self._shapes(table, self.attached.options.block)
+        batch = max((block.batch for block in self.blocks), default=1)
+        return shaped_bytes([(batch, *shape[1:]) for shape in shapes], dtypes)
+
+    def _block_buffer(self, table: SlotTable) -> Tensor:
+        return buffer_like(self._block_bytes(table), torch.empty(0))
+
+    def _buffers(self, table: SlotTable, tokens: int, memory: WorkingMemory) -> Buffers:
+        keys, values = shaped(memory.buffer, *self._shapes(table, _roomy(table.count + tokens)))
+        return keys, values
+
+    def _readings(self, buffers: Buffers) -> list[Reading]:
+        size = self.attached.options.block
+        readings = []
+        for number, block in enumerate(self.blocks):
+            slots = slice(number * size, (number + 1) * size)
+            readings += block.readings({"key": buffers[0][:, :, slots], "value": buffers[1][:, :, slots]})
+        return readings
+
+    def _read_ahead(self, table: SlotTable, tokens: int) -> Buffers | None:
+        """Buffers that the blocks were read into ahead of time."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or self.attached.read_ahead(self.layer) is None:
+            return None
+        return ahead if ahead[0].shape[2] >= table.count + tokens else None
+
+    def _invalidate(self) -> None:
+        """What was read ahead is out of date."""
+        self._ahead = None
+        self.attached.forget(self.layer)
+
+    def _drop_from(self, first: int) -> None:
+        gone, self.blocks = self.blocks[first:], self.blocks[:first]
+        if gone:
+            with suppress(TierClosedError):
+                self.attached.manager.drop(self.attached.name, [key for block in gone for key in block.keys])
+
+
+def _roomy(slots: int) -> int:
+    """Slots with some spare ones for the tokens of the next forward."""
+    return slots + growth(slots)

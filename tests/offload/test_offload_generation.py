@@ -1,0 +1,230 @@
+"""Generation with offload equals generation without, bit for bit, in every way of generating."""
+
+import itertools
+
+import pytest
+import torch
+
+from kvpress import PolicyCache
+from kvpress.offload import Offload
+from kvpress.offload.hot_slots import HotSlots
+from kvpress.offload.stowage import Stowage
+from kvpress.offload.working import StoredBlock
+from kvpress.policies import H2O, AdaKV, Full, KNorm, Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect
+from kvpress.testing.families import random_tokens, tiny_model
+from kvpress.testing.generation import WAYS
+
+LAYERS = 4  # TidalDecode: two choose, two follow
+NARROW = {
+    "full": Full(),
+    "tokenselect keep": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, positions="keep", threshold=0.5),
+    "tokenselect reindex": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.5),
+    "quest": Quest(top_k=8, page_size=4, skip_layers=1),
+    "tidaldecode": TidalDecode(top_k=8, dense_layers=0),
+}
+EVICTING = {
+    "streaming_llm": StreamingLLM(budget=26, sinks=2),
+    "streaming_llm interval": StreamingLLM(budget=24, sinks=2, interval=3),
+    "snapkv": SnapKV(budget=26, window=4),
+    "h2o": H2O(budget=26),
+    "adakv": AdaKV(budget=26, window=4),
+    "knorm and tokenselect": [
+        KNorm(budget=26),
+        TokenSelect(top_k=4, sinks=2, local=6, chunk=6, tail=2, positions="keep"),
+    ],
+}
+WITHOUT = {}  # outcomes without offload
+FOLDERS = itertools.count()
+
+
+def without(name, way, policy, family="llama"):
+    if (name, way, family) not in WITHOUT:
+        WITHOUT[name, way, family] = WAYS[way](model_of(family), lambda model: PolicyCache(model, policy))
+    return WITHOUT[name, way, family]
+
+
+def model_of(family):
+    return tiny_model(family, num_hidden_layers=LAYERS) if family == "llama" else tiny_model(family)
+
+
+@pytest.fixture
+def offloaded(folder):
+    """`offloaded(way, policy, host=…)`: what the way gives with offload, and the counters of each tier."""
+    made = []
+
+    def run(way, policy, family="llama", **options):
+        def make(model):
+            made.append(PolicyCache(model, policy, offload=Offload(disk=folder, block=4, **options)))
+            return made[-1]
+
+        outcome = WAYS[way](model_of(family), make)
+        return outcome, made[0].tiers.statistics()
+
+    yield run
+    for cache in made:
+        cache.close()
+    made.clear()
+    assert not list(folder.iterdir()), "files are left"
+
+
+def differences(outcome, expected):
+    assert len(outcome.logits) == len(expected.logits) > 0
+    pairs = zip(outcome.logits, expected.logits, strict=True)
+    return sum(not torch.equal(a, b) for a, b in pairs)
+
+
+def cases():
+    for name in NARROW:
+        for way in WAYS if name == "full" else ("padded_batch", "beams", "prompt_lookup", "turns", "branches"):
+            yield name, way
+
+
+@pytest.mark.parametrize(("name", "way"), list(cases()))
+def test_everything_on_disk_gives_the_same_logits(offloaded, name, way):
+    outcome, tiers = offloaded(way, NARROW[name])
+    assert differences(outcome, without(name, way, NARROW[name])) == 0
+    assert tiers["disk"].bytes_out > 0 and tiers["disk"].peak_bytes > 0
+
+
+@pytest.mark.parametrize(("name", "way", "host", "prefetch"), [
+    ("full", "padded_batch", 36_000, 0), ("full", "beams", 62_000, 1), ("full", "turns", 34_000, 2), ("full", "branches", 40_000, 1),
+    ("tokenselect keep", "turns", 41_000, 1), ("tokenselect reindex", "padded_batch", 56_000, 1),
+    ("tokenselect reindex", "beams", 84_000, 0), ("quest", "turns", 46_000, 2), ("quest", "branches", 44_000, 0),
+    ("tidaldecode", "turns", 36_000, 0), ("tidaldecode", "padded_batch", 36_000, 1),
+])  # fmt: skip
+def test_a_near_tier_that_is_too_small_gives_the_same_logits(offloaded, name, way, host, prefetch):
+    outcome, tiers = offloaded(way, NARROW[name], host=host, prefetch=prefetch)
+    assert differences(outcome, without(name, way, NARROW[name])) == 0
+    assert tiers["disk"].bytes_in > 0 and tiers["disk"].bytes_out > 0
+    assert 0 < tiers["host"].peak_bytes <= host
+
+
+WAYS_OF_EVICTING = ("padded_batch", "chunks_of_3", "beams", "turns", "branches", "turns")
+
+
+@pytest.mark.parametrize(("name", "way"), list(zip(EVICTING, WAYS_OF_EVICTING, strict=True)))
+def test_an_evicting_policy_goes_through_the_tiers_until_its_table_is_steady(offloaded, name, way):
+    outcome, tiers = offloaded(way, EVICTING[name])
+    assert differences(outcome, without(name, way, EVICTING[name])) == 0
+    assert tiers["disk"].bytes_out > 0
+    assert outcome.cache.report().evictions > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt_neox", "gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_other_families_and_mixed_layers(offloaded, family):
+    outcome, tiers = offloaded("padded_batch", Full(), family)
+    assert differences(outcome, without("full", "padded_batch", Full(), family)) == 0
+    assert tiers["disk"].bytes_out > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_keep_their_bits(folder, dtype):
+    model, ids = tiny_model("llama", dtype=dtype), random_tokens(2, 30)
+    logits = []
+    for offload in (None, Offload(disk=folder, block=4)):
+        cache = PolicyCache(model, "full", offload=offload)
+        with torch.no_grad():
+            logits.append([model(piece, past_key_values=cache).logits for piece in ids.split([20, 1, 8, 1], dim=1)])
+        if offload is not None:
+            assert cache.report().tiers[0].bytes_out > 0
+            assert all(layer.keys.dtype == dtype for layer in cache.policy_layers)
+        cache.close()
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
+
+
+def test_crop_takes_back_into_a_block(folder):
+    model, ids = tiny_model("llama"), random_tokens(1, 40)
+    caches = [PolicyCache(model, "full", offload=offload) for offload in (None, Offload(disk=folder, block=8))]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :37], past_key_values=cache)
+        assert caches[1].policy_layers[0].table.base == 32
+        for removed in (3, 4, 2, 17, 1):  # inside the tail, down to a block's end, into blocks
+            for cache in caches:
+                cache.crop(-removed)
+            for layer, plain in zip(caches[1].policy_layers, caches[0].policy_layers, strict=True):
+                assert torch.equal(layer.keys, plain.keys) and torch.equal(layer.values, plain.values)
+        assert caches[1].policy_layers[0].table.base == 8
+        after = [model(ids[:, 10:30], past_key_values=cache).logits for cache in caches]
+        for cache in caches:
+            cache.crop(-cache.seen_tokens)
+            assert cache.seen_tokens == 0
+        again = [model(ids, past_key_values=cache).logits for cache in caches]
+    assert torch.equal(*after) and torch.equal(*again)
+    assert caches[1].report().tiers[0].blocks == 2 * 5
+
+
+def rows_with_and_without(folder):
+    """Logits of a token after batch rows were selected, repeated and reordered; and the bytes written before and after."""
+    model, ids = tiny_model("llama"), random_tokens(3, 32)
+    caches = [PolicyCache(model, "full", offload=offload) for offload in (None, Offload(disk=folder, block=4))]
+    with torch.no_grad():
+        for cache in caches:
+            for piece in ids.split([30, 1, 1], dim=1):
+                model(piece, past_key_values=cache)
+            cache.batch_select_indices(torch.tensor([2, 0, 1]))
+            model(random_tokens(3, 1, seed=4), past_key_values=cache)
+            cache.batch_select_indices(torch.tensor([2, 0]))
+            cache.batch_repeat_interleave(2)
+            cache.reorder_cache(torch.tensor([3, 1, 1, 0]))
+        written = caches[1].report().tiers[0].bytes_in
+        outputs = [model(random_tokens(4, 1, seed=4), past_key_values=cache).logits for cache in caches]
+    written = (written, caches[1].report().tiers[0].bytes_in)
+    caches[1].close()
+    return outputs, written
+
+
+def test_batch_rows_are_selected_and_repeated_in_the_blocks(folder):
+    outputs, written = rows_with_and_without(folder)
+    assert torch.equal(*outputs)
+    assert written[0] == written[1] > 0, "a reordered block was written anew"
+
+
+def test_a_saved_cache_holds_what_lay_in_the_tiers(folder):
+    model, ids = tiny_model("llama"), random_tokens(1, 30)
+    cache = PolicyCache(model, "full", offload=Offload(disk=folder / "tiers", block=4))
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+        cache.save(folder / "saved")
+        loaded = PolicyCache.load(folder / "saved", model)
+        assert cache.report().tiers[0].blocks > 0 and loaded.tiers is None
+        outputs = [model(ids[:, -1:], past_key_values=each).logits for each in (cache, loaded)]
+    assert torch.equal(*outputs)
+    cache.close()
+
+
+# -- variants that must be noticed -------------------------------------------------------------------------------------
+
+
+def ignores_rows(self, rows):
+    return self
+
+
+def brings_nothing(self, slot, wanted):
+    place, missing = HotSlots.found(self, slot, wanted)
+    return place, missing & False
+
+
+def keeps_what_was_read_ahead(self):
+    pass
+
+
+@pytest.mark.parametrize(("owner", "method", "wrong"), [
+    (StoredBlock, "selected", ignores_rows),
+    (Stowage, "_invalidate", keeps_what_was_read_ahead),
+])  # fmt: skip
+def test_wrong_rows_are_noticed(folder, monkeypatch, owner, method, wrong):
+    monkeypatch.setattr(owner, method, wrong)
+    try:
+        outputs, _ = rows_with_and_without(folder)
+    except RuntimeError:  # shapes that do not fit
+        return
+    assert not torch.equal(*outputs)
+
+
+def test_a_selection_that_is_not_brought_is_noticed(offloaded, monkeypatch):
+    expected = without("tokenselect keep", "greedy", NARROW["tokenselect keep"])
+    monkeypatch.setattr(HotSlots, "found", HotSlots.find, raising=False)
+    monkeypatch.setattr(HotSlots, "find", brings_nothing)
+    outcome, _ = offloaded("greedy", NARROW["tokenselect keep"])
+    assert differences(outcome, expected) > 0
