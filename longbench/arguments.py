@@ -2,7 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
+
+from kvpress.policies.registry import policy_class, policy_names
 
 from .runner.method import FULL, Budget, Method
 
@@ -37,7 +40,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def parse_methods(policies: Sequence[str], budgets: Sequence[str], *, full: bool) -> list[Method]:
-    """Every policy at every budget, after the full cache if `full`.
+    """Every policy at every budget, after the full cache if `full`; a policy that takes no budget comes once.
 
     Raises:
         ValueError: nothing to evaluate.
@@ -46,10 +49,17 @@ def parse_methods(policies: Sequence[str], budgets: Sequence[str], *, full: bool
     methods = [FULL] if full else []
     for name, options in map(parse_policy, policies):
         if name != "full":
-            methods += [Method(name, budget, options) for budget in chosen]
+            methods += [Method(name, budget, options) for budget in (chosen if _takes_budget(name) else [None])]
     if not methods:
         raise ValueError("policy must name at least one policy when the full cache is left out")
     return methods
+
+
+def _takes_budget(name: str) -> bool:
+    """Whether a policy has the parameter `budget`; an unknown one is refused later, by the cache."""
+    if name not in policy_names():
+        return True
+    return any(field.name == "budget" and field.init for field in fields(policy_class(name)))
 
 
 def parse_numbers(text: str, name: str) -> list[float]:

@@ -1,7 +1,8 @@
 """The five benchmarks as functions: build the samples, open the folder, run, return the totals."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from .prompt import PromptEncoder
 from .ruler import TASKS as RULER_TASKS
 from .ruler import RulerData, ruler_samples
 from .ruler.haystack import Prose
-from .runner import Method, ModelEngine, ResultStore, evaluate, fit_window
+from .runner import GroupEngine, Method, ResultStore, evaluate, fit_window
 from .runner.evaluate import Results, WorkItem, evaluate_with
 from .sample import Sample, Skipped
 from .tasks import longbench_samples, longbench_v2_samples
 from .tasks.source import Source
 
+# Methods that share one prefill, where nothing else is said: their caches are held at once.
+METHODS_AT_ONCE = 8
 # Room for answers (up to 512 tokens) and a chat template, where LongBench's prompts are cut to the model's window.
 ANSWER_ROOM = 600
 
@@ -51,6 +54,12 @@ class Run:
         command: the command line, for the report.
         progress: show a bar where the terminal can.
         ray: answer samples on a Ray cluster instead of in this process (not for perplexity).
+        methods_at_once: methods for which a prompt is read once, where they can share that; their caches are held at once.
+        decode_together: these methods also decode as the rows of one batch: faster, and equal up to rounding.
+        answer_tokens: cap of the answers, in tokens, below the benchmark's own limit.
+
+    Raises:
+        ValueError: `methods_at_once` or `answer_tokens` below 1.
     """
 
     model: PreTrainedModel
@@ -65,6 +74,15 @@ class Run:
     command: Sequence[str] = ()
     progress: bool = True
     ray: RayCluster | None = None
+    methods_at_once: int = METHODS_AT_ONCE
+    decode_together: bool = False
+    answer_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("methods_at_once", "answer_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
 
     @property
     def window(self) -> int | None:
@@ -86,6 +104,8 @@ class Run:
             "query_aware": self.query_aware,
             "chat": self.chat,
             "chunk_size": self.chunk_size,
+            "answer_tokens": self.answer_tokens,
+            "decode_together": self.decode_together or None,
             "data": {name: value for name, value in data.items() if value is not None},
         }
         return ResultStore(self.output, settings, command=self.command)
@@ -207,6 +227,8 @@ def run_text_perplexity(
             store,
             chunk_size=step,
             prefill_chunk_size=run.chunk_size,
+            methods_at_once=run.methods_at_once,
+            together=run.decode_together,
             progress=run.progress,
         )
 
@@ -217,24 +239,35 @@ def _evaluate(
     if run.window is not None:
         samples, too_long = fit_window(samples, encoder, run.window)
         skipped = [*skipped, *too_long]
+    if run.answer_tokens is not None:
+        cap = run.answer_tokens
+        samples = [replace(sample, max_new_tokens=min(sample.max_new_tokens, cap)) for sample in samples]
+    how: dict[str, Any] = {
+        "skipped": skipped,
+        "progress": run.progress,
+        "group": run.methods_at_once,
+        "whole": run.decode_together,
+    }
     with run.store(benchmark, **data) as store:
         if run.ray is not None:
-            answer_all = _ray_workers(run, run.ray)
-            return evaluate_with(answer_all, samples, run.methods, store, skipped=skipped, progress=run.progress)
-        engine = ModelEngine(run.model, run.tokenizer, query_aware=run.query_aware, chunk_size=run.chunk_size)
-        return evaluate(samples, run.methods, engine, encoder, store, skipped=skipped, progress=run.progress)
+            return evaluate_with(_ray_workers(run, run.ray), samples, run.methods, store, **how)
+        return evaluate(samples, run.methods, _engine(run)(run.model, run.tokenizer), encoder, store, **how)
+
+
+def _engine(run: Run) -> Callable[[PreTrainedModel, Any], GroupEngine]:
+    """Makes the engine; holds none of the run's own objects, so that it can be sent to workers."""
+    return partial(GroupEngine, query_aware=run.query_aware, chunk_size=run.chunk_size, together=run.decode_together)
 
 
 def _ray_workers(run: Run, cluster: RayCluster) -> Callable[[Sequence[WorkItem]], Results]:
     from .runner.ray_workers import ray_workers
 
     # Names of its own: what the workers are sent must not hold this process's model.
-    load, chat, query_aware, chunk_size = cluster.load, run.chat, run.query_aware, run.chunk_size
+    load, chat, engine = cluster.load, run.chat, _engine(run)
 
-    def worker() -> tuple[ModelEngine, PromptEncoder]:
+    def worker() -> tuple[GroupEngine, PromptEncoder]:
         model, tokenizer = load()
-        engine = ModelEngine(model, tokenizer, query_aware=query_aware, chunk_size=chunk_size)
-        return engine, PromptEncoder(tokenizer, chat=chat)
+        return engine(model, tokenizer), PromptEncoder(tokenizer, chat=chat)
 
     gpus = 1 if run.model.device.type == "cuda" else 0
     return ray_workers(worker, address=cluster.address, workers=cluster.workers, gpus=gpus)

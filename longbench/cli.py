@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_options import (
+    AnswerTokens,
+    AtOnce,
     Aware,
     Budgets,
     Chat,
@@ -32,6 +34,7 @@ from .cli_options import (
     Revision,
     Seed,
     Threads,
+    Together,
     Workers,
 )
 from .errors import MissingExtraError
@@ -75,6 +78,9 @@ class _Common:
     as_json: bool = False
     ray: str | None = None
     workers: int = 2
+    methods_at_once: int = 8
+    decode_together: bool = False
+    answer_tokens: int | None = None
 
     def execute(self, benchmark: "Callable[[Run], dict[str, Any]]") -> None:
         with _refusals():
@@ -100,6 +106,9 @@ class _Common:
                 command=["kvpress", *sys.argv[1:]],
                 progress=not self.as_json,
                 ray=cluster,
+                methods_at_once=self.methods_at_once,
+                decode_together=self.decode_together,
+                answer_tokens=self.answer_tokens,
             )
             totals = benchmark(run)
         _show(totals, self.output, as_json=self.as_json)
@@ -128,6 +137,9 @@ def ruler(
     as_json: Json = False,
     ray: Ray = None,
     workers: Workers = 2,
+    methods_at_once: AtOnce = 8,
+    decode_together: Together = False,
+    answer_tokens: AnswerTokens = None,
 ) -> None:
     """RULER's 13 tasks; without files, qa_1 and qa_2 ask about synthetic documents."""
 
@@ -156,6 +168,9 @@ def ruler(
         as_json,
         ray,
         workers,
+        methods_at_once,
+        decode_together,
+        answer_tokens,
     ).execute(benchmark)
 
 
@@ -183,6 +198,9 @@ def needle(
     as_json: Json = False,
     ray: Ray = None,
     workers: Workers = 2,
+    methods_at_once: AtOnce = 8,
+    decode_together: Together = False,
+    answer_tokens: AnswerTokens = None,
 ) -> None:
     """One fact at every depth of every length."""
 
@@ -211,6 +229,9 @@ def needle(
         as_json,
         ray,
         workers,
+        methods_at_once,
+        decode_together,
+        answer_tokens,
     ).execute(benchmark)
 
 
@@ -238,6 +259,9 @@ def longbench(
     as_json: Json = False,
     ray: Ray = None,
     workers: Workers = 2,
+    methods_at_once: AtOnce = 8,
+    decode_together: Together = False,
+    answer_tokens: AnswerTokens = None,
 ) -> None:
     """LongBench's 21 tasks, or the 13 of LongBench-E."""
 
@@ -269,6 +293,9 @@ def longbench(
         as_json,
         ray,
         workers,
+        methods_at_once,
+        decode_together,
+        answer_tokens,
     ).execute(benchmark)
 
 
@@ -294,6 +321,9 @@ def longbench_v2(
     as_json: Json = False,
     ray: Ray = None,
     workers: Workers = 2,
+    methods_at_once: AtOnce = 8,
+    decode_together: Together = False,
+    answer_tokens: AnswerTokens = None,
 ) -> None:
     """LongBench v2: 503 questions with four choices."""
 
@@ -321,6 +351,9 @@ def longbench_v2(
         as_json,
         ray,
         workers,
+        methods_at_once,
+        decode_together,
+        answer_tokens,
     ).execute(benchmark)
 
 
@@ -341,6 +374,8 @@ def perplexity(
     threads: Threads = None,
     chunk_size: Chunk = None,
     as_json: Json = False,
+    methods_at_once: AtOnce = 8,
+    decode_together: Together = False,
 ) -> None:
     """Perplexity of a text after a compressed prefix, and KL divergence to the full cache's predictions."""
 
@@ -360,6 +395,8 @@ def perplexity(
         threads=threads,
         chunk_size=chunk_size,
         as_json=as_json,
+        methods_at_once=methods_at_once,
+        decode_together=decode_together,
     ).execute(benchmark)
 
 
@@ -368,9 +405,15 @@ def perplexity(
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, or of several runs.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Left out: report/ inside the folder.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown and write nothing.")] = False,
 ) -> None:
     """One self-contained HTML page, and its figures as PNG files."""
     with _refusals():
+        if markdown:
+            from .report.markdown import markdown_tables
+
+            typer.echo(markdown_tables(folder))
+            return
         from .report import make_report
 
         page = make_report(folder, output)

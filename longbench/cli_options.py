@@ -37,3 +37,12 @@ Prompts = Annotated[Path | None, typer.Option(exists=True, help="JSON file that 
 Haystack = Annotated[Path | None, typer.Option(exists=True, help="Text file instead of generated prose.")]
 Ray = Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster (auto, ray://…), or local.")]
 Workers = Annotated[int, typer.Option(min=1, help="Worker processes with --ray; each loads the model.")]
+AtOnce = Annotated[
+    int, typer.Option("--methods-at-once", min=1, help="Methods that share a prefill; their caches are held at once.")
+]
+Together = Annotated[
+    bool, typer.Option("--decode-together", help="Decode them as one batch: faster on a CPU, equal up to rounding.")
+]
+AnswerTokens = Annotated[
+    int | None, typer.Option(min=1, help="Cap of the answers in tokens, below the benchmark's own limit.")
+]

@@ -24,25 +24,39 @@ def run_perplexity(
     *,
     chunk_size: int = 1,
     prefill_chunk_size: int | None = None,
+    methods_at_once: int = 1,
+    together: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score every window under every method that the store has no result for, and write the totals.
 
     The full cache is read beside the methods in every window, because the divergence is measured against it;
     its own result is written too.
+
+    Args:
+        chunk_size, prefill_chunk_size, together: as of `score_tokens`.
+        methods_at_once: methods whose caches are held at once.
     """
     chosen = [FULL, *(method for method in methods if method != FULL)]
     done = {method.label: store.done(method.label) for method in chosen}
     finished = sum(all(window.name in done[method.label] for method in chosen) for window in windows)
     with progress_bar(len(windows), done=finished, enabled=progress) as advance:
         for window in windows:
-            pending = [method for method in chosen if window.name not in done[method.label]]
-            if pending:
-                scores = score_tokens(
-                    model, pending, window, chunk_size=chunk_size, prefill_chunk_size=prefill_chunk_size
-                )
-                for method in pending:
-                    store.append(_row(method, window, scores[method.label]))
+            for start in range(0, len(chosen), methods_at_once):
+                group = chosen[start : start + methods_at_once]
+                pending = [method for method in group if window.name not in done[method.label]]
+                if pending:
+                    scores = score_tokens(
+                        model,
+                        group if together else pending,  # what rows of a batch give depends on their number
+                        window,
+                        chunk_size=chunk_size,
+                        prefill_chunk_size=prefill_chunk_size,
+                        together=together,
+                    )
+                    for method in pending:
+                        store.append(_row(method, window, scores[method.label]))
+            if any(window.name not in done[method.label] for method in chosen):
                 advance(window.name)
     totals = perplexity_totals(store.rows)
     store.write_skipped([])

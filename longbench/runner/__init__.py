@@ -2,6 +2,7 @@
 
 from .evaluate import Engine, evaluate, fit_window
 from .generation import Answer, ModelEngine
+from .group import GroupEngine
 from .method import FULL, CacheFactory, Method, methods_of
 from .store import ResultStore
 
@@ -10,6 +11,7 @@ __all__ = [
     "Answer",
     "CacheFactory",
     "Engine",
+    "GroupEngine",
     "Method",
     "ModelEngine",
     "ResultStore",

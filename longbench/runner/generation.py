@@ -1,7 +1,6 @@
 """Answers of a model under a method: prefill, compress, ask; with times and bytes."""
 
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,6 +10,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCrite
 
 from ..prompt import EncodedPrompt
 from ..sample import Sample
+from .clock import now
 from .method import Method
 
 
@@ -19,7 +19,9 @@ class Answer:
     """A generated answer. Times in seconds of wall clock; bytes are the cache's own when the answer is complete.
 
     `prefill_seconds` ends with the first token of the answer. A context that several questions share is prefilled
-    once, and its time stands in each of their answers. `full_bytes` is what an uncompressed cache would hold.
+    once, and its time stands in each of their answers; a prefill that several methods share counts for each of them,
+    without the work of the others' policies. Methods that decode together divide the time of a token among them.
+    `full_bytes` is what an uncompressed cache would hold.
     """
 
     prediction: str
@@ -38,7 +40,7 @@ class _FirstTokenClock(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         if self.first is None:
-            self.first = _now(input_ids.device)
+            self.first = now(input_ids.device)
         return cast(torch.BoolTensor, torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device))
 
 
@@ -68,62 +70,87 @@ class ModelEngine:
         """Answers of samples that share one context, in order."""
         if self.query_aware or not batch[0][1].context_ids:
             for sample, prompt in batch:
-                yield self._generate(method.make_cache(self.model), sample, prompt, 0.0)
+                yield self.generate(method.make_cache(self.model), sample, prompt, 0.0)
             return
-        start = _now(self.model.device)
+        start = now(self.model.device)
         cache = self.prefill(method, batch[0][1].context_ids)
-        seconds = _now(self.model.device) - start
+        seconds = now(self.model.device) - start
         for number, (sample, prompt) in enumerate(batch, start=1):
             own = cache if number == len(batch) else copy.deepcopy(cache)
-            yield self._generate(own, sample, prompt, seconds)
+            yield self.generate(own, sample, prompt, seconds)
 
     @torch.no_grad()
     def prefill(self, method: Method, context_ids: Sequence[int]) -> Cache:
         """A cache that has read the context and nothing else."""
         cache = method.make_cache(self.model)
-        for chunk in chunks_of(context_ids, self.chunk_size):
-            ids = torch.tensor([chunk], device=self.model.device)
-            self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.feed(cache, context_ids)
         return cache
 
-    def _generate(self, cache: Cache, sample: Sample, prompt: EncodedPrompt, prefill_seconds: float) -> Answer:
-        ids = torch.tensor([prompt.ids], device=self.model.device)
+    @torch.no_grad()
+    def feed(self, cache: Cache, ids: Sequence[int]) -> torch.Tensor:
+        """Let the cache read `ids`, at least one; returns the logits `[vocabulary]` of the next token."""
+        for chunk in chunks_of(ids, self.chunk_size):
+            batch = torch.tensor([chunk], device=self.model.device)
+            output = self.model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def generate(
+        self, cache: Cache, sample: Sample, prompt: EncodedPrompt, prefill_seconds: float, first: int | None = None
+    ) -> Answer:
+        """The answer from `cache`; `first` is its first token where the cache has read the whole prompt."""
+        if first is not None and (sample.max_new_tokens == 1 or first in self.ends(sample)):
+            return self.answer(cache, prompt, [first], prefill_seconds, 0.0)
+        given = () if first is None else (first,)
+        ids = torch.tensor([(*prompt.ids, *given)], device=self.model.device)
         clock = _FirstTokenClock()
-        start = _now(self.model.device)
+        start = now(self.model.device)
         generate: Any = self.model.generate
         output = generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            generation_config=self._configuration(sample),
+            generation_config=self._configuration(sample, len(given)),
             stopping_criteria=StoppingCriteriaList([clock]),
         )
-        end = _now(self.model.device)
-        first = clock.first if clock.first is not None else end
-        new = output[0, ids.shape[1] :]
+        end = now(self.model.device)
+        new = output[0, len(prompt) :].tolist()
+        ready = start if first is not None else end if clock.first is None else clock.first
+        return self.answer(cache, prompt, new, prefill_seconds + ready - start, end - ready)
+
+    def answer(
+        self, cache: Cache, prompt: EncodedPrompt, new: Sequence[int], prefill_seconds: float, decode_seconds: float
+    ) -> Answer:
+        """The answer whose tokens are `new`, with what `cache` holds now."""
         held = cache_bytes(cache)
         return Answer(
             self.tokenizer.decode(new, skip_special_tokens=True),
             len(prompt),
             len(new),
-            prefill_seconds + first - start,
-            end - first,
+            prefill_seconds,
+            decode_seconds,
             held,
             getattr(cache, "full_nbytes", held),
         )
 
-    def _configuration(self, sample: Sample) -> GenerationConfig:
+    def ends(self, sample: Sample) -> list[int]:
+        """Token ids that end an answer."""
         ends = self.model.generation_config.eos_token_id
         ends = list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
         if sample.stop_at_newline:
             ends = [*ends, self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]]
+        return ends
+
+    def _configuration(self, sample: Sample, given: int) -> GenerationConfig:
+        """For an answer of which `given` tokens are there already."""
+        ends = self.ends(sample)
         padding = self.tokenizer.pad_token_id
         make: Any = GenerationConfig
         configuration: GenerationConfig = make(
-            max_new_tokens=sample.max_new_tokens,
+            max_new_tokens=sample.max_new_tokens - given,
             do_sample=False,
             num_beams=1,
-            min_new_tokens=1 if sample.stop_at_newline else None,
+            min_new_tokens=1 if sample.stop_at_newline and not given else None,
             eos_token_id=ends or None,
             pad_token_id=padding if padding is not None else (ends[0] if ends else None),
             prefill_chunk_size=self.chunk_size if self.query_aware else None,
@@ -145,9 +172,3 @@ def cache_bytes(cache: Cache) -> int:
         return int(own)
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

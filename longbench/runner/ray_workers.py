@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import require
 from ..prompt import PromptEncoder
 from ..sample import Sample
-from .evaluate import Engine, Results, WorkItem
+from .evaluate import Engine, Results, WorkItem, answer_item
 from .generation import Answer
 from .method import Method
 
@@ -26,8 +26,8 @@ class _Worker:
     def __init__(self, factory: WorkerFactory) -> None:
         self._engine, self._encoder = factory()
 
-    def answer(self, method: Method, samples: Sequence[Sample]) -> list[Answer]:
-        return list(self._engine.answers(method, [(sample, self._encoder.encode(sample)) for sample in samples]))
+    def answer(self, item: WorkItem) -> list[tuple[Method, Sample, Answer]]:
+        return list(answer_item(self._engine, self._encoder, item))
 
 
 def ray_workers(
@@ -75,22 +75,22 @@ def _work(ray: Any, start: Callable[[], Any], items: Sequence[WorkItem], workers
     def give(worker: Any) -> None:
         if waiting:
             item, attempt = waiting.pop()
-            busy[worker.answer.remote(*item)] = worker, item, attempt
+            busy[worker.answer.remote(item)] = worker, item, attempt
 
     for _ in range(workers):
         give(start())
     while busy:
         (finished,), _ = ray.wait(list(busy), num_returns=1)
-        worker, (method, samples), attempt = busy.pop(finished)
+        worker, item, attempt = busy.pop(finished)
         try:
-            answers = ray.get(finished)
+            results = ray.get(finished)
         except ray.exceptions.RayActorError as error:
             if attempt == ATTEMPTS:
+                methods, samples = item
                 raise RuntimeError(
-                    f"workers died {ATTEMPTS} times on {samples[0].sample_id} under {method.label}"
+                    f"workers died {ATTEMPTS} times on {samples[0].sample_id} under {methods[0].label}"
                 ) from error
-            waiting.append(((method, samples), attempt + 1))
-            worker, answers = start(), []
+            waiting.append((item, attempt + 1))
+            worker, results = start(), []
         give(worker)
-        for sample, answer in zip(samples, answers, strict=bool(answers)):
-            yield method, sample, answer
+        yield from results
