@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,12 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from decode import TOLERANCE, smollm2_shape
 from transformers import DynamicCache
 
 from kvpress import PolicyCache
+from kvpress.profiling.peak import resident_meter
 
 
 def prefill(model: Any, ids: torch.Tensor, policy: str, budget: int) -> tuple[Any, torch.Tensor, float]:
@@ -45,11 +44,12 @@ def peak(arguments: argparse.Namespace, ids: torch.Tensor) -> dict[str, Any]:
     """In a process of its own: megabytes above those resident before the prompt."""
     model = smollm2_shape(arguments.layers)
     prefill(model, ids[:, :64], arguments.only, 48)
-    before = psutil.Process().memory_info().rss
+    meter = resident_meter(exact=True)
+    meter.start()
     cache, _, _ = prefill(model, ids, arguments.only, arguments.budget)
-    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    meter.stop()
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return {"peak_MB": round((most - before) / 1e6, 1), "cache_MB": round(held / 1e6, 1)}
+    return {"peak_MB": round(((meter.peak or 0) - meter.before) / 1e6, 1), "cache_MB": round(held / 1e6, 1)}
 
 
 def peak_in_child(arguments: argparse.Namespace, policy: str) -> dict[str, Any]:
