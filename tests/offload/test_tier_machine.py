@@ -226,6 +226,8 @@ class TierMachine(RuleBasedStateMachine):
         elif kind == "link":
             path.unlink()
             path.symlink_to("/dev/null")
+        elif not data:
+            pass  # cut to nothing before: nothing is left to cut or to flip
         elif kind == "cut":
             path.write_bytes(data[: place % len(data)])
         elif kind == "longer":
