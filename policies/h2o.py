@@ -55,7 +55,7 @@ class H2O(EvictionPolicy):
 
     @property
     def weights_reduction(self) -> str | None:
-        return "mean"
+        return "mean" if self.decay is None else None  # with decay each row has a weight of its own
 
     def protected_window(self, budget: int) -> int:
         return share_of(self.recent, budget)

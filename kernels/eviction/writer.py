@@ -102,11 +102,6 @@ class RowWriter:
         where = slot.view(-1) + self._first_rows
         leading = 1 if self.starts is not None else 3
         for column, row in zip(self.columns, rows, strict=False):
-            wide = column.dim() > leading
-            dim = (column.shape[-1],) if wide else ()
-            new = (
-                row.reshape(-1, *dim)
-                if wide and row.shape[:2] == self.heads
-                else row.expand(*self.heads, *row.shape[2:])
-            )
-            column.view(-1, *dim).index_copy_(0, where, new.reshape(-1, *dim))
+            dim = (column.shape[-1],) if column.dim() > leading else ()
+            new = row.expand(*self.heads, *row.shape[2:]).reshape(-1, *dim)
+            column.view(-1, *dim).index_copy_(0, where, new)
