@@ -4,9 +4,9 @@
     python benchmarks/extrapolation.py --quick                      # a minute: perplexity only, a coarse one
     python benchmarks/extrapolation.py --text essays.txt            # another text than the generated prose
 
-Perplexity: one text, read in chunks; the mean loss of the tokens in each span of positions. Only some chunks are scored with `--every`, all
-are read. A chunk's tokens select together by their mean query, which includes tokens after the one that is scored; `--causal` lets every
-scored token select for itself instead. Pass-key: greedy answers of prompts beyond the trained length, beside the full cache.
+Perplexity: one text, read in chunks; the mean loss of the tokens in each span of positions. A chunk's tokens select together by their mean
+query, which includes tokens after the one that is scored; `--causal` lets every scored token select for itself instead. Pass-key: greedy
+answers of prompts beyond the trained length, beside the full cache.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from kvpress import PolicyCache
 from kvpress.demo.passkey import make_task
 from kvpress.demo.prose import sentences
+from kvpress.longbench.statistics import wilson
 from kvpress.models import load_model
 from kvpress.policies import Full, Policy, TokenSelect
 
@@ -82,16 +83,6 @@ def passkeys(model: Any, tokenizer: Any, length: int, policy: Policy, samples: i
         answer = tokenizer.decode(out[0, task.prompt_ids.shape[1] :], skip_special_tokens=True)
         right, asked = right + task.is_right(answer), asked + 1
     return right, asked
-
-
-def wilson(right: int, asked: int) -> tuple[float, float]:
-    """95 % interval of a share."""
-    if asked == 0:
-        return 0.0, 1.0
-    z, share = 1.96, right / asked
-    centre = (share + z * z / (2 * asked)) / (1 + z * z / asked)
-    half = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked)) / (1 + z * z / asked)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -188,7 +179,7 @@ def main() -> None:
     for tokens in arguments.passkey_tokens:
         for way in ways(arguments.top_k, arguments.local, arguments.tail)[:2]:
             right, asked = passkeys(model, tokenizer, tokens, way.policy, arguments.samples, last)
-            low, high = wilson(right, asked)
+            low, high = wilson(right / asked, asked) if asked else (0.0, 1.0)
             emit(
                 {
                     "measure": "passkey",

@@ -256,6 +256,17 @@ class PolicyLayer(CacheLayerMixin):
 
     # -- one forward ---------------------------------------------------------------------------------------------------
 
+    @property
+    def running(self) -> Forward:
+        """The forward between `update` and the end of its attention.
+
+        Raises:
+            CacheStateError: none is running.
+        """
+        if self.forward is None:
+            raise CacheStateError(f"layer {self.layer_idx}: no forward is running")
+        return self.forward
+
     def place(self, forward: Forward, mask: Tensor | None, device: torch.device, ids: Tensor | None = None) -> Tokens:
         """Give the tokens of a forward their positions, now that the padding mask is known.
 

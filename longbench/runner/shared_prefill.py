@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvpress import PolicyCache
-from kvpress.errors import CacheStateError
 from kvpress.forward import Forward
 from kvpress.layer import PolicyLayer
 from kvpress.observation import AttentionArguments
@@ -108,7 +107,7 @@ class _LeadLayer(PolicyLayer):
     def place(self, forward: Forward, mask: Tensor | None, device: torch.device, ids: Tensor | None = None) -> Tokens:
         """Place the tokens, in every follower too."""
         for follower in self.followers:
-            follower.place(_running(follower), mask, device, ids)
+            follower.place(follower.running, mask, device, ids)
         return super().place(forward, mask, device, ids)
 
     def attend(
@@ -118,7 +117,7 @@ class _LeadLayer(PolicyLayer):
         for row, follower in enumerate(self.followers):
             if follower.reader is not None:
                 start = now(keys.device)
-                follower.attend(_running(follower), query, keys, values, arguments)
+                follower.attend(follower.running, query, keys, values, arguments)
                 self.seconds[row] += now(keys.device) - start
         return super().attend(forward, query, keys, values, arguments)
 
@@ -129,12 +128,6 @@ class _LeadLayer(PolicyLayer):
             self.clock.clear()
         for row, follower in enumerate(self.followers):
             start = now(keys.device)
-            follower.finish(_running(follower), query, keys, arguments)
+            follower.finish(follower.running, query, keys, arguments)
             self.seconds[row] += now(keys.device) - start
         self.table = SlotTable()
-
-
-def _running(layer: PolicyLayer) -> Forward:
-    if layer.forward is None:
-        raise CacheStateError(f"layer {layer.layer_idx}: no forward is running")
-    return layer.forward

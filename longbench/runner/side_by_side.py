@@ -120,7 +120,7 @@ class _Rows(CacheLayerMixin):
         if mask is not None:
             raise ValueError("attention_mask must be left out: rows side by side have no padding")
         for row in self.rows:
-            forward.tokens = row.place(_running(row), None, device, None if ids is None else ids[:1])
+            forward.tokens = row.place(row.running, None, device, None if ids is None else ids[:1])
         return forward.placed
 
     def attend(
@@ -128,7 +128,7 @@ class _Rows(CacheLayerMixin):
     ) -> Tensor:
         """Attention of every row over its own slots."""
         outputs = [
-            row.attend(_running(row), own, *read, arguments)
+            row.attend(row.running, own, *read, arguments)
             for row, own, read in zip(self.rows, query.split(1), self._read, strict=True)
         ]
         return torch.cat(outputs)
@@ -136,14 +136,8 @@ class _Rows(CacheLayerMixin):
     def finish(self, forward: Forward, query: Tensor, keys: Tensor, arguments: AttentionArguments) -> None:
         """Every row's policy observes and evicts."""
         for row, own, (read, _) in zip(self.rows, query.split(1), self._read, strict=True):
-            row.finish(_running(row), own, read, arguments)
+            row.finish(row.running, own, read, arguments)
         self._read = []
-
-
-def _running(layer: PolicyLayer) -> Forward:
-    if layer.forward is None:
-        raise CacheStateError(f"layer {layer.layer_idx}: no forward is running")
-    return layer.forward
 
 
 @torch.no_grad()
