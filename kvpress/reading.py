@@ -115,8 +115,10 @@ class Reader:
             if not tokens.counts[row]:
                 last_read.append(held.new_full((1, 0), -1, dtype=torch.long))
                 continue
+            self.rearrange()  # the slots of this row alone
             output[row : row + 1, :, real] = self._read(alone, not complete, arguments)
             last_read.append(self.read_positions())
+            self.rearrange()
         if any(item.dim() == 3 for item in last_read):
             last_read = [item if item.dim() == 3 else item[:, None].expand(-1, keys.shape[1], -1) for item in last_read]
         longest = max(item.shape[-1] for item in last_read)
