@@ -42,6 +42,8 @@ from kvpress.policies import Policy, Quest, StreamingLLM, TokenSelect
 READ = 2_048  # tokens of text
 POLICIES: dict[str, Policy] = {
     "tokenselect": TokenSelect(tail=0),
+    "tokenselect, int8 index": TokenSelect(tail=0, index="int8"),
+    "tokenselect, int8 index, no reuse": TokenSelect(tail=0, index="int8", threshold=2),
     "tokenselect, threshold 0.7": TokenSelect(tail=0, threshold=0.7),
     "quest": Quest(),
 }
@@ -180,7 +182,7 @@ def main() -> None:
     parser.add_argument(
         "--near", type=float, nargs="+", default=[0.25], help="share of the keys and values that the near tier may hold"
     )
-    parser.add_argument("--block", type=int, default=1024)
+    parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--prefetch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warm-up", type=int, default=3)

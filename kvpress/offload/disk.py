@@ -3,7 +3,7 @@
 import errno
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -11,11 +11,12 @@ from threading import Lock
 from torch import Tensor
 
 from kvpress.offload.errors import TierCorruptError, TierFullError, TierLostError, TierReadError, TierWriteError
-from kvpress.offload.format import file_bytes, read_block, write_block
+from kvpress.offload.format import file_bytes, read_block, read_rows, write_block
 from kvpress.offload.key import BlockKey
 from kvpress.offload.layout import BlockLayout
 from kvpress.offload.ledger import Ledger
 from kvpress.offload.namespace import Namespace
+from kvpress.offload.slot_rows import RowLayout
 from kvpress.offload.store import FileStore
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -77,10 +78,21 @@ class DiskTier:
             TierCorruptError, TierLostError: the block is gone; its file has been removed.
             TierReadError: reading failed twice; the file is kept.
         """
+        self._read(key, lambda: read_block(self.store, key.digest, key.description(), layout, out))
+        self.ledger.count(bytes_out=self.size(key, layout))
+
+    def read_rows(
+        self, key: BlockKey, layout: BlockLayout, rows: RowLayout, numbers: Sequence[int], out: Tensor
+    ) -> None:
+        """Read the rows `numbers` of a block of slot rows into `out [n, width]`. Raises as `read` does."""
+        self._read(key, lambda: read_rows(self.store, key.digest, key, layout, rows, numbers, out))
+        self.ledger.count(bytes_out=out.nbytes)
+
+    def _read(self, key: BlockKey, once: Callable[[], None]) -> None:
         try:
             for attempt in (1, 2):
                 try:
-                    read_block(self.store, key.digest, key.description(), layout, out)
+                    once()
                     break
                 except OSError as error:
                     if attempt == 2:
@@ -88,7 +100,6 @@ class DiskTier:
         except (TierCorruptError, TierLostError, TierReadError):
             self.ledger.count(failures=1)
             raise
-        self.ledger.count(bytes_out=self.size(key, layout))
 
     def remove(self, key: BlockKey, layout: BlockLayout) -> None:
         """Remove the block's file. When that fails its bytes stay accounted for, and it is tried again later."""

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvpress.memory import filled
+from kvpress.memory import filled, growth
+from kvpress.offload.key import BlockKey
+from kvpress.offload.slot_rows import RowLayout
 
 if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
@@ -64,10 +66,9 @@ class HotSlots:
 
     def widen(self, slots: int) -> None:
         """Room in `place` for `slots` slots."""
-        if self.place.shape[-1] < slots:
-            roomy = filled((*self.place.shape[:2], slots), -1, self.place, self.place.dtype)
-            roomy[..., : self.place.shape[-1]] = self.place
-            self.place = roomy
+        roomy = filled((*self.place.shape[:2], slots), -1, self.place, self.place.dtype)
+        roomy[..., : self.place.shape[-1]] = self.place
+        self.place = roomy
 
     def find(self, slot: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Places `[batch, heads, n]` of `slot`, given to those that had none, and which these are; only where `wanted`."""
@@ -112,9 +113,9 @@ class StoredSlots:
     It knows the shape, a range of the last slots (`keys[:, :, first:last]`), and some slots of each head (`take`).
     """
 
-    def __init__(self, stowage: Stowage, table: SlotTable, hot: HotSlots) -> None:
-        self._stowage, self._table, self._hot = stowage, table, hot
-        self._whole: tuple[int, Tensor] | None = None  # all keys from a slot on
+    def __init__(self, stowage: Stowage, table: SlotTable) -> None:
+        self._stowage, self._table = stowage, table
+        self._read: tuple[int, Tensor] | None = None  # the keys from a slot on that were asked for last
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -127,6 +128,11 @@ class StoredSlots:
         """As of the keys."""
         return self._table.keys.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of the keys."""
+        return self._table.keys.dtype
+
     def __getitem__(self, item: tuple[slice, slice, slice]) -> Tensor:
         """Keys of consecutive slots.
 
@@ -135,17 +141,17 @@ class StoredSlots:
         """
         batch, heads, slots = item
         first, last, _ = slots.indices(self._table.count)
-        start, keys = self._from(first)
+        start, keys = self._between(first, last)
         return keys[batch, heads, first - start : last - start]
 
-    def _from(self, first: int) -> tuple[int, Tensor]:
-        """A slot not behind `first`, and the keys of all slots from there on."""
+    def _between(self, first: int, last: int) -> tuple[int, Tensor]:
+        """A slot not behind `first`, and the keys from there to slot `last - 1` or beyond."""
         table = self._table
         if first >= table.base:
             return table.base, table.keys
-        if self._whole is None or self._whole[0] > first:
-            self._whole = self._stowage.keys_from(table, first)
-        return self._whole
+        if self._read is None or self._read[0] > first or self._read[0] + self._read[1].shape[2] < last:
+            self._read = self._stowage.keys_between(table, first, last)
+        return self._read
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[batch, kv_heads, n, dim]` of the slots `index [batch, kv_heads or 1, n]`; any for `-1`.
@@ -157,13 +163,15 @@ class StoredSlots:
             return self._take(index.clone() if index.is_inference() else index)
 
     def _take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        table, hot = self._table, self._hot
+        table = self._table
         slot = index.clamp(min=0)
         stored, near = (index >= 0) & (slot < table.base), (index >= 0) & (slot >= table.base)
         tail = {"key": table.keys, "value": table.values}
-        if not hot.fits(index, index.shape[-1]):
+        if self._hot.capacity and self._hot.place.shape[-1] < table.base:
+            self._widen(index)
+        if not self._hot.fits(index, index.shape[-1]):
             self._make(index, tail)
-        hot.widen(table.base)
+        hot = self._hot
         place, missing = hot.find(slot.clamp(max=table.base - 1), stored)
         if bool(missing.any()):
             try:
@@ -172,24 +180,40 @@ class StoredSlots:
                 hot.forget(slot, place, missing)
                 raise
         place = torch.where(stored, place, 0)
-        behind = torch.where(near, slot - table.base, 0)
+        batch, head, entry = near.nonzero(as_tuple=True)
+        behind = slot[batch, head, entry] - table.base
+        heads: Any = slice(None) if index.shape[1] == 1 else head
         taken = []
         for name, rows in tail.items():
-            kept, late = _rows(hot.tensors[name], place), _rows(rows, behind)
-            taken.append(torch.where(near[..., None], late, kept))
+            taken.append(_rows(hot.tensors[name], place))
+            taken[-1][batch, heads, entry] = rows[batch, heads, behind]
         return taken[0], taken[1]
 
+    @property
+    def _hot(self) -> HotSlots:
+        return self._stowage.hot_slots()
+
+    def _widen(self, index: Tensor) -> None:
+        """Room to look up all slots in the tiers, and some to come."""
+        slots = self._table.base + growth(self._table.base)
+        self._stowage.make_room(index.shape[0] * index.shape[1] * slots * torch.int32.itemsize)
+        self._hot.widen(slots)
+
     def _make(self, index: Tensor, like: dict[str, Tensor]) -> None:
-        stowage, wanted = self._stowage, index.shape[-1]
+        stowage, wanted, slots = self._stowage, index.shape[-1], self._table.count
         per_slot = sum(each.shape[0] * each.shape[1] * each.shape[-1] * each.element_size() for each in like.values())
         per_slot += index.shape[0] * index.shape[1] * 16
-        fixed = index.shape[0] * index.shape[1] * 4 * self._table.count
-        self._hot.clear()
-        capacity = SPARE * wanted
+        fixed = index.shape[0] * index.shape[1] * 4 * (slots + growth(slots))
+        stowage.cool()
+        if stowage.reads_rows:
+            stowage.staging(self._table)  # before what is left is shared out
+        share, capacity = stowage.attached.share(), SPARE * wanted
+        if share is not None and stowage.reads_rows:
+            capacity = min(max((share - stowage.held - fixed) // per_slot, wanted), capacity)
         if not stowage.may_hold(capacity * per_slot + fixed):
             capacity = wanted
             stowage.must_hold(capacity * per_slot + fixed)
-        self._hot.make(index, capacity, self._table.count, like)
+        self._hot.make(index, capacity, slots + growth(slots), like)
 
     def _bring(self, slot: Tensor, place: Tensor, missing: Tensor) -> None:
         """Copy the missing slots to their places, block by block."""
@@ -197,10 +221,14 @@ class StoredSlots:
         entries = missing.nonzero()
         batch, head, entry = entries.unbind(-1)
         source, target = slot[batch, head, entry], place[batch, head, entry]
+        layout = self._stowage.blocks[0].layout
+        if layout is not None and layout.groups == slot.shape[1]:
+            self._bring_rows(layout, batch, head, source, target)
+            return
         heads: Any = slice(None) if slot.shape[1] == 1 else head
         names = ["key", "value"]
-        if self._whole is not None and bool((source >= self._whole[0]).all()):
-            start, keys = self._whole
+        if self._read is not None and bool((source >= self._read[0]).all() & (source < self._end_of_read).all()):
+            start, keys = self._read
             self._hot.tensors["key"][batch, heads, target] = keys[batch, heads, source - start]
             names = ["value"]
         order = (source // size).argsort(stable=True)
@@ -215,6 +243,36 @@ class StoredSlots:
                 self._hot.tensors[name][rows, some, goes] = tensor[
                     old.to(tensor.device), some, inside.to(tensor.device)
                 ].to(self.device)
+
+    @property
+    def _end_of_read(self) -> int:
+        return 0 if self._read is None else self._read[0] + self._read[1].shape[2]
+
+    def _bring_rows(self, layout: RowLayout, batch: Tensor, head: Tensor, source: Tensor, target: Tensor) -> None:
+        """As `_bring`, row by row: nothing else of a block is read."""
+        stowage, size = self._stowage, self._stowage.attached.options.block
+        staging = stowage.staging(self._table)
+        most = staging.nbytes // layout.width
+        order = ((source // size * self._table.keys.shape[0] + batch) * layout.groups + head) * size + source % size
+        order = order.argsort()
+        for some in order.split(most):
+            rows = staging[: len(some) * layout.width].view(len(some), layout.width)
+            wanted: list[tuple[BlockKey, list[int]]] = []
+            last = -1
+            for slot, row, group in zip(*(each[some].tolist() for each in (source, batch, head)), strict=True):
+                number = slot // size
+                block = stowage.blocks[number]
+                if number != last:
+                    wanted.append((block.keys[0], []))
+                    last = number
+                old = row if block.rows is None else block.rows[row]
+                wanted[-1][1].append(layout.number(old, group, slot % size))
+            stowage.attached.manager.read_rows(wanted, layout, rows)
+            rows_of, goes = batch[some], target[some]
+            heads: Any = slice(None) if layout.groups == 1 else head[some]
+            for name, part in layout.split(rows).items():
+                new = part.to(self.device)
+                self._hot.tensors[name][rows_of, heads, goes] = new if layout.groups == 1 else new[:, 0]
 
 
 def _rows(tensor: Tensor, slot: Tensor) -> Tensor:

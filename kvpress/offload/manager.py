@@ -6,13 +6,14 @@ manager does not hold, or a typed error that says what was lost; never anything 
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from kvpress.offload.block import Block
@@ -25,6 +26,7 @@ from kvpress.offload.ledger import TierStatistics
 from kvpress.offload.loader import Loader
 from kvpress.offload.mover import Attempt, Mover, Tier
 from kvpress.offload.options import Offload
+from kvpress.offload.slot_rows import NAME, RowLayout
 from kvpress.offload.store import FileStore
 from kvpress.offload.transfer import Device, HostDevice, Transfer
 
@@ -196,6 +198,70 @@ class TierManager:
             if isinstance(source, MemoryTier):
                 source.ledger.count(bytes_out=block.layout.nbytes)
             return True
+
+    def read_rows(self, wanted: Sequence[tuple[BlockKey, Sequence[int]]], layout: RowLayout, out: Tensor) -> None:
+        """Copy single rows of blocks of slot rows into `out [n, width]`, a contiguous CPU tensor, in the order in which they are named.
+
+        Takes no room in any tier, and reads nothing else.
+
+        Raises:
+            TierLostError: a block is not held.
+            TierCorruptError, TierLostError, TierReadError: as `get` does; `out` is then undefined.
+        """
+        with self._locked() as mover:
+            pinned: list[Block] = []
+            try:
+                for key, _ in wanted:
+                    block = self._settled(key)
+                    if block is None:
+                        raise TierLostError("manager", "is not held", key)
+                    self._count(block)
+                    self._check_readable(block)
+                    block.pins += 1
+                    pinned.append(block)
+                mover.moving += 1
+                try:
+                    with mover.unlocked(stalls=mover.disk):
+                        failed = self._read_rows(pinned, [numbers for _, numbers in wanted], layout, out)
+                finally:
+                    mover.moving -= 1
+                if failed is not None:
+                    block, error = failed
+                    while block.busy:
+                        mover.lock.wait()
+                    self._loader.withdraw(block, error)
+                    self._remove_if_lost(block)
+                    raise error
+                for block in pinned:
+                    mover.touch(block)
+            finally:
+                for block in pinned:
+                    block.pins -= 1
+                    mover.collect(block)
+                mover.changed()
+
+    def _read_rows(
+        self, blocks: Sequence[Block], numbers: Sequence[Sequence[int]], layout: RowLayout, out: Tensor
+    ) -> tuple[Block, TierError] | None:
+        """The block that could not be read, and why. Called without the lock, on pinned blocks, whose copies stay where they are."""
+        first = 0
+        for block, some in zip(blocks, numbers, strict=True):
+            piece = out[first : first + len(some)]
+            first += len(some)
+            buffer = next(iter(block.buffers.values()), None)
+            try:
+                if buffer is None:
+                    self._mover.need_disk().read_rows(block.key, block.layout, layout, some, piece)
+                else:
+                    rows = block.layout.views(buffer)[NAME].view(-1, layout.width)
+                    index = torch.tensor(some, device=rows.device)
+                    if rows.is_cpu:
+                        torch.index_select(rows, 0, index, out=piece)
+                    else:
+                        piece.copy_(rows.index_select(0, index))
+            except TierError as error:
+                return block, error
+        return None
 
     def prefetch(self, keys: Iterable[BlockKey]) -> None:
         """Bring blocks near in the background, in the order given. A failure is raised by the next `get`."""

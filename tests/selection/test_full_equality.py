@@ -82,6 +82,12 @@ def test_batch_rows_equal_each_alone_when_sets_are_narrow(feed, name):
     narrow = {
         "tokenselect keep": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, positions="keep", threshold=0.1),
         "tokenselect reindex": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.1),
+        "tokenselect int8 keep": TokenSelect(
+            top_k=5, sinks=2, local=6, chunk=6, tail=2, positions="keep", threshold=0.1, index="int8"
+        ),
+        "tokenselect int8 reindex": TokenSelect(
+            top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.1, index="int8"
+        ),
         "quest": Quest(top_k=8, page_size=4, skip_layers=0),
         "tidaldecode": TidalDecode(top_k=8, dense_layers=0),
     }[name]
