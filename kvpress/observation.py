@@ -41,8 +41,8 @@ class Observation:
         new_slots: where they lie: a slice of the slots, or `[batch, kv_heads, 1]` indices.
         query: `[batch, query_heads, rows, dim]`, `None` for a policy that needs none.
         weights: of a decoded token, its softmax weights `[batch, heads of the keys, slots]` reduced by `weights_reduction`.
-        keys: `[batch, heads, slots, dim]` as attention saw them, or `[rows, dim]` with `starts` and `lengths` where heads are ragged; in the
-            cache's `kv_dtype`: int8 ones are to be multiplied with `keys_scale` (`read_keys` does that).
+        keys: `[batch, heads, slots, dim]` as attention saw them, or `[rows, dim]` with `starts` and `lengths` where heads are ragged; in
+            the cache's `kv_dtype`: int8 ones are to be multiplied with `keys_scale` (`read_keys` does that).
         values: `[batch, kv_heads, slots, dim]`, `None` for a policy that needs none.
         query_positions: `[batch or 1, rows]`.
         decoded: tokens since the last prompt, those of this forward included; 0 for a prompt.

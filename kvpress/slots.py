@@ -108,7 +108,7 @@ class SlotTable:
         return self._owned and not self.form.plain
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Keys and values `[batch, kv_heads, slots in use, dim]` in the model's type: views, or a copy where heads are ragged or rows packed."""
+        """Keys and values `[batch, kv_heads, slots in use, dim]` in the model's type: views, or copies of ragged heads and packed rows."""
         keys, values = self.stored()
         if not self.packed:
             return keys, values

@@ -245,7 +245,7 @@ def test_numbers_that_are_hard_to_store():
 
 def test_refusals():
     model = tiny_model()
-    with pytest.raises(ValueError, match="kv_dtype must be None or one of .*got 'int4'"):
+    with pytest.raises(ValueError, match=r"kv_dtype must be None or one of .*got 'int4'"):
         PolicyCache(model, "full", kv_dtype="int4")
     with pytest.raises(ValueError, match="multiples of 4, got 6"):
         row_format("int8").pack(torch.zeros(1, 6))
