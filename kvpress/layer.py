@@ -310,9 +310,8 @@ class PolicyLayer(CacheLayerMixin):
         if self.reader is not None:
             if self.rotation is not None:
                 query = self.rotation.undo(query, forward.rotated)
-            if not self.expands_keys and not self.table.base:
-                keys, values = self.table.views()
-            return self.reader.read(self.table, forward, query, keys, values, arguments)
+            whole = (keys, values) if self.expands_keys or self.table.base else self.table.views()
+            return self.reader.read(self.table, forward, query, *whole, arguments)
         several, visible = forward.rows > 1, forward.visible
         layout: dict[str, Any] = {}
         if forward.slots is not None:

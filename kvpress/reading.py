@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -259,7 +259,9 @@ def _gathered(
 ) -> tuple[StoredRows, StoredRows, Tensor]:
     """As `select_slots`, in one copy of rows where one list serves all heads of one batch row."""
     if index.shape[:2] != (1, 1):
-        return select_slots(keys, values, positions, index)
+        return select_slots(
+            cast(Tensor, keys), cast(Tensor, values), positions, index
+        )  # it does no more than index them
     slot = index[0, 0].clamp(min=0)
     chosen = positions.index_select(2, slot).masked_fill(index < 0, -1)
     return keys.index_select(2, slot), values.index_select(2, slot), chosen

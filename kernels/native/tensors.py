@@ -96,7 +96,7 @@ def slot_fields(
         starts, lengths = as_int64(starts).contiguous(), as_int64(lengths).contiguous()
         owners += [starts, lengths]
         flat = (starts.data_ptr(), lengths.data_ptr(), keys.shape[0])
-    scales = NO_SCALES
+    scales: tuple[int, ...] = NO_SCALES
     if keys_scale is not None:
         scale_pointers, scale_strides = [], []
         for scale in (keys_scale, values_scale):
