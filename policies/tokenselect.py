@@ -14,6 +14,7 @@ from kvpress.kernels.head_vote import head_vote
 from kvpress.policies.base import check_choice, check_integer
 from kvpress.policies.key_index import KeyIndex
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
+from kvpress.row_format import part, parts
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,10 @@ class VoteSelector(Selector):
 
     def _count(self, view: SlotView, query: Tensor, first: int, last: int, candidates: Tensor | None) -> Tensor:
         """Votes `[batch, kv_heads or 1, last - first]` for slots from `first` on, NaN counting as none."""
-        keys, scales = (view.keys[:, :, first:last], None) if self.index is None else self.index.read(first, last)
+        if self.index is None:
+            keys, scales = parts(part(view.keys, slice(None), slice(None), slice(first, last)))
+        else:
+            keys, scales = self.index.read(first, last)
         batch, kv_heads = keys.shape[:2]
         positions = None if candidates is None else candidates.int() - 1
         if not view.shared:  # each KV head holds its own tokens: a batch row of its own
