@@ -7,6 +7,7 @@
 
 #include "arguments.hpp"
 #include "columns.hpp"
+#include "files.hpp"
 
 namespace baseline { extern const Level level; }
 #if defined(__x86_64__)
@@ -106,6 +107,7 @@ OPERATION(page_scores, PageScores, "iiiiii" "iiii" "ii" "iiiiiii" "i", used->lev
 OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "i", used->level->rotate)
 OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)
 OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii", overwrite)
+OPERATION(read_rows, ReadRows, "iiiiiiiiiiii", read_rows)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
 
 PyObject* get_levels(PyObject*, PyObject*) {
@@ -154,6 +156,7 @@ PyMethodDef methods[] = {
     {"rotate", FAST(call_rotate), "Rotary position embedding."},
     {"gather", FAST(call_gather), "Rows of a column by slot index."},
     {"overwrite", FAST(call_overwrite), "One new row a head into a column."},
+    {"read_rows", FAST(call_read_rows), "Rows of files of equal rows."},
     {"weakest", FAST(call_weakest), "The slot to evict of each head."},
     {"levels", get_levels, METH_NOARGS, "The instruction sets this machine can run, best first."},
     {"level", get_level, METH_NOARGS, "The instruction set in use."},

@@ -8,15 +8,23 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
+import numpy
 from torch import Tensor
 
-from kvpress.offload.errors import TierCorruptError, TierFullError, TierLostError, TierReadError, TierWriteError
-from kvpress.offload.format import file_bytes, read_block, read_rows, write_block
+from kvpress.offload.errors import (
+    TierCorruptError,
+    TierError,
+    TierFullError,
+    TierLostError,
+    TierReadError,
+    TierWriteError,
+)
+from kvpress.offload.format import file_bytes, header_bytes, read_block, read_rows, write_block
 from kvpress.offload.key import BlockKey
-from kvpress.offload.layout import BlockLayout
+from kvpress.offload.layout import BlockLayout, memory_of
 from kvpress.offload.ledger import Ledger
 from kvpress.offload.namespace import Namespace
-from kvpress.offload.slot_rows import RowLayout
+from kvpress.offload.slot_rows import RowLayout, RowsWanted
 from kvpress.offload.store import FileStore
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -82,11 +90,38 @@ class DiskTier:
         self.ledger.count(bytes_out=self.size(key, layout))
 
     def read_rows(
-        self, key: BlockKey, layout: BlockLayout, rows: RowLayout, numbers: Sequence[int], out: Tensor
-    ) -> None:
-        """Read the rows `numbers` of a block of slot rows into `out [n, width]`. Raises as `read` does."""
-        self._read(key, lambda: read_rows(self.store, key.digest, key, layout, rows, numbers, out))
-        self.ledger.count(bytes_out=out.nbytes)
+        self, blocks: Sequence[tuple[BlockKey, BlockLayout]], wanted: RowsWanted, rows: RowLayout, out: Tensor
+    ) -> tuple[int, TierError] | None:
+        """Read single rows of blocks of slot rows into `out [n, width]`.
+
+        Returns None, or which block failed first and why, as `read` would raise it; `out` is then undefined.
+        """
+        names = [key.digest for key, _ in blocks]
+        starts = numpy.array([header_bytes(key.description(), layout) for key, layout in blocks])
+        sizes = starts + numpy.array([layout.nbytes for _, layout in blocks])
+        first = 0
+        while first < len(blocks):
+            some = wanted.behind(first)
+            with suppress(OSError):  # read again below
+                first += self.store.read_rows(names[first:], sizes[first:], starts[first:], *some.columns(), out)
+            if first < len(blocks):
+                key, layout = blocks[first]
+                numbers, piece = wanted.numbers_of(first), wanted.piece_of(first, out)
+                try:
+                    self._read(key, lambda k=key, b=layout, n=numbers, p=piece: read_rows(self.store, k, b, rows, n, p))  # type: ignore[misc]
+                except TierError as error:
+                    return first, error
+                first += 1
+        for number, (key, _) in enumerate(blocks):
+            piece = wanted.piece_of(number, out)
+            damaged = rows.first_damaged(memory_of(piece), wanted.numbers_of(number), key)
+            if damaged is not None:
+                self.ledger.count(failures=1)
+                return number, TierCorruptError(
+                    self.name, f"the checksum of row {damaged} does not match its bytes", key
+                )
+        self.ledger.count(bytes_out=wanted.rows * rows.width)
+        return None
 
     def _read(self, key: BlockKey, once: Callable[[], None]) -> None:
         try:

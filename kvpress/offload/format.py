@@ -150,25 +150,24 @@ def read_block(store: FileStore, name: str, key: str, layout: BlockLayout, out: 
 
 def read_rows(
     store: FileStore,
-    name: str,
     key: BlockKey,
     layout: BlockLayout,
     rows: RowLayout,
     numbers: Sequence[int],
     out: Tensor,
 ) -> None:
-    """Read the rows `numbers` of the block `key` of slot rows into `out [n, width]`.
+    """Read the rows `numbers` of the block `key` of slot rows into `out [n, width]`; nothing else of the file is read.
 
-    The rest of the file is not looked at: a row's own checksum says that it is that row of that block.
+    Whether they are what was written, each row's own checksum says (`RowLayout.first_damaged`).
 
     Raises:
-        TierCorruptError: a row, or the size of the file, differs from what was written; `out` is then undefined.
+        TierCorruptError: the file has another size than was written; `out` is then undefined.
         TierLostError: there is no such file.
         OSError: it could not be read; `out` is then undefined.
     """
     description, width = key.description(), rows.width
     start, target, done = header_bytes(description, layout), memory_of(out), 0
-    with _opened(store, name, description) as file:
+    with _opened(store, key.digest, description) as file:
         if file.size != start + layout.nbytes:
             raise TierCorruptError("disk", f"{file.size} bytes instead of {start + layout.nbytes}", description)
         for first, count in runs(numbers):
@@ -176,9 +175,6 @@ def read_rows(
             if file.read_into(piece, start + first * width, bool) < len(piece):
                 raise TierCorruptError("disk", "the file ends inside its payload", description)
             done += len(piece)
-    damaged = rows.first_damaged(target, numbers, key)
-    if damaged is not None:
-        raise TierCorruptError("disk", f"the checksum of row {damaged} does not match its bytes", description)
 
 
 def load_block(store: FileStore, name: str, allocate: Callable[[int], Tensor]) -> tuple[str, dict[str, Tensor]]:

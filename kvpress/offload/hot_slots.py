@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from kvpress.memory import filled, growth
-from kvpress.offload.key import BlockKey
-from kvpress.offload.slot_rows import RowLayout
+from kvpress.offload.slot_rows import RowLayout, RowsWanted
 
 if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
@@ -257,17 +257,15 @@ class StoredSlots:
         order = order.argsort()
         for some in order.split(most):
             rows = staging[: len(some) * layout.width].view(len(some), layout.width)
-            wanted: list[tuple[BlockKey, list[int]]] = []
-            last = -1
-            for slot, row, group in zip(*(each[some].tolist() for each in (source, batch, head)), strict=True):
-                number = slot // size
-                block = stowage.blocks[number]
-                if number != last:
-                    wanted.append((block.keys[0], []))
-                    last = number
-                old = row if block.rows is None else block.rows[row]
-                wanted[-1][1].append(layout.number(old, group, slot % size))
-            stowage.attached.manager.read_rows(wanted, layout, rows)
+            slots, old, group = (each[some].cpu().numpy() for each in (source, batch, head))
+            numbers = slots // size
+            firsts = numpy.concatenate([[0], numpy.flatnonzero(numpy.diff(numbers)) + 1, [len(slots)]])
+            blocks = [stowage.blocks[number] for number in numbers[firsts[:-1]].tolist()]
+            if any(block.rows is not None for block in blocks):
+                rows_then = numpy.array([block.rows or range(block.batch) for block in blocks])
+                old = rows_then[numpy.repeat(numpy.arange(len(blocks)), numpy.diff(firsts)), old]
+            wanted = RowsWanted((old * layout.groups + group) * size + slots % size, firsts)
+            stowage.attached.manager.read_rows([block.keys[0] for block in blocks], wanted, layout, rows)
             rows_of, goes = batch[some], target[some]
             heads: Any = slice(None) if layout.groups == 1 else head[some]
             for name, part in layout.split(rows).items():

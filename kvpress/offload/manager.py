@@ -26,7 +26,7 @@ from kvpress.offload.ledger import TierStatistics
 from kvpress.offload.loader import Loader
 from kvpress.offload.mover import Attempt, Mover, Tier
 from kvpress.offload.options import Offload
-from kvpress.offload.slot_rows import NAME, RowLayout
+from kvpress.offload.slot_rows import NAME, RowLayout, RowsWanted
 from kvpress.offload.store import FileStore
 from kvpress.offload.transfer import Device, HostDevice, Transfer
 
@@ -199,8 +199,8 @@ class TierManager:
                 source.ledger.count(bytes_out=block.layout.nbytes)
             return True
 
-    def read_rows(self, wanted: Sequence[tuple[BlockKey, Sequence[int]]], layout: RowLayout, out: Tensor) -> None:
-        """Copy single rows of blocks of slot rows into `out [n, width]`, a contiguous CPU tensor, in the order in which they are named.
+    def read_rows(self, keys: Sequence[BlockKey], wanted: RowsWanted, layout: RowLayout, out: Tensor) -> None:
+        """Copy the rows `wanted` of the blocks `keys` of slot rows into `out [n, width]`, a contiguous CPU tensor.
 
         Takes no room in any tier, and reads nothing else.
 
@@ -211,7 +211,7 @@ class TierManager:
         with self._locked() as mover:
             pinned: list[Block] = []
             try:
-                for key, _ in wanted:
+                for key in keys:
                     block = self._settled(key)
                     if block is None:
                         raise TierLostError("manager", "is not held", key)
@@ -222,7 +222,7 @@ class TierManager:
                 mover.moving += 1
                 try:
                     with mover.unlocked(stalls=mover.disk):
-                        failed = self._read_rows(pinned, [numbers for _, numbers in wanted], layout, out)
+                        failed = self._read_rows(pinned, wanted, layout, out)
                 finally:
                     mover.moving -= 1
                 if failed is not None:
@@ -241,27 +241,27 @@ class TierManager:
                 mover.changed()
 
     def _read_rows(
-        self, blocks: Sequence[Block], numbers: Sequence[Sequence[int]], layout: RowLayout, out: Tensor
+        self, blocks: Sequence[Block], wanted: RowsWanted, layout: RowLayout, out: Tensor
     ) -> tuple[Block, TierError] | None:
         """The block that could not be read, and why. Called without the lock, on pinned blocks, whose copies stay where they are."""
-        first = 0
-        for block, some in zip(blocks, numbers, strict=True):
-            piece = out[first : first + len(some)]
-            first += len(some)
+        on_disk = []
+        for number, block in enumerate(blocks):
             buffer = next(iter(block.buffers.values()), None)
-            try:
-                if buffer is None:
-                    self._mover.need_disk().read_rows(block.key, block.layout, layout, some, piece)
-                else:
-                    rows = block.layout.views(buffer)[NAME].view(-1, layout.width)
-                    index = torch.tensor(some, device=rows.device)
-                    if rows.is_cpu:
-                        torch.index_select(rows, 0, index, out=piece)
-                    else:
-                        piece.copy_(rows.index_select(0, index))
-            except TierError as error:
-                return block, error
-        return None
+            if buffer is None:
+                on_disk.append(number)
+                continue
+            rows, piece = block.layout.views(buffer)[NAME].view(-1, layout.width), wanted.piece_of(number, out)
+            index = torch.tensor(wanted.numbers_of(number), device=rows.device)
+            if rows.is_cpu:
+                torch.index_select(rows, 0, index, out=piece)
+            else:
+                piece.copy_(rows.index_select(0, index))
+        if not on_disk:
+            return None
+        some = wanted if len(on_disk) == len(blocks) else wanted.some(on_disk)
+        listed = [(blocks[number].key, blocks[number].layout) for number in on_disk]
+        failed = self._mover.need_disk().read_rows(listed, some, layout, out)
+        return None if failed is None else (blocks[on_disk[failed[0]]], failed[1])
 
     def prefetch(self, keys: Iterable[BlockKey]) -> None:
         """Bring blocks near in the background, in the order given. A failure is raised by the next `get`."""

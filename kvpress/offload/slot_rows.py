@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import numpy
 import torch
 import xxhash
 from torch import Tensor
@@ -118,6 +119,55 @@ class RowLayout:
                 return number
             start += width
         return None
+
+
+class RowsWanted:
+    """Rows of several blocks, one block after the other.
+
+    Args:
+        numbers: of the rows, int64.
+        firsts: `[blocks + 1]` int64: those of block `i` are `numbers[firsts[i] : firsts[i + 1]]`.
+        places: `[blocks]` int64: where they go, as rows of the output; as they come where None.
+    """
+
+    def __init__(self, numbers: numpy.ndarray, firsts: numpy.ndarray, places: numpy.ndarray | None = None) -> None:
+        self.numbers, self.firsts = numbers, firsts
+        self.places = firsts[:-1] if places is None else places
+
+    @classmethod
+    def of(cls, numbers: Sequence[Sequence[int]]) -> RowsWanted:
+        """From a list of numbers for each block."""
+        firsts = numpy.cumsum([0, *map(len, numbers)], dtype=numpy.int64)
+        return cls(numpy.array([number for some in numbers for number in some], dtype=numpy.int64), firsts)
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return int(self.firsts[-1] - self.firsts[0])
+
+    def behind(self, first: int) -> RowsWanted:
+        """Those of block `first` and the ones behind it."""
+        return RowsWanted(self.numbers, self.firsts[first:], self.places[first:])
+
+    def some(self, blocks: Sequence[int]) -> RowsWanted:
+        """Those of some of the blocks."""
+        numbers = [self.numbers[self.firsts[block] : self.firsts[block + 1]] for block in blocks]
+        firsts = numpy.cumsum([0, *map(len, numbers)], dtype=numpy.int64)
+        return RowsWanted(numpy.concatenate(numbers), firsts, self.places[list(blocks)])
+
+    def columns(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """Firsts, numbers and places, contiguous."""
+        return self.firsts, self.numbers, numpy.ascontiguousarray(self.places)
+
+    def numbers_of(self, block: int) -> list[int]:
+        """The rows of one block."""
+        found: list[int] = self.numbers[self.firsts[block] : self.firsts[block + 1]].tolist()
+        return found
+
+    def piece_of(self, block: int, out: Tensor) -> Tensor:
+        """Where in `out` the rows of one block go."""
+        place = int(self.places[block])
+        return out[place : place + int(self.firsts[block + 1] - self.firsts[block])]
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
