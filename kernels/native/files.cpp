@@ -6,20 +6,25 @@
 #include <cerrno>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 namespace {
 
-bool read_all(int handle, char* to, int64_t bytes, int64_t from) {
-  while (bytes > 0) {
-    const ssize_t got = pread(handle, to, size_t(bytes), off_t(from));
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) return false;
-    to += got;
-    from += got;
-    bytes -= got;
+constexpr int64_t MOST = 256;  // rows a call; below the least limit of any system
+
+// Rows `first … first + count - 1` of the list, which lie side by side in the file.
+bool read_run(const ReadRows& r, int handle, int64_t file, int64_t first, int64_t count) {
+  iovec pieces[MOST];
+  for (int64_t i = 0; i < count; ++i) {
+    pieces[i].iov_base = r.output + r.places[first + i] * r.width;
+    pieces[i].iov_len = size_t(r.width);
   }
-  return true;
+  ssize_t got;
+  do {
+    got = preadv(handle, pieces, int(count), off_t(r.starts[file] + r.numbers[first] * r.width));
+  } while (got < 0 && errno == EINTR);
+  return got == count * r.width;
 }
 
 bool read_file(const ReadRows& r, int64_t file) {
@@ -28,13 +33,11 @@ bool read_file(const ReadRows& r, int64_t file) {
   if (handle < 0) return false;
   struct stat facts;
   bool fine = fstat(handle, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size == r.sizes[file];
-  char* to = r.output + r.places[file] * r.width;
   const int64_t end = r.firsts[file + 1];
   for (int64_t row = r.firsts[file]; fine && row < end;) {
     int64_t count = 1;
-    while (row + count < end && r.numbers[row + count] == r.numbers[row] + count) ++count;
-    fine = read_all(handle, to, count * r.width, r.starts[file] + r.numbers[row] * r.width);
-    to += count * r.width;
+    while (count < MOST && row + count < end && r.numbers[row + count] == r.numbers[row] + count) ++count;
+    fine = read_run(r, handle, file, row, count);
     row += count;
   }
   close(handle);

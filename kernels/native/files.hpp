@@ -9,7 +9,7 @@ struct ReadRows {
   const int64_t* starts;       // bytes before its rows
   const int64_t* firsts;       // [files + 1] which of `numbers` are its own
   const int64_t* numbers;      // of the rows to read
-  const int64_t* places;       // [files] where its first row goes, in rows of the output
+  const int64_t* places;       // where each of them goes, in rows of the output
   int64_t width;               // bytes of a row
   char* output;
   int64_t* done;               // files that were read, from the first on; the next one is not as expected

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 import numpy
+import torch
 from torch import Tensor
 
 from kvpress.offload.errors import (
@@ -92,29 +93,27 @@ class DiskTier:
     def read_rows(
         self, blocks: Sequence[tuple[BlockKey, BlockLayout]], wanted: RowsWanted, rows: RowLayout, out: Tensor
     ) -> tuple[int, TierError] | None:
-        """Read single rows of blocks of slot rows into `out [n, width]`.
+        """Read single rows of blocks of slot rows to their places in `out [n, width]`.
 
-        Returns None, or which block failed first and why, as `read` would raise it; `out` is then undefined.
+        Returns None, or which block failed first and why, as `read` would raise it; those places are then undefined.
         """
         names = [key.digest for key, _ in blocks]
         starts = numpy.array([header_bytes(key.description(), layout) for key, layout in blocks])
         sizes = starts + numpy.array([layout.nbytes for _, layout in blocks])
         first = 0
         while first < len(blocks):
-            some = wanted.behind(first)
-            with suppress(OSError):  # read again below
-                first += self.store.read_rows(names[first:], sizes[first:], starts[first:], *some.columns(), out)
+            behind = names[first:], sizes[first:], starts[first:], wanted.firsts[first:]
+            with suppress(OSError):  # that file is read again below
+                first += self.store.read_rows(*behind, wanted.numbers, wanted.places, out)
             if first < len(blocks):
-                key, layout = blocks[first]
-                numbers, piece = wanted.numbers_of(first), wanted.piece_of(first, out)
                 try:
-                    self._read(key, lambda k=key, b=layout, n=numbers, p=piece: read_rows(self.store, k, b, rows, n, p))  # type: ignore[misc]
+                    self._read_slowly(*blocks[first], *wanted.of_block(first), rows, out)
                 except TierError as error:
                     return first, error
                 first += 1
+        flat = memory_of(out)
         for number, (key, _) in enumerate(blocks):
-            piece = wanted.piece_of(number, out)
-            damaged = rows.first_damaged(memory_of(piece), wanted.numbers_of(number), key)
+            damaged = rows.first_damaged(flat, *wanted.of_block(number), key)
             if damaged is not None:
                 self.ledger.count(failures=1)
                 return number, TierCorruptError(
@@ -122,6 +121,20 @@ class DiskTier:
                 )
         self.ledger.count(bytes_out=wanted.rows * rows.width)
         return None
+
+    def _read_slowly(
+        self,
+        key: BlockKey,
+        layout: BlockLayout,
+        numbers: Sequence[int],
+        places: Sequence[int],
+        rows: RowLayout,
+        out: Tensor,
+    ) -> None:
+        """One block's rows, step by step. Raises as `read` does."""
+        piece = torch.empty(len(numbers), rows.width, dtype=torch.uint8)
+        self._read(key, lambda: read_rows(self.store, key, layout, rows, numbers, piece))
+        out[torch.tensor(places)] = piece
 
     def _read(self, key: BlockKey, once: Callable[[], None]) -> None:
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpress.memory import filled, growth
+from kvpress.offload.slot_rows import NAME as SLOT_ROWS
 from kvpress.offload.slot_rows import RowLayout, RowsWanted
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class HotSlots:
     """Copies of slots, the least recently read of which give way.
 
     Attributes:
-        tensors: by name, `[batch, kv_heads, capacity, dim]`.
+        tensors: by name, `[batch, kv_heads, capacity, dim]`, or slot rows `[batch, groups, capacity, width]`.
         slot: `[batch, heads, capacity]` which slot each copy is of, -1 for none; `heads` is 1 where all KV heads select the same.
         place: `[batch, heads, slots]` where the copy of each slot is, -1 for nowhere.
         used: `[batch, heads, capacity]` the last forward that read it.
@@ -51,7 +52,7 @@ class HotSlots:
         """Begin anew with room for `capacity` copies."""
         batch, heads, _ = index.shape
         self.tensors = {
-            name: filled((*each.shape[:2], capacity, each.shape[-1]), 0, each, each.dtype)
+            name: filled((*each.shape[:2], capacity, each.shape[-1]), 0, index, each.dtype)
             for name, each in like.items()
         }
         self.slot = filled((batch, heads, capacity), -1, index, torch.long)
@@ -183,11 +184,13 @@ class StoredSlots:
         batch, head, entry = near.nonzero(as_tuple=True)
         behind = slot[batch, head, entry] - table.base
         heads: Any = slice(None) if index.shape[1] == 1 else head
-        taken = []
+        if SLOT_ROWS in hot.tensors and (layout := self._stowage.blocks[0].layout) is not None:
+            taken = layout.unpack(_rows(hot.tensors[SLOT_ROWS], place))
+        else:
+            taken = {name: _rows(hot.tensors[name], place) for name in tail}
         for name, rows in tail.items():
-            taken.append(_rows(hot.tensors[name], place))
-            taken[-1][batch, heads, entry] = rows[batch, heads, behind]
-        return taken[0], taken[1]
+            taken[name][batch, heads, entry] = rows[batch, heads, behind]
+        return taken["key"], taken["value"]
 
     @property
     def _hot(self) -> HotSlots:
@@ -201,12 +204,14 @@ class StoredSlots:
 
     def _make(self, index: Tensor, like: dict[str, Tensor]) -> None:
         stowage, wanted, slots = self._stowage, index.shape[-1], self._table.count
+        layout = stowage.blocks[0].layout
+        if layout is not None and layout.groups == index.shape[1] and self.device.type == "cpu":
+            rows = torch.empty(*layout.shape(index.shape[0]), dtype=torch.uint8, device="meta")
+            like = {SLOT_ROWS: rows}
         per_slot = sum(each.shape[0] * each.shape[1] * each.shape[-1] * each.element_size() for each in like.values())
         per_slot += index.shape[0] * index.shape[1] * 16
         fixed = index.shape[0] * index.shape[1] * 4 * (slots + growth(slots))
         stowage.cool()
-        if stowage.reads_rows:
-            stowage.staging(self._table)  # before what is left is shared out
         share, capacity = stowage.attached.share(), SPARE * wanted
         if share is not None and stowage.reads_rows:
             capacity = min(max((share - stowage.held - fixed) // per_slot, wanted), capacity)
@@ -221,8 +226,7 @@ class StoredSlots:
         entries = missing.nonzero()
         batch, head, entry = entries.unbind(-1)
         source, target = slot[batch, head, entry], place[batch, head, entry]
-        layout = self._stowage.blocks[0].layout
-        if layout is not None and layout.groups == slot.shape[1]:
+        if SLOT_ROWS in self._hot.tensors and (layout := self._stowage.blocks[0].layout) is not None:
             self._bring_rows(layout, batch, head, source, target)
             return
         heads: Any = slice(None) if slot.shape[1] == 1 else head
@@ -249,28 +253,22 @@ class StoredSlots:
         return 0 if self._read is None else self._read[0] + self._read[1].shape[2]
 
     def _bring_rows(self, layout: RowLayout, batch: Tensor, head: Tensor, source: Tensor, target: Tensor) -> None:
-        """As `_bring`, row by row: nothing else of a block is read."""
-        stowage, size = self._stowage, self._stowage.attached.options.block
-        staging = stowage.staging(self._table)
-        most = staging.nbytes // layout.width
-        order = ((source // size * self._table.keys.shape[0] + batch) * layout.groups + head) * size + source % size
+        """As `_bring`, row by row into place: nothing else of a block is read."""
+        stowage, size, batches = self._stowage, self._stowage.attached.options.block, self._table.keys.shape[0]
+        order = ((source // size * batches + batch) * layout.groups + head) * size + source % size
         order = order.argsort()
-        for some in order.split(most):
-            rows = staging[: len(some) * layout.width].view(len(some), layout.width)
-            slots, old, group = (each[some].cpu().numpy() for each in (source, batch, head))
-            numbers = slots // size
-            firsts = numpy.concatenate([[0], numpy.flatnonzero(numpy.diff(numbers)) + 1, [len(slots)]])
-            blocks = [stowage.blocks[number] for number in numbers[firsts[:-1]].tolist()]
-            if any(block.rows is not None for block in blocks):
-                rows_then = numpy.array([block.rows or range(block.batch) for block in blocks])
-                old = rows_then[numpy.repeat(numpy.arange(len(blocks)), numpy.diff(firsts)), old]
-            wanted = RowsWanted((old * layout.groups + group) * size + slots % size, firsts)
-            stowage.attached.manager.read_rows([block.keys[0] for block in blocks], wanted, layout, rows)
-            rows_of, goes = batch[some], target[some]
-            heads: Any = slice(None) if layout.groups == 1 else head[some]
-            for name, part in layout.split(rows).items():
-                new = part.to(self.device)
-                self._hot.tensors[name][rows_of, heads, goes] = new if layout.groups == 1 else new[:, 0]
+        slots, row, group, goes = (each[order].cpu().numpy() for each in (source, batch, head, target))
+        numbers = slots // size
+        firsts = numpy.concatenate([[0], numpy.flatnonzero(numpy.diff(numbers)) + 1, [len(slots)]])
+        blocks = [stowage.blocks[number] for number in numbers[firsts[:-1]].tolist()]
+        old = row
+        if any(block.rows is not None for block in blocks):
+            rows_then = numpy.array([block.rows or range(block.batch) for block in blocks])
+            old = rows_then[numpy.repeat(numpy.arange(len(blocks)), numpy.diff(firsts)), row]
+        places = (row * layout.groups + group) * self._hot.capacity + goes
+        wanted = RowsWanted((old * layout.groups + group) * size + slots % size, firsts, places)
+        out = self._hot.tensors[SLOT_ROWS].view(-1, layout.width)
+        stowage.attached.manager.read_rows([block.keys[0] for block in blocks], wanted, layout, out)
 
 
 def _rows(tensor: Tensor, slot: Tensor) -> Tensor:

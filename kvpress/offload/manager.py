@@ -200,7 +200,7 @@ class TierManager:
             return True
 
     def read_rows(self, keys: Sequence[BlockKey], wanted: RowsWanted, layout: RowLayout, out: Tensor) -> None:
-        """Copy the rows `wanted` of the blocks `keys` of slot rows into `out [n, width]`, a contiguous CPU tensor.
+        """Copy the rows `wanted` of the blocks `keys` of slot rows to their places in `out [n, width]`, a contiguous CPU tensor.
 
         Takes no room in any tier, and reads nothing else.
 
@@ -250,12 +250,9 @@ class TierManager:
             if buffer is None:
                 on_disk.append(number)
                 continue
-            rows, piece = block.layout.views(buffer)[NAME].view(-1, layout.width), wanted.piece_of(number, out)
-            index = torch.tensor(wanted.numbers_of(number), device=rows.device)
-            if rows.is_cpu:
-                torch.index_select(rows, 0, index, out=piece)
-            else:
-                piece.copy_(rows.index_select(0, index))
+            rows = block.layout.views(buffer)[NAME].view(-1, layout.width)
+            numbers, places = (torch.tensor(each) for each in wanted.of_block(number))
+            out[places] = rows[numbers.to(rows.device)].to(out.device)
         if not on_disk:
             return None
         some = wanted if len(on_disk) == len(blocks) else wanted.some(on_disk)

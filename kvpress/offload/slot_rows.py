@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -89,11 +89,10 @@ class RowLayout:
         seed = _seed(key)
         for number in range(len(flat) // width):
             start = number * width
-            check = xxhash.xxh3_64_intdigest(flat[start : start + payload], seed ^ number)
-            flat[start + payload : start + width] = check.to_bytes(CHECKSUM_BYTES, "little")
+            flat[start + payload : start + width] = xxhash.xxh3_64_digest(flat[start : start + payload], seed ^ number)
 
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
-        """Views `[batch, kv_heads, slots, dim]` of the rows of a block."""
+        """Views `[batch, kv_heads, n, dim]` of rows `[batch, groups, n, width]`."""
         found = {}
         for part in self.parts:
             tensor = rows[..., part.start : part.stop].view(part.dtype)
@@ -102,22 +101,16 @@ class RowLayout:
             found[part.name] = tensor
         return found
 
-    def split(self, rows: Tensor) -> dict[str, Tensor]:
-        """Views `[n, heads, dim]` of single rows `[n, width]`."""
-        return {
-            part.name: rows[:, part.start : part.stop].view(part.dtype).unflatten(-1, (self.heads, part.dim))
-            for part in self.parts
-        }
-
-    def first_damaged(self, rows: memoryview, numbers: Sequence[int], key: BlockKey) -> int | None:
-        """The first of the rows `numbers` of the block `key` that is not what was written, if one is not."""
+    def first_damaged(
+        self, rows: memoryview, numbers: Sequence[int], places: Iterable[int], key: BlockKey
+    ) -> int | None:
+        """The first of the rows `numbers` of the block `key` that is not what was written, if one is not; they lie at `places`."""
         width, payload, seed = self.width, self.width - CHECKSUM_BYTES, _seed(key)
-        start = 0
-        for number in numbers:
-            stored = int.from_bytes(rows[start + payload : start + width], "little")
-            if xxhash.xxh3_64_intdigest(rows[start : start + payload], seed ^ number) != stored:
+        for number, place in zip(numbers, places, strict=True):
+            start = place * width
+            end = start + payload
+            if xxhash.xxh3_64_digest(rows[start:end], seed ^ number) != rows[end : start + width]:
                 return number
-            start += width
         return None
 
 
@@ -125,14 +118,14 @@ class RowsWanted:
     """Rows of several blocks, one block after the other.
 
     Args:
-        numbers: of the rows, int64.
+        numbers: of the rows in their blocks, int64.
         firsts: `[blocks + 1]` int64: those of block `i` are `numbers[firsts[i] : firsts[i + 1]]`.
-        places: `[blocks]` int64: where they go, as rows of the output; as they come where None.
+        places: int64, where they go, as rows of the output; in order where None.
     """
 
     def __init__(self, numbers: numpy.ndarray, firsts: numpy.ndarray, places: numpy.ndarray | None = None) -> None:
         self.numbers, self.firsts = numbers, firsts
-        self.places = firsts[:-1] if places is None else places
+        self.places = numpy.arange(len(numbers)) if places is None else places
 
     @classmethod
     def of(cls, numbers: Sequence[Sequence[int]]) -> RowsWanted:
@@ -145,29 +138,17 @@ class RowsWanted:
         """How many."""
         return int(self.firsts[-1] - self.firsts[0])
 
-    def behind(self, first: int) -> RowsWanted:
-        """Those of block `first` and the ones behind it."""
-        return RowsWanted(self.numbers, self.firsts[first:], self.places[first:])
-
     def some(self, blocks: Sequence[int]) -> RowsWanted:
         """Those of some of the blocks."""
-        numbers = [self.numbers[self.firsts[block] : self.firsts[block + 1]] for block in blocks]
-        firsts = numpy.cumsum([0, *map(len, numbers)], dtype=numpy.int64)
-        return RowsWanted(numpy.concatenate(numbers), firsts, self.places[list(blocks)])
+        chosen = [numpy.arange(self.firsts[block], self.firsts[block + 1]) for block in blocks]
+        firsts = numpy.cumsum([0, *map(len, chosen)], dtype=numpy.int64)
+        rows = numpy.concatenate(chosen)
+        return RowsWanted(self.numbers[rows], firsts, self.places[rows])
 
-    def columns(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """Firsts, numbers and places, contiguous."""
-        return self.firsts, self.numbers, numpy.ascontiguousarray(self.places)
-
-    def numbers_of(self, block: int) -> list[int]:
-        """The rows of one block."""
-        found: list[int] = self.numbers[self.firsts[block] : self.firsts[block + 1]].tolist()
-        return found
-
-    def piece_of(self, block: int, out: Tensor) -> Tensor:
-        """Where in `out` the rows of one block go."""
-        place = int(self.places[block])
-        return out[place : place + int(self.firsts[block + 1] - self.firsts[block])]
+    def of_block(self, block: int) -> tuple[list[int], list[int]]:
+        """Numbers and places of one block's."""
+        mine = slice(self.firsts[block], self.firsts[block + 1])
+        return self.numbers[mine].tolist(), self.places[mine].tolist()
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

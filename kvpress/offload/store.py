@@ -103,7 +103,8 @@ class FileStore:
         Args:
             names, sizes: of the files, and the bytes that each must have.
             starts: bytes before the rows of each.
-            firsts: `[files + 1]`: the rows `numbers[firsts[i] : firsts[i + 1]]` of file `i` go to `out[places[i]]` and those behind it.
+            firsts: `[files + 1]`: those of file `i` are `numbers[firsts[i] : firsts[i + 1]]`.
+            numbers, places: of the rows in their files, and where they go in `out`.
 
         Returns the number of files that were read, from the first on. What is wrong with the next one, its `open` tells. Raises OSError.
         """

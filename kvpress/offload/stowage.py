@@ -261,10 +261,6 @@ class Stowage:
             keys[:, :, table.base - start :] = table.keys[:, :, : end - table.base]
         return start, keys
 
-    def staging(self, table: SlotTable) -> Tensor:
-        """A flat buffer for one block on its way, in working memory until the forward ends."""
-        return self._borrow(table, 0, again=True).staging
-
     def block_tensors(self, table: SlotTable, block: StoredBlock, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors `names` of a block as they were written; valid until the next is asked for."""
         manager = self.attached.manager

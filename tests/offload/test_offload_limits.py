@@ -45,7 +45,7 @@ def decode(model, cache, ids, steps, after=lambda: None):
 
 
 @pytest.mark.parametrize(("policy", "times"), [
-    (Full(), 4), (SELECTING, 4), (INDEXED, 3), (Quest(top_k=32, page_size=16, skip_layers=0), 3),  # heads are so small that page bounds are large
+    (Full(), 4), (SELECTING, 4), (INDEXED, 3), (Quest(top_k=32, page_size=16, skip_layers=0), 3),
 ], ids=["full", "tokenselect", "tokenselect int8", "quest"])  # fmt: skip
 def test_several_times_the_memory_limit(model, folder, bytes_in, policy, times):
     ids = random_tokens(1, 240)
@@ -133,7 +133,9 @@ def right_or_error(model, cache, ids, steps, fault):
     return right, None
 
 
-POLICIES = pytest.mark.parametrize("policy", [Full(), SELECTING, INDEXED], ids=["full", "tokenselect", "tokenselect int8"])
+POLICIES = pytest.mark.parametrize(
+    "policy", [Full(), SELECTING, INDEXED], ids=["full", "tokenselect", "tokenselect int8"]
+)
 
 
 @POLICIES

@@ -46,13 +46,13 @@ def test_packed_rows_hold_the_tensors_bit_for_bit(dtype, together):
         assert torch.equal(tensor, tensors[name])
     flat = rows.view(-1, layout.width)
     for batch, head, slot in [(0, 0, 0), (1, 2, 5), (1, 0, 7)]:
-        row = flat[layout.number(batch, 0 if together else head, slot)][None]
-        for name, part in layout.split(row).items():
-            assert torch.equal(part[0, head if together else 0], tensors[name][batch, head, slot])
+        row = flat[layout.number(batch, 0 if together else head, slot)].expand(1, layout.groups, 1, -1)
+        for name, part in layout.unpack(row).items():
+            assert torch.equal(part[0, head, 0], tensors[name][batch, head, slot])
     numbers = range(len(flat))
-    assert layout.first_damaged(module.memory_of(rows), numbers, key) is None
-    assert layout.first_damaged(module.memory_of(rows), numbers, BlockKey("c", 0, 1)) == 0, "of another block"
-    assert layout.first_damaged(module.memory_of(rows.roll(1, dims=2)), numbers, key) == 0, "in another place"
+    assert layout.first_damaged(module.memory_of(rows), numbers, numbers, key) is None
+    assert layout.first_damaged(module.memory_of(rows), numbers, numbers, BlockKey("c", 0, 1)) == 0, "of another block"
+    assert layout.first_damaged(module.memory_of(rows.roll(1, dims=2)), numbers, numbers, key) == 0, "in another place"
 
 
 def test_runs():
