@@ -10,7 +10,8 @@ struct ReadRows {
   const int64_t* firsts;       // [files + 1] which of `numbers` are its own
   const int64_t* numbers;      // of the rows to read
   const int64_t* places;       // where each of them goes, in rows of the output
-  int64_t width;               // bytes of a row
+  const uint64_t* seeds;       // of the checksums of each file's rows
+  int64_t width;               // bytes of a row, the last 8 of which are its checksum
   char* output;
   int64_t* done;               // files that were read, from the first on; the next one is not as expected
 };

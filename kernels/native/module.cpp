@@ -107,7 +107,7 @@ OPERATION(page_scores, PageScores, "iiiiii" "iiii" "ii" "iiiiiii" "i", used->lev
 OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "i", used->level->rotate)
 OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)
 OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii", overwrite)
-OPERATION(read_rows, ReadRows, "iiiiiiiiiiii", read_rows)
+OPERATION(read_rows, ReadRows, "iiiiiiiiiiiii", read_rows)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
 
 PyObject* get_levels(PyObject*, PyObject*) {

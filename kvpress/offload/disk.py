@@ -20,12 +20,12 @@ from kvpress.offload.errors import (
     TierReadError,
     TierWriteError,
 )
-from kvpress.offload.format import file_bytes, header_bytes, read_block, read_rows, write_block
+from kvpress.offload.format import file_bytes, read_block, read_rows, write_block
 from kvpress.offload.key import BlockKey
 from kvpress.offload.layout import BlockLayout, memory_of
 from kvpress.offload.ledger import Ledger
 from kvpress.offload.namespace import Namespace
-from kvpress.offload.slot_rows import RowLayout, RowsWanted
+from kvpress.offload.slot_rows import RowLayout, RowsWanted, seed_of
 from kvpress.offload.store import FileStore
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -48,6 +48,7 @@ class DiskTier:
     ) -> None:
         self.ledger = Ledger(limit)
         self._lock = Lock()
+        self._headers: dict[str, int] = {}  # of the files that are there, and the bytes before their tensors
         self._stuck: dict[str, int] = {}  # files that could not be removed, and their bytes
         namespace = Namespace(root)
         self.path = namespace.path
@@ -78,6 +79,7 @@ class DiskTier:
             self.ledger.count(failures=1)
             kind = TierFullError if error.errno in FULL else TierWriteError
             raise kind(self.name, f"could not be written ({error.strerror or error})", key) from error
+        self._headers[key.digest] = size - layout.nbytes
         self.ledger.count(bytes_in=size, blocks=1)
 
     def read(self, key: BlockKey, layout: BlockLayout, out: Mapping[str, Tensor]) -> None:
@@ -98,27 +100,20 @@ class DiskTier:
         Returns None, or which block failed first and why, as `read` would raise it; those places are then undefined.
         """
         names = [key.digest for key, _ in blocks]
-        starts = numpy.array([header_bytes(key.description(), layout) for key, layout in blocks])
+        starts = numpy.array([self._headers[name] for name in names])
         sizes = starts + numpy.array([layout.nbytes for _, layout in blocks])
+        seeds = numpy.array([seed_of(key) for key, _ in blocks], dtype=numpy.uint64)
         first = 0
         while first < len(blocks):
-            behind = names[first:], sizes[first:], starts[first:], wanted.firsts[first:]
+            behind = names[first:], sizes[first:], starts[first:], wanted.firsts[first:], wanted.numbers, wanted.places
             with suppress(OSError):  # that file is read again below
-                first += self.store.read_rows(*behind, wanted.numbers, wanted.places, out)
+                first += self.store.read_rows(*behind, seeds[first:], out)
             if first < len(blocks):
                 try:
                     self._read_slowly(*blocks[first], *wanted.of_block(first), rows, out)
                 except TierError as error:
                     return first, error
                 first += 1
-        flat = memory_of(out)
-        for number, (key, _) in enumerate(blocks):
-            damaged = rows.first_damaged(flat, *wanted.of_block(number), key)
-            if damaged is not None:
-                self.ledger.count(failures=1)
-                return number, TierCorruptError(
-                    self.name, f"the checksum of row {damaged} does not match its bytes", key
-                )
         self.ledger.count(bytes_out=wanted.rows * rows.width)
         return None
 
@@ -134,6 +129,10 @@ class DiskTier:
         """One block's rows, step by step. Raises as `read` does."""
         piece = torch.empty(len(numbers), rows.width, dtype=torch.uint8)
         self._read(key, lambda: read_rows(self.store, key, layout, rows, numbers, piece))
+        damaged = rows.first_damaged(memory_of(piece), numbers, range(len(numbers)), key)
+        if damaged is not None:
+            self.ledger.count(failures=1)
+            raise TierCorruptError(self.name, f"the checksum of row {damaged} does not match its bytes", key)
         out[torch.tensor(places)] = piece
 
     def _read(self, key: BlockKey, once: Callable[[], None]) -> None:
@@ -151,6 +150,7 @@ class DiskTier:
 
     def remove(self, key: BlockKey, layout: BlockLayout) -> None:
         """Remove the block's file. When that fails its bytes stay accounted for, and it is tried again later."""
+        self._headers.pop(key.digest, None)
         self.ledger.count(blocks=-1)
         try:
             self.store.unlink(key.digest)

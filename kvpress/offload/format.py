@@ -93,7 +93,6 @@ def _table(layout: BlockLayout) -> bytes:
     return json.dumps(table, separators=(",", ":")).encode()[1:]
 
 
-@lru_cache(maxsize=4096)
 def header_bytes(key: str, layout: BlockLayout) -> int:
     """Bytes of the block file before the tensors."""
     return len(Header(key, layout).encode())

@@ -189,7 +189,10 @@ class StoredSlots:
         else:
             taken = {name: _rows(hot.tensors[name], place) for name in tail}
         for name, rows in tail.items():
-            taken[name][batch, heads, entry] = rows[batch, heads, behind]
+            if index.shape[:2] == (1, 1):
+                taken[name].index_copy_(2, entry, rows.index_select(2, behind))
+            else:
+                taken[name][batch, heads, entry] = rows[batch, heads, behind]
         return taken["key"], taken["value"]
 
     @property

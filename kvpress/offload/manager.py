@@ -140,7 +140,7 @@ class TierManager:
             block = self._settled(key)
             if block is None:
                 return None
-            self._count(block)
+            self._count([block])
             if self._loader.usable_tier(block) != next(iter(mover.tiers)):
                 mover.until_room(lambda attempt: self._load(block, attempt), "load", key)
             name = self._loader.usable_tier(block)
@@ -180,7 +180,7 @@ class TierManager:
             if block is None:
                 return False
             block.layout.check(out)
-            self._count(block)
+            self._count([block])
             self._check_readable(block)
             source = mover.tiers[block.tiers[0]]
             buffer = block.buffers.get(source.name)
@@ -212,13 +212,16 @@ class TierManager:
             pinned: list[Block] = []
             try:
                 for key in keys:
-                    block = self._settled(key)
-                    if block is None:
+                    block = mover.blocks.get(key.digest)
+                    if block is None or block.busy:
+                        block = self._settled(key)
+                    if block is None or not block.owners:
                         raise TierLostError("manager", "is not held", key)
-                    self._count(block)
-                    self._check_readable(block)
+                    if block.failure is not None or not (block.on_disk or block.buffers):
+                        self._missing(block)
                     block.pins += 1
                     pinned.append(block)
+                self._count(pinned)
                 mover.moving += 1
                 try:
                     with mover.unlocked(stalls=mover.disk):
@@ -233,11 +236,13 @@ class TierManager:
                     self._remove_if_lost(block)
                     raise error
                 for block in pinned:
-                    mover.touch(block)
+                    if block.buffers:  # nothing lies below the disk, whose order of use matters to nobody
+                        mover.touch(block)
             finally:
                 for block in pinned:
                     block.pins -= 1
-                    mover.collect(block)
+                    if not block.owners:
+                        mover.collect(block)
                 mover.changed()
 
     def _read_rows(
@@ -482,12 +487,15 @@ class TierManager:
             block.owners.clear()
             self._mover.collect(block)
 
-    def _count(self, block: Block) -> None:
+    def _count(self, blocks: Sequence[Block]) -> None:
+        """Book a request for each of the blocks: a hit in its nearest tier, a miss in the tiers before it."""
+        left = list(blocks)
         for name, tier in self._mover.tiers.items():
-            if block.holds(name):
-                tier.ledger.count(hits=1)
+            below = [block for block in left if not block.holds(name)]
+            tier.ledger.count(hits=len(left) - len(below), misses=len(below))
+            if not below:
                 return
-            tier.ledger.count(misses=1)
+            left = below
 
     def _in_background(self, keys: Iterable[BlockKey], work: Callable[[BlockKey], None]) -> None:
         with self._locked():

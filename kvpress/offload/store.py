@@ -96,15 +96,17 @@ class FileStore:
         firsts: numpy.ndarray,
         numbers: numpy.ndarray,
         places: numpy.ndarray,
+        seeds: numpy.ndarray,
         out: Tensor,
     ) -> int:
-        """Read single rows of several files into `out [n, width]`, in one call of the native kernels where they are built.
+        """Read single rows of several files into `out [n, width]` and check them, in one call of the native kernels where they are built.
 
         Args:
             names, sizes: of the files, and the bytes that each must have.
             starts: bytes before the rows of each.
             firsts: `[files + 1]`: those of file `i` are `numbers[firsts[i] : firsts[i + 1]]`.
             numbers, places: of the rows in their files, and where they go in `out`.
+            seeds: uint64, of each file's rows: the last 8 bytes of a row are the XXH64 of the others, with its number in the seed.
 
         Returns the number of files that were read, from the first on. What is wrong with the next one, its `open` tells. Raises OSError.
         """
@@ -113,7 +115,7 @@ class FileStore:
             return 0
         listed = numpy.frombuffer("".join(f"{checked(name)}\0" for name in names).encode(), dtype=numpy.uint8)
         done = numpy.zeros(1, dtype=numpy.int64)
-        columns = [each.ctypes.data for each in (sizes, starts, firsts, numbers, places)]
+        columns = [each.ctypes.data for each in (sizes, starts, firsts, numbers, places, seeds)]
         width, output = out.shape[1], out.data_ptr()
         self.step(
             "read",

@@ -10,6 +10,7 @@ from kvpress import PolicyCache
 from kvpress.kernels.native import extension
 from kvpress.offload import Offload, TierCorruptError, TierLostError, TierReadError
 from kvpress.offload import slot_rows as module
+from kvpress.offload import store as store_module
 from kvpress.offload.hot_slots import StoredSlots
 from kvpress.offload.key import BlockKey
 from kvpress.offload.manager import TierManager
@@ -97,12 +98,14 @@ def how(request, monkeypatch):
 
 
 def test_rows_come_in_the_order_asked_for(stored):
-    manager, keys, layout, written, _ = stored
+    manager, keys, layout, written, store = stored
     wanted = [(keys[2], [3, 4, 5, 15]), (keys[0], [0]), (keys[1], [7, 2, 9])]
     out = torch.zeros(8, layout.width, dtype=torch.uint8)
     read(manager, wanted, layout, out)
     expected = [written[2][[3, 4, 5, 15]], written[0][[0]], written[1][[7, 2, 9]]]
     assert torch.equal(out, torch.cat(expected))
+    looked_at = store_module.extension is None and manager.tiers_of(keys[0]) == ["disk"]
+    assert store.calls["open"] == (3 if looked_at else 0), "the native kernels read nothing"
     before = manager.statistics()
     read(manager, [(keys[0], [1])], layout, out[:1])
     tier = next(iter(before))
