@@ -8,7 +8,7 @@ JSON lines. *speed*: SmolLM2-135M (`--model`) decodes greedily over a context of
 token by token, on the same tokens; every step's logits are compared bit for bit before it counts. The context is a text of 2,048 tokens
 that the model has read, its keys and values repeated (with positions="reindex" keys are stored before rotation, so a repeated text is
 what they are). The near tier is a share of all keys and values, the rest lies on disk; files are not dropped from the page cache,
-which is stated.
+which is stated. The first `--warm-up` tokens, at which an index is built and the first selections are read, do not count.
 Figures are medians of wall time and of the process's CPU time, background threads included, and the ratio without / with offload.
 
 *memory*: in a process of its own, a random model of 32 layers reads and continues a context whose keys and values are 4 times the limit.

@@ -84,7 +84,8 @@ class KeyIndex:
         held = sum(tensor.nbytes for tensor in self.tensors())
         if self.codes is not None and self.codes.shape[2] >= slots:
             return held
-        return held + batch * heads * (slots + growth(slots)) * (dim + torch.float32.itemsize)
+        fresh: int = batch * heads * (slots + growth(slots)) * (dim + torch.float32.itemsize)
+        return held + fresh
 
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal index."""

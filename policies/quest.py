@@ -80,7 +80,8 @@ class PageSelector(Selector):
         if not self.narrows(keys.shape[2]) or (self.low is not None and self.low.shape[2] >= pages):
             return held
         batch, heads, _, dim = keys.shape
-        return held + 2 * batch * heads * pages * dim * keys.dtype.itemsize  # old bounds and new ones for a moment
+        fresh: int = 2 * batch * heads * pages * dim * keys.dtype.itemsize
+        return held + fresh  # old bounds and new ones for a moment
 
     def narrows(self, slots: int) -> bool:
         return not self.skip and slots > self.policy.top_k

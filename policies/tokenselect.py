@@ -131,7 +131,7 @@ class VoteSelector(Selector):
     def bytes_for(self, keys: Any) -> int:
         if self.index is None or not self.narrows(keys.shape[2]):
             return super().bytes_for(keys)
-        chosen = sum(tensor.nbytes for name in CACHED if (tensor := getattr(self, name)) is not None)
+        chosen: int = sum(tensor.nbytes for name in CACHED if (tensor := getattr(self, name)) is not None)
         return chosen + self.index.bytes_for(keys)
 
     def state(self) -> dict[str, Any]:

@@ -185,7 +185,8 @@ class StoredSlots:
         behind = slot[batch, head, entry] - table.base
         heads: Any = slice(None) if index.shape[1] == 1 else head
         if SLOT_ROWS in hot.tensors and (layout := self._stowage.blocks[0].layout) is not None:
-            taken = layout.unpack(_rows(hot.tensors[SLOT_ROWS], place))
+            words = hot.tensors[SLOT_ROWS].view(torch.int64)  # a gather takes as long for a byte as for eight
+            taken = layout.unpack(_rows(words, place).view(torch.uint8))
         else:
             taken = {name: _rows(hot.tensors[name], place) for name in tail}
         for name, rows in tail.items():
