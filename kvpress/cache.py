@@ -20,6 +20,7 @@ from kvpress.layer import PolicyLayer
 from kvpress.memory import held_bytes
 from kvpress.offload.attached import Attached, attach
 from kvpress.offload.options import Offload
+from kvpress.placement import one_device
 from kvpress.policies.base import Policy
 from kvpress.report import CacheReport, make_report
 
@@ -55,7 +56,7 @@ class PolicyCache(Cache):
         config = model.config.get_text_config(decoder=True)
         layers = make_layers(config, policies, model)
         if offload is not None:
-            self.tiers = attach(layers, offload, model.device)
+            self.tiers = attach(layers, offload, one_device(model))
         if config._attn_implementation != NAME:
             use_our_attention(model, config)
         self._fill(config, policies, layers)

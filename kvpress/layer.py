@@ -135,7 +135,7 @@ class PolicyLayer(CacheLayerMixin):
                 f"layer {self.layer_idx}: an earlier forward broke off before its attention ended. Call cache.reset() and start again"
             )
         batch, _, rows, _ = key_states.shape
-        ids = None if self.token_ids is None else self.token_ids.read(batch, rows).to(key_states.device)
+        ids = None if self.token_ids is None else self.token_ids.read(batch, rows, key_states.device)
         if not self.is_initialized:
             self.seen_rows = (0,) * batch
             self.is_initialized = True
@@ -274,6 +274,8 @@ class PolicyLayer(CacheLayerMixin):
             mask: `[batch, 1, 1, tokens seen]` bool, `False` for padding.
             ids: `[batch or 1, rows]` positions to which the model rotated the new keys.
         """
+        if self.ordinal == 0:
+            self.clock.clear()
         tokens = self.clock.read(forward.before, forward.rows, mask, device)
         alike = isinstance(tokens.newest, int) and forward.rows == 1
         self.table.place(forward.new, tokens.newest if alike else tokens.positions, tokens.counts)
@@ -284,7 +286,8 @@ class PolicyLayer(CacheLayerMixin):
         if self.rotation is not None:
             if self.ordinal == 0:
                 self.rotation.begin()
-            forward.rotated_to = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
+            ids = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
+            forward.rotated_to = self.clock.same_ids(ids)
             self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
         return tokens
 

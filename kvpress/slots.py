@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
 POSITION = "position"
 _NOTHING = torch.empty(0)
-_NO_SCORE = torch.zeros(1, 1)
+
+
+@functools.cache
+def _no_score(device: torch.device) -> Tensor:
+    """What a new token starts with, made once a device: a copy at every token would wait for it."""
+    return torch.zeros(1, 1, device=device)
 
 
 class SlotTable:
@@ -375,7 +381,7 @@ class SlotTable:
         kept, columns = self._writer()
         kept.write(spare, [keys, values])
         if self.column_names:
-            columns.write(spare, [_NO_SCORE.to(spare.device)] * len(self.column_names))
+            columns.write(spare, [_no_score(spare.device)] * len(self.column_names))
 
     def _writer(self) -> tuple[RowWriter, RowWriter]:
         if self._writers is None:
