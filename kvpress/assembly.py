@@ -15,6 +15,7 @@ from kvpress.policies.base import EvictionPolicy, Policy
 from kvpress.policies.selection import SelectionPolicy
 from kvpress.reading import Reader
 from kvpress.rope import Rotation
+from kvpress.row_format import RowFormat
 from kvpress.support import check_config, expands_keys
 from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock
@@ -57,8 +58,10 @@ class Policies:
         return replace(self, eviction=self.eviction.for_model(model))
 
 
-def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedModel | None) -> list[Any]:
-    """One layer per layer of the model: ours for full attention, transformers' own for the others.
+def make_layers(
+    config: PreTrainedConfig, policies: Policies, model: PreTrainedModel | None, form: RowFormat
+) -> list[Any]:
+    """One layer per layer of the model: ours for full attention, with rows stored as `form` says; transformers' own for the others.
 
     Raises:
         UnsupportedModelError: a model that cannot be served rightly, or has no layer to compress.
@@ -94,6 +97,7 @@ def make_layers(config: PreTrainedConfig, policies: Policies, model: PreTrainedM
                 clock,
                 reader=reader,
                 token_ids=token_ids,
+                form=form,
                 expands_keys=expands_keys(config),
             )
         )

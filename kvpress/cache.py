@@ -23,6 +23,7 @@ from kvpress.offload.options import Offload
 from kvpress.placement import one_device
 from kvpress.policies.base import Policy
 from kvpress.report import CacheReport, make_report
+from kvpress.row_format import RowFormat, row_format
 
 PolicyChoice = Policy | str | Sequence[Policy]
 
@@ -36,6 +37,8 @@ class PolicyCache(Cache):
     Args:
         model: a decoder model of transformers. It must have been loaded before; weights are not touched.
         policy: an instance, a registered name with its parameters, or a list with at most one eviction and one selection policy.
+        kv_dtype: `"bfloat16"`, `"float16"` or `"int8"` to store keys and values in that type (int8 with a scale per token and KV head),
+            under any policy; scores and arithmetic stay as they are. `None` for the model's own type.
         offload: limits of device memory, host memory and disk; what does not fit near moves down.
         parameters: of a policy given by name.
 
@@ -50,11 +53,20 @@ class PolicyCache(Cache):
     """
 
     def __init__(
-        self, model: PreTrainedModel, policy: PolicyChoice, *, offload: Offload | None = None, **parameters: Any
+        self,
+        model: PreTrainedModel,
+        policy: PolicyChoice,
+        *,
+        kv_dtype: str | None = None,
+        offload: Offload | None = None,
+        **parameters: Any,
     ) -> None:
+        self.form = row_format(kv_dtype)
+        if kv_dtype is not None and offload is not None:
+            raise ValueError(f"kv_dtype must be None with offload, got {kv_dtype!r}")
         policies = choose_policies(policy, parameters).for_model(model)
         config = model.config.get_text_config(decoder=True)
-        layers = make_layers(config, policies, model)
+        layers = make_layers(config, policies, model, self.form)
         if offload is not None:
             self.tiers = attach(layers, offload, one_device(model))
         if config._attn_implementation != NAME:
@@ -62,9 +74,17 @@ class PolicyCache(Cache):
         self._fill(config, policies, layers)
 
     tiers: Attached | None = None  # with offload
+    form: RowFormat  # how keys and values are stored
+
+    @property
+    def kv_dtype(self) -> str | None:
+        """The type in which keys and values are stored, `None` for the model's own."""
+        return self.form.name
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig, policy: PolicyChoice, **parameters: Any) -> Self:
+    def from_config(
+        cls, config: PreTrainedConfig, policy: PolicyChoice, *, kv_dtype: str | None = None, **parameters: Any
+    ) -> Self:
         """A cache made without a model, for policies that need no queries.
 
         The model's attention is left as it is. Under a stock implementation (`"sdpa"`, `"eager"`, …) an evicting cache serves one row
@@ -85,7 +105,8 @@ class PolicyCache(Cache):
         if refusal is not None and implementation != NAME:
             raise ValueError(f"{refusal}, got {implementation!r}: use PolicyCache(model, policy)")
         cache = cls.__new__(cls)
-        cache._fill(text_config, policies, make_layers(text_config, policies, None), any_attention=True)
+        cache.form = row_format(kv_dtype)
+        cache._fill(text_config, policies, make_layers(text_config, policies, None, cache.form), any_attention=True)
         return cache
 
     @classmethod

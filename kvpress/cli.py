@@ -104,6 +104,9 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Another parameter of the policy, as name=value; repeat it.")
     ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Store keys and values as bfloat16, float16 or int8; default: the model's type.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file with the prompt; - is standard input.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
@@ -119,11 +122,13 @@ def run(
     with refusals():
         from kvpress.cli_arguments import parse_budget, parse_settings, read_prompt
         from kvpress.policies import make_policy
+        from kvpress.row_format import row_format
 
         parameters = parse_settings(settings or [])
         if budget is not None:
             parameters["budget"] = parse_budget(budget)
         chosen = make_policy(policy, **parameters)
+        row_format(kv_dtype)
         text = read_prompt(prompt, prompt_file)
         loaded, tokenizer = load(model, dtype, device, threads)
 
@@ -131,7 +136,7 @@ def run(
         from kvpress.prompting import encode_prompt
 
         ids = encode_prompt(tokenizer, text, chat=chat)
-        cache = PolicyCache(loaded, chosen)
+        cache = PolicyCache(loaded, chosen, kv_dtype=kv_dtype)
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         generation["temperature"] = temperature

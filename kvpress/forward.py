@@ -31,7 +31,8 @@ class Forward:
         tokens: set once the mask is known.
         token_ids: `[batch, rows]`, where the policy needs them.
         visible: `[batch, kv_heads, slots]` positions where some slot is empty, `None` where all hold tokens.
-        ragged: whether attention reads ragged rows from the table; layers that share these keys ask when the table may have changed.
+        slots: keys, values and their layout as attention reads them from the table, `None` where it reads what `update` returned. Layers
+            that share these keys read them too, when the table may have changed.
         weights: `[batch, heads of the keys, slots]` softmax weights of a single row, where the policy asked for them.
         rotated_to: where positions are re-indexed, those to which the model rotated.
     """
@@ -44,7 +45,7 @@ class Forward:
     tokens: Tokens | None = None
     visible: Tensor | None = None
     token_ids: Tensor | None = None
-    ragged: bool = False
+    slots: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None
     rotated_to: Tensor | None = None
     weights: Tensor | None = None
 

@@ -284,11 +284,11 @@ class Keeper:
         table, tokens = self.table, forward.placed
         layout: dict[str, Any] = {}
         visible = forward.visible
-        if table.rows is not None:
-            if self.expands_keys:
-                visible = table.positions
-            else:
-                keys, _, layout = table.flat()
+        if self.expands_keys and table.rows is not None:
+            visible = table.positions
+        elif not self.expands_keys and table.has_layout:
+            keys, _, layout = table.readable()
+            layout.pop("values_scale", None)
         rotation = None if self.reader is None else self.reader.rotation
         if rotation is not None and self.policy.needs_queries:  # scores are made at the tokens' own positions
             stored, layout, visible = table.dense()[0], {}, table.positions

@@ -18,6 +18,7 @@ from kvpress.masks import LogicalLength
 from kvpress.observation import AttentionArguments
 from kvpress.reading import Reader
 from kvpress.rope import Rotation
+from kvpress.row_format import RowFormat
 from kvpress.slots import SlotTable
 from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock, Tokens
@@ -39,6 +40,7 @@ class PolicyLayer(CacheLayerMixin):
         clock: shared by the layers of a cache.
         reader: where slots are selected, or positions re-indexed.
         token_ids: tells the ids of a forward's tokens, for policies that need them.
+        form: how keys and values are stored.
         expands_keys: the model makes other keys of what `update` returns before it attends (latents): always return all of them.
     """
 
@@ -58,7 +60,9 @@ class PolicyLayer(CacheLayerMixin):
         expands_keys: bool = False,
         reader: Reader | None = None,
         token_ids: TokenIds | None = None,
+        form: RowFormat | None = None,
     ) -> None:
+        self.form = form
         self.policy = policy
         self.layer_idx = layer_idx
         self.ordinal = ordinal
@@ -73,7 +77,7 @@ class PolicyLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything but the parameters."""
-        self.table = SlotTable(self.policy.columns)
+        self.table = SlotTable(self.policy.columns, self.form)
         if self.stowage is not None:
             self.stowage.begin(self.table)
         self.keeper.reset(self.table)
@@ -146,8 +150,9 @@ class PolicyLayer(CacheLayerMixin):
         new = self.table.append(key_states.detach(), value_states.detach())
         self.seen += rows
         self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows, token_ids=ids)
-        self.forward.ragged = self.table.rows is not None
-        if self.table.base or (self.forward.ragged and self.attended and not self.expands_keys):
+        if self.table.has_layout and self.attended and not self.expands_keys:
+            self.forward.slots = self.table.readable()
+        if self.table.base or self.forward.slots is not None:
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
         if not self.attended:
@@ -175,7 +180,7 @@ class PolicyLayer(CacheLayerMixin):
     @property
     def full_nbytes(self) -> int:
         """Bytes that keys and values of every token seen would take."""
-        return self.seen * self.table.kv_bytes_per_token
+        return self.seen * self.table.full_bytes_per_token
 
     def activate_past_recording(self) -> None:
         """From now on eviction waits for the `crop` that follows each forward, so that `crop` is exact.
@@ -308,16 +313,14 @@ class PolicyLayer(CacheLayerMixin):
         if self.reader is not None:
             if self.rotation is not None:
                 query = self.rotation.undo(query, forward.rotated)
-            if not self.expands_keys and not self.table.base:
-                keys, values = self.table.dense()
-            return self.reader.read(self.table, forward, query, keys, values, arguments)
+            whole = (keys, values) if self.expands_keys or self.table.base else self.table.views()
+            return self.reader.read(self.table, forward, query, *whole, arguments)
         several, visible = forward.rows > 1, forward.visible
         layout: dict[str, Any] = {}
-        if forward.ragged:
-            if self.expands_keys:
-                visible = self.table.positions  # past a short head's slots there is nothing
-            else:
-                keys, values, layout = self.table.flat()
+        if forward.slots is not None:
+            keys, values, layout = forward.slots
+        elif self.table.rows is not None and self.expands_keys:
+            visible = self.table.positions  # past a short head's slots there is nothing
         if not several and self.policy.weights_reduction is not None:
             output, _, forward.weights = attend_with_weights(
                 query,

@@ -37,13 +37,14 @@ def growth(count: int) -> int:
     return max(4, count // GROWTH)
 
 
-def take(source: Tensor, index: Tensor, capacity: int) -> Tensor:
-    """Slots `index [batch, kv_heads, n]` of `source [batch, kv_heads, slots, dim]`, in a new buffer of `capacity` slots."""
+def take(source: Tensor, index: Tensor, capacity: int, pack: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
+    """Slots `index [batch, kv_heads, n]` of `source [batch, kv_heads, slots, dim]`, packed, in a new buffer of `capacity` slots."""
     batch, kv_heads, kept = index.shape
     row = torch.arange(batch, device=source.device)[:, None, None]
     head = torch.arange(kv_heads, device=source.device)[None, :, None]
-    buffer = allocate((batch, kv_heads, capacity, source.shape[-1]), source)
-    buffer[:, :, :kept] = source[row, head, index]
+    rows = pack(source[row, head, index])
+    buffer = allocate((batch, kv_heads, capacity, rows.shape[-1]), rows)
+    buffer[:, :, :kept] = rows
     buffer[:, :, kept:] = 0  # a slot never written must not bring NaN into a product with weight 0
     return buffer
 

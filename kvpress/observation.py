@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kvpress.kernels.attention_mass import attention_mass
-from kvpress.kernels.scores import causal_positions, flat_to_dense, slot_scores
+from kvpress.kernels.scores import causal_positions, flat_to_dense, scale_slots, slot_scores
 from kvpress.recent_queries import RecentQueries
 
 
@@ -41,7 +41,8 @@ class Observation:
         new_slots: where they lie: a slice of the slots, or `[batch, kv_heads, 1]` indices.
         query: `[batch, query_heads, rows, dim]`, `None` for a policy that needs none.
         weights: of a decoded token, its softmax weights `[batch, heads of the keys, slots]` reduced by `weights_reduction`.
-        keys: `[batch, heads, slots, dim]` as attention saw them, or `[rows, dim]` with `starts` and `lengths` where heads are ragged.
+        keys: `[batch, heads, slots, dim]` as attention saw them, or `[rows, dim]` with `starts` and `lengths` where heads are ragged; in
+            the cache's `kv_dtype`: int8 ones are to be multiplied with `keys_scale` (`read_keys` does that).
         values: `[batch, kv_heads, slots, dim]`, `None` for a policy that needs none.
         query_positions: `[batch or 1, rows]`.
         decoded: tokens since the last prompt, those of this forward included; 0 for a prompt.
@@ -62,6 +63,7 @@ class Observation:
     new_slots: slice | Tensor
     query: Tensor | None = None
     keys: Tensor | None = None
+    keys_scale: Tensor | None = None
     values: Tensor | None = None
     query_positions: Tensor | None = None
     visible: Tensor | None = None
@@ -90,6 +92,16 @@ class Observation:
             self.columns[column][:, :, self.new_slots] = values
         else:
             self.columns[column].scatter_(-1, self.new_slots, values.expand(self.new_slots.shape))
+
+    def read_keys(self) -> Tensor:
+        """`keys` in the type of the query rows or wider, multiplied with their scales.
+
+        Raises:
+            ValueError: no keys at hand.
+        """
+        if self.keys is None:
+            raise ValueError("keys are not at hand: the policy must set needs_queries = True")
+        return scale_slots(self.keys, self.keys_scale).to(self.new_keys.dtype)
 
     @property
     def key_heads(self) -> int:
@@ -140,6 +152,7 @@ class Observation:
             sinks=self.arguments.sinks,
             starts=self.starts,
             lengths=self.lengths,
+            keys_scale=self.keys_scale,
             row_weights=row_weights,
             temperature=temperature,
             noise_seed=noise_seed,
@@ -156,7 +169,7 @@ class Observation:
         """
         if self.recent is None or self.recent.queries is None or self.recent.positions is None or self.keys is None:
             raise ValueError("recent_scores needs the last queries: the policy must set recent_queries")
-        queries, keys, positions = self.recent.queries, self.keys, self.positions.masked_fill(~among, -1)
+        queries, keys, positions = self.recent.queries, self.read_keys(), self.positions.masked_fill(~among, -1)
         if self.starts is not None and self.lengths is not None:
             keys, _, positions = flat_to_dense(keys, keys, positions, self.starts, self.lengths)
         kv_heads, shared = positions.shape[1], queries.shape[1] // positions.shape[1]

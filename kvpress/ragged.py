@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy
 import torch
@@ -35,12 +35,13 @@ class RaggedRows:
         rows = (self.starts[..., None] + slot).masked_fill(self.outside, 0)
         return flat[rows].masked_fill(self.outside[..., None], 0)
 
-    def flattened(self, dense: Tensor, source: Tensor) -> Tensor:
-        """Flat rows whose slot `s` of head `[b, h]` is `dense[b, h, source[b, h, s]]`, for every slot inside a head's capacity."""
+    def flattened(self, dense: Tensor, source: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
+        """Flat rows whose slot `s` of head `[b, h]` is `dense[b, h, source[b, h, s]]`, packed, for every slot inside a head's capacity."""
         batch, head, slot = self._cells()
         cells = [torch.from_numpy(cell).to(dense.device) for cell in (batch, head, slot)]
-        buffer = allocate((self.total, dense.shape[-1]), dense)
-        buffer.copy_(dense[cells[0], cells[1], source[cells[0], cells[1], cells[2]]])
+        rows = pack(dense[cells[0], cells[1], source[cells[0], cells[1], cells[2]]])
+        buffer = allocate((self.total, rows.shape[-1]), rows)
+        buffer.copy_(rows)
         return buffer
 
     def select_batch(self, index: Sequence[int], device: torch.device) -> tuple[RaggedRows, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,9 +14,14 @@ from kvpress.kernels.scores import select_slots
 from kvpress.observation import AttentionArguments
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
 from kvpress.rope import Rotation
+from kvpress.row_format import Rows as StoredRows
+from kvpress.row_format import part, parts, unpacked
 
 if TYPE_CHECKING:
     from kvpress.slots import SlotTable
+
+
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,8 @@ class Rows:
     """
 
     query: Tensor
-    keys: Tensor
-    values: Tensor
+    keys: StoredRows
+    values: StoredRows
     positions: Tensor
     row_positions: Tensor
     newest: int | Tensor
@@ -46,8 +51,8 @@ class Rows:
         newest = self.row_positions[:, last - 1]
         return Rows(
             self.query[:, :, first:last],
-            self.keys[:, :, :end],
-            self.values[:, :, :end],
+            part(self.keys, _ALL, _ALL, slice(end)),
+            part(self.values, _ALL, _ALL, slice(end)),
             self.positions[:, :, :end],
             self.row_positions[:, first:last],
             int(newest[0]) if isinstance(self.newest, int) else newest[:, None, None],
@@ -76,8 +81,8 @@ class Reader:
         table: SlotTable,
         forward: Forward,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: StoredRows,
+        values: StoredRows,
         arguments: AttentionArguments,
     ) -> Tensor:
         """Output `[batch, query_heads, rows, value_dim]` of rows that see the slots of `table`.
@@ -229,6 +234,7 @@ class Reader:
         keys, values, positions = rows.keys, rows.values, rows.positions
         if index is not None:
             keys, values, positions = _gathered(keys, values, positions, index)
+        keys, values = unpacked(keys), unpacked(values)
         alike = positions[:, :1] if self.shared else positions
         ranks, tokens = token_ranks(alike)
         behind = rows.newest - rows.row_positions[:, None]  # rows are the last tokens: none between them is missing
@@ -248,10 +254,14 @@ class Reader:
         return output
 
 
-def _gathered(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gathered(
+    keys: StoredRows, values: StoredRows, positions: Tensor, index: Tensor
+) -> tuple[StoredRows, StoredRows, Tensor]:
     """As `select_slots`, in one copy of rows where one list serves all heads of one batch row."""
     if index.shape[:2] != (1, 1):
-        return select_slots(keys, values, positions, index)
+        return select_slots(
+            cast(Tensor, keys), cast(Tensor, values), positions, index
+        )  # it does no more than index them
     slot = index[0, 0].clamp(min=0)
     chosen = positions.index_select(2, slot).masked_fill(index < 0, -1)
     return keys.index_select(2, slot), values.index_select(2, slot), chosen
@@ -262,10 +272,13 @@ def _attend_kept(rows: Rows, index: Tensor | None, padded: bool, arguments: Atte
     several = rows.query.shape[2] > 1
     masked = padded or (index is not None and several)
     layout: dict[str, Any] = {"causal": True} if several and not masked else {}
+    (keys, keys_scale), (values, values_scale) = parts(rows.keys), parts(rows.values)
     output, _ = attend(
         rows.query,
-        rows.keys,
-        rows.values,
+        keys,
+        values,
+        keys_scale=keys_scale,
+        values_scale=values_scale,
         index=index,
         positions=rows.positions if masked else None,
         query_positions=rows.row_positions if masked and several else None,

@@ -60,6 +60,7 @@ class CacheReport:
     """A snapshot of a cache. `str()` gives a table, `to_dict()` JSON types. Bytes are of storages really held."""
 
     policies: list[dict[str, Any]]
+    kv_dtype: str | None
     seen_tokens: int
     batch: int
     nbytes: int
@@ -82,6 +83,7 @@ class CacheReport:
 
     def __str__(self) -> str:
         names = " + ".join(policy["name"] for policy in self.policies)
+        names += f" in {self.kv_dtype}" if self.kv_dtype else ""
         table = Table(title=f"{names}: {self.seen_tokens} tokens seen, {self.saved:.1%} of a full cache saved")
         for heading in ("layer", "kind", "tokens kept", "mean per head", "MB held", "MB full"):
             table.add_column(heading, justify="right")
@@ -131,6 +133,7 @@ def make_report(cache: PolicyCache) -> CacheReport:
     selectors = [reader.selector for reader in readers if reader.selector is not None]
     return CacheReport(
         policies=[policy.to_dict() for policy in cache.policies.given],
+        kv_dtype=cache.kv_dtype,
         seen_tokens=cache.seen_tokens,
         batch=max(cache.policy_layers[0].batch_size, 0),
         nbytes=cache.nbytes,

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpress.kernels.eviction import RowWriter
 from kvpress.memory import allocate, filled, grown, growth, held_bytes, take
 from kvpress.ragged import RaggedRows
+from kvpress.row_format import PackedRows, RowFormat
 
 if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
@@ -42,13 +43,19 @@ class SlotTable:
     An empty slot (padding, or never filled) has position `-1`. `held [batch, kv_heads]` counts the real tokens, on the host.
 
     With offload a `stowage` keeps keys and values between forwards: those of the first `base` slots of a growing table then lie elsewhere.
+
+    Keys and values in the table's own buffers lie in the row format `form`. A first prompt's are the model's own tensors until the end of
+    its forward, in the model's `dtype`.
     """
 
     stowage: Stowage | None = None
     base = 0
 
-    def __init__(self, columns: tuple[str, ...] = ()) -> None:
+    def __init__(self, columns: tuple[str, ...] = (), form: RowFormat | None = None) -> None:
         self.column_names = columns
+        self.form = form or RowFormat()
+        self.dtype = torch.float32  # of keys and values as the model makes them
+        self.dims = (0, 0)  # sizes of a key and a value
         self.keys = _NOTHING
         self.values = _NOTHING
         self.columns: dict[str, Tensor] = {}
@@ -101,8 +108,27 @@ class SlotTable:
         kept = kept[..., : int(self.held.max(initial=0))]
         return kept.masked_fill(kept == last, -1)
 
+    @property
+    def packed(self) -> bool:
+        """Whether keys and values lie in another form than the model's."""
+        return self._owned and not self.form.plain
+
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Keys and values `[batch, kv_heads, slots in use, dim]`: views, or a padded copy where heads are ragged."""
+        """Keys and values `[batch, kv_heads, slots in use, dim]` in the model's type: views, or copies of ragged heads and packed rows."""
+        keys, values = self.stored()
+        if not self.packed:
+            return keys, values
+        return self.form.unpack(keys, self.dtype), self.form.unpack(values, self.dtype)
+
+    def views(self) -> tuple[Tensor | PackedRows, Tensor | PackedRows]:
+        """As `dense`, without a copy where rows are packed."""
+        keys, values = self.stored()
+        if not self.packed:
+            return keys, values
+        return PackedRows(keys, self.form, self.dtype), PackedRows(values, self.form, self.dtype)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """As `dense`, in the form in which they are stored."""
         if self.base and self.stowage is not None:
             return self.stowage.gathered(self)
         if self.rows is not None:
@@ -111,20 +137,40 @@ class SlotTable:
             return self.keys, self.values
         return self.keys[:, :, : self.count], self.values[:, :, : self.count]
 
-    def flat(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Ragged keys and values `[rows, dim]`, and the `starts` and `lengths` that attention needs to read them."""
+    @property
+    def has_layout(self) -> bool:
+        """Whether keys and values must be read as `readable` says: heads are ragged, or rows packed."""
+        return self.rows is not None or self.packed
+
+    def readable(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Keys and values as the kernels read them, and what they need to know for it: `starts` and `lengths` of flat rows `[rows, dim]`
+        where heads are ragged, scales of int8 rows."""
+        keys, values, layout = self.keys, self.values, dict[str, Tensor]()
         if self.rows is None:
-            raise RuntimeError("the slot table is not ragged")
-        return self.keys, self.values, {"starts": self.rows.starts, "lengths": self.rows.lengths}
+            keys, values = self.stored()
+        else:
+            layout = {"starts": self.rows.starts, "lengths": self.rows.lengths}
+        if self.packed:
+            (keys, keys_scale), (values, values_scale) = self.form.parts(keys), self.form.parts(values)
+            if keys_scale is not None and values_scale is not None:
+                layout |= {"keys_scale": keys_scale, "values_scale": values_scale}
+        return keys, values, layout
+
+    def _kv_bytes(self, form: RowFormat) -> int:
+        if self.is_empty:
+            return 0
+        batch, kv_heads = self.columns[POSITION].shape[:2]
+        return batch * kv_heads * sum(form.row_bytes(dim, self.dtype) for dim in self.dims)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token of every KV head and batch row."""
-        if self.is_empty:
-            return 0
-        batch, kv_heads = self.columns[POSITION].shape[:2]
-        item = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
-        return batch * kv_heads * item
+        return self._kv_bytes(self.form)
+
+    @property
+    def full_bytes_per_token(self) -> int:
+        """As `kv_bytes_per_token`, in the model's own type."""
+        return self._kv_bytes(RowFormat())
 
     @property
     def bytes_per_token(self) -> int:
@@ -173,7 +219,7 @@ class SlotTable:
         first = self.count
         self._reserve(first + tokens)
         place = slice(first - self.base, first - self.base + tokens)
-        self.keys[:, :, place], self.values[:, :, place] = keys, values
+        self.keys[:, :, place], self.values[:, :, place] = self.form.pack(keys), self.form.pack(values)
         self.count += tokens
         new = slice(first, self.count)
         for column in self.columns.values():
@@ -205,9 +251,9 @@ class SlotTable:
     def write_keys(self, new: slice | Tensor, keys: Tensor) -> None:
         """Put `keys [batch, kv_heads, tokens, dim]` in the place of those just appended."""
         if not isinstance(new, slice):
-            self._writer()[0].write(new, [keys])
+            self._writer()[0].write(new, [self.form.pack(keys)])
         elif self._owned:
-            self.keys[:, :, new.start - self.base : new.stop - self.base] = keys
+            self.keys[:, :, new.start - self.base : new.stop - self.base] = self.form.pack(keys)
         else:
             self.keys = keys  # the model's own tensor is left as it is
 
@@ -247,15 +293,15 @@ class SlotTable:
             counts: `[batch, kv_heads]` tokens that each head keeps, at most `n`.
             room: spare slots for coming tokens; with 1 the table is steady from now on.
         """
-        keys, values = self.dense()
+        keys, values = self.stored()
         batch, kv_heads, kept = index.shape
         surplus = None
         if counts.min() < kept:
             empty = torch.from_numpy(kept - counts).to(keys.device)[..., None]
             surplus = torch.arange(kept, device=keys.device) < empty
         self.held, self._complete = counts.astype(numpy.int64), False
-        self.keys = take(keys, index, kept + room)
-        self.values = take(values, index, kept + room)
+        self.keys = take(keys, index, kept + room, self._pack)
+        self.values = take(values, index, kept + room, self._pack)
         for name, column in self.columns.items():
             nothing = -1 if name == POSITION else 0
             fresh = filled((batch, kv_heads, kept + room), nothing, column, column.dtype)
@@ -337,10 +383,12 @@ class SlotTable:
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal table."""
         capacities = None if self.rows is None else self.rows.capacities
-        keys, values = self.dense() if self.base else (self.keys, self.values)
+        keys, values = self.stored() if self.base else (self.keys, self.values)
         return {
             "keys": keys,
             "values": values,
+            "dtype": self.dtype,
+            "dims": self.dims,
             "spare": self.spare,
             "columns": dict(self.columns),
             "count": self.count,
@@ -360,6 +408,7 @@ class SlotTable:
             )
         self.keys, self.values, self.spare = state["keys"], state["values"], state["spare"]
         self.columns, self.count, self.held = state["columns"], state["count"], state["held"]
+        self.dtype, self.dims = state["dtype"], state["dims"]
         capacities = state["capacities"]
         self.rows = None if capacities is None else RaggedRows(capacities, self.keys.device)
         self._owned, self._writers, self._complete = True, None, False
@@ -369,6 +418,7 @@ class SlotTable:
     def _adopt(self, keys: Tensor, values: Tensor) -> slice:
         """The first tokens: the model's own tensors serve until the end of the forward, nothing is copied."""
         batch, kv_heads, tokens, _ = keys.shape
+        self.dtype, self.dims = keys.dtype, (keys.shape[-1], values.shape[-1])
         self.keys, self.values, self._owned, self._complete = keys, values, False, False
         self.count = tokens
         self.held = numpy.zeros((batch, kv_heads), dtype=numpy.int64)
@@ -379,7 +429,7 @@ class SlotTable:
 
     def _overwrite(self, spare: Tensor, keys: Tensor, values: Tensor) -> None:
         kept, columns = self._writer()
-        kept.write(spare, [keys, values])
+        kept.write(spare, [self.form.pack(keys), self.form.pack(values)])
         if self.column_names:
             columns.write(spare, [_no_score(spare.device)] * len(self.column_names))
 
@@ -395,7 +445,7 @@ class SlotTable:
 
     def _resume_growing(self, spare: Tensor, room: int) -> None:
         """From steady to growing: slots sorted by position, the spare one gone, `room` slots for coming tokens."""
-        keys, values = self.dense()
+        keys, values = self.stored()
         positions = self.positions.scatter(-1, spare, -1)
         kept = int(self.held.max(initial=0))
         order = positions.argsort(dim=-1, stable=True)[..., self.count - kept :]
@@ -413,11 +463,15 @@ class SlotTable:
         if not self._owned or self.capacity < capacity:
             held = self.count - self.base
             make = allocate if self.stowage is None else self.stowage.allocate
-            self.keys = grown(self.keys, held, roomy - self.base, make)
-            self.values = grown(self.values, held, roomy - self.base, make)
+            self.keys = grown(self._pack(self.keys), held, roomy - self.base, make)
+            self.values = grown(self._pack(self.values), held, roomy - self.base, make)
         if not self._owned or self.columns[POSITION].shape[2] < capacity:
             self.columns = {name: grown(column, self.count, roomy) for name, column in self.columns.items()}
         self._owned = True
+
+    def _pack(self, rows: Tensor) -> Tensor:
+        """Rows of this table as they are stored in buffers of its own."""
+        return rows if self._owned else self.form.pack(rows)
 
     def _grown_capacity(self, capacity: int) -> int:
         """`capacity` and some spare room, but no slot that would never be filled."""
@@ -426,14 +480,14 @@ class SlotTable:
 
     def keep_ragged(self, index: Tensor, counts: numpy.ndarray, capacities: numpy.ndarray) -> None:
         """As `keep`, into heads of unequal size: `capacities [batch, kv_heads]` slots, spare ones included."""
-        keys, values = self.dense()
+        keys, values = self.stored()
         rows = RaggedRows(capacities, keys.device)
         longest = int(rows.capacities.max())
         batch, kv_heads, listed = index.shape
         taken = torch.from_numpy(counts).to(keys.device)[..., None]
         slot = torch.arange(longest, device=keys.device).expand(batch, kv_heads, longest)
         source = index.gather(-1, (slot + listed - taken).clamp(max=listed - 1))  # the last of index[b, h]
-        self.keys, self.values = rows.flattened(keys, source), rows.flattened(values, source)
+        self.keys, self.values = rows.flattened(keys, source, self._pack), rows.flattened(values, source, self._pack)
         for name, column in self.columns.items():
             fresh = allocate((batch, kv_heads, longest), column)
             kept = column[:, :, : self.count].gather(-1, source)

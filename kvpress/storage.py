@@ -22,7 +22,7 @@ from kvpress.policies.registry import policy_class
 if TYPE_CHECKING:
     from kvpress.cache import PolicyCache
 
-TYPE, VERSION = "kvpress.PolicyCache", 1
+TYPE, VERSION = "kvpress.PolicyCache", 2
 TENSORS, FACTS = "cache.safetensors", "cache.json"
 _CONFIG_FIELDS = (  # what must agree for keys and values to mean the same
     "model_type",
@@ -68,6 +68,7 @@ def save_cache(cache: PolicyCache, directory: Path) -> None:
             "_type": TYPE,
             "_version": VERSION,
             "policies": [policy.to_dict() for policy in cache.policies.given],
+            "kv_dtype": cache.kv_dtype,
             "config": _config_facts(cache.config),
             "sha256": _digest(partial),
             "layers": layers,
@@ -107,7 +108,7 @@ def load_cache(directory: Path, model: PreTrainedModel) -> PolicyCache:
     try:
         tensors = load_file(path)
         policies = [policy_class(given["name"]).from_dict(given) for given in facts["policies"]]
-        cache = PolicyCache(model, policies)
+        cache = PolicyCache(model, policies, kv_dtype=facts.get("kv_dtype"))
         devices = layer_devices(model)
         if len(facts["layers"]) != len(cache.layers):
             raise CacheFormatError(f"layers must be {len(cache.layers)}, got {len(facts['layers'])}")

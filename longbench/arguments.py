@@ -48,7 +48,7 @@ def parse_methods(policies: Sequence[str], budgets: Sequence[str], *, full: bool
     chosen = [parse_budget(budget) for budget in budgets] or [None]
     methods = [FULL] if full else []
     for name, options in map(parse_policy, policies):
-        if name != "full":
+        if name != "full" or options:
             methods += [Method(name, budget, options) for budget in (chosen if _takes_budget(name) else [None])]
     if not methods:
         raise ValueError("policy must name at least one policy when the full cache is left out")

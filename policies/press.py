@@ -78,7 +78,8 @@ class PressPolicy(EvictionPolicy):
         raise ValueError("a policy made from a press cannot be made from a dictionary: pass PressPolicy(budget, press)")
 
     def score(self, observation: Observation) -> Tensor:
-        keys, values, positions = observation.keys, observation.values, observation.positions
+        values, positions = observation.values, observation.positions
+        keys = None if observation.keys is None else observation.read_keys()
         if keys is None or values is None or keys.dim() != 4 or keys.shape[1] != positions.shape[1]:
             raise UnsupportedPressError(
                 "a press needs the keys of the cache's own heads, this model makes other keys of the cached ones"

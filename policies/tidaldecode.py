@@ -93,7 +93,7 @@ def largest_products(view: SlotView, top_k: int) -> Tensor:
     batch, _, _, dim = view.query.shape
     kind = accumulator_type(view.query)
     grouped = view.query.to(kind).view(batch, view.keys.shape[1], -1, dim)
-    products = torch.matmul(grouped, view.keys.to(kind).transpose(-1, -2)).amax(dim=2)
+    products = torch.matmul(grouped, view.keys[:, :, :].to(kind).transpose(-1, -2)).amax(dim=2)
     positions = view.positions.expand(-1, products.shape[1], -1)  # a model that expands keys has more heads of them
     products = products.nan_to_num(-torch.inf).masked_fill(positions < 0, -torch.inf)
     best = best_slots(products, top_k, None if view.ascending else positions)

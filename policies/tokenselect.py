@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 from kvpress.kernels.head_vote import head_vote
 from kvpress.policies.base import check_choice, check_integer
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
+from kvpress.row_format import Rows, part, parts
 
 
 @dataclass(frozen=True)
@@ -166,25 +167,27 @@ class VoteSelector(Selector):
             query = query.view(batch, -1, kv_heads, dim).transpose(1, 2).reshape(batch, heads, dim)
         if view.ordered:  # slot and position are the same number: candidates are a range
             first, last = policy.sinks, int(view.newest) + 1 - policy.local
-            votes = self._count(view, query, keys[:, :, first:last], None)
+            votes = self._count(view, query, part(keys, slice(None), slice(None), slice(first, last)), None)
             return best_slots(votes, policy.top_k) + first, torch.ones(batch, dtype=torch.bool, device=votes.device)
         candidates = candidate_slots(view, policy.sinks, policy.local)
-        votes = self._count(view, query, keys[:, :, :], candidates)
+        votes = self._count(view, query, part(keys, slice(None), slice(None), slice(None)), candidates)
         candidates = candidates[:, : votes.shape[1]]
         votes = votes.masked_fill(~candidates, -1.0)
         live = (candidates.sum(dim=-1) > policy.top_k).any(dim=-1)
         best = best_slots(votes, policy.top_k, None if view.ascending else view.positions[:, : votes.shape[1]])
         return best.masked_fill(~candidates.gather(-1, best), -1), live
 
-    def _count(self, view: SlotView, query: Tensor, keys: Tensor, candidates: Tensor | None) -> Tensor:
+    def _count(self, view: SlotView, query: Tensor, rows: Rows, candidates: Tensor | None) -> Tensor:
         """Votes `[batch, kv_heads or 1, slots]`, NaN counting as none."""
+        keys, scale = parts(rows)
         batch, kv_heads = keys.shape[:2]
         positions = None if candidates is None else candidates.int() - 1
         if not view.shared:  # each KV head holds its own tokens: a batch row of its own
             query = query.reshape(batch * kv_heads, -1, query.shape[-1])
             keys = keys.reshape(batch * kv_heads, 1, *keys.shape[2:])
             positions = None if positions is None else positions.reshape(batch * kv_heads, 1, -1)
-        votes = head_vote(query[:, :, None], keys, positions=positions)
+            scale = None if scale is None else scale.reshape(batch * kv_heads, 1, -1)
+        votes = head_vote(query[:, :, None], keys, positions=positions, keys_scale=scale)
         return votes.nan_to_num(0.0).view(batch, -1, keys.shape[2])
 
 

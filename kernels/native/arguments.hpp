@@ -20,7 +20,8 @@ struct Slots {
   int64_t value_batch, value_head, value_slot;
   const float* key_scale;                            // int8: one factor a slot
   const float* value_scale;
-  int64_t scale_batch, scale_head;                   // the same for both; slots lie side by side
+  int64_t key_scale_batch, key_scale_head, key_scale_slot;  // flat: only key_scale_slot
+  int64_t value_scale_batch, value_scale_head, value_scale_slot;
   const void* positions;
   int64_t position_bytes;                            // 4 or 8: the size of one
   int64_t position_batch, position_head;             // slots lie side by side

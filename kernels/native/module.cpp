@@ -94,7 +94,7 @@ PyObject* call(PyObject* const* args, Py_ssize_t count, const char* fields, int 
     return call<Arguments>(args, count, fields, function);                                          \
   }
 
-#define SLOTS "iiiiiiiiiiiiiiiiiiiiiiiiiii"
+#define SLOTS "iiiiiiiiiiiiiiiiiiiiiiiiiiiiiii"
 static_assert(sizeof(SLOTS) - 1 == sizeof(Slots) / 8, "one letter a field of Slots");
 #define ATTENTION "iiiii" "iiiii" SLOTS "iii" "dd" "iiii" "ii"
 

@@ -41,9 +41,10 @@ struct Head {  // the entries of one (batch row, KV head)
     length = flat ? s.lengths[b * kv_heads + h] : s.slots;
     keys = static_cast<const T*>(s.keys) + (flat ? start * s.key_slot : b * s.key_batch + h * s.key_head);
     values = static_cast<const T*>(s.values) + (flat ? start * s.value_slot : b * s.value_batch + h * s.value_head);
-    const int64_t scale = flat ? start : b * s.scale_batch + h * s.scale_head;
-    key_scale = s.key_scale ? s.key_scale + scale : nullptr;
-    value_scale = s.value_scale ? s.value_scale + scale : nullptr;
+    key_scale = s.key_scale;
+    if (key_scale) key_scale += flat ? start * s.key_scale_slot : b * s.key_scale_batch + h * s.key_scale_head;
+    value_scale = s.value_scale;
+    if (value_scale) value_scale += flat ? start * s.value_scale_slot : b * s.value_scale_batch + h * s.value_scale_head;
     index = s.index ? s.index + b * s.index_batch + h * s.index_head : nullptr;
     entries = index ? s.index_count : length;
   }
@@ -64,9 +65,9 @@ struct Head {  // the entries of one (batch row, KV head)
       oldest = entry;
       newest = entry + n - 1;
       if (key_scale)
-        for (int i = 0; i < n; ++i) tile.key_scale[i] = key_scale[entry + i];
+        for (int i = 0; i < n; ++i) tile.key_scale[i] = key_scale[(entry + i) * slots.key_scale_slot];
       if (value_scale)
-        for (int i = 0; i < n; ++i) tile.value_scale[i] = value_scale[entry + i];
+        for (int i = 0; i < n; ++i) tile.value_scale[i] = value_scale[(entry + i) * slots.value_scale_slot];
       entry += n;
     } else {
       for (; entry < end && n < TILE; ++entry) {
@@ -80,8 +81,8 @@ struct Head {  // the entries of one (batch row, KV head)
         tile.value[n] = values + slot * slots.value_slot;
         tile.position[n] = position;
         tile.entry[n] = entry;
-        if (key_scale) tile.key_scale[n] = key_scale[slot];
-        if (value_scale) tile.value_scale[n] = value_scale[slot];
+        if (key_scale) tile.key_scale[n] = key_scale[slot * slots.key_scale_slot];
+        if (value_scale) tile.value_scale[n] = value_scale[slot * slots.value_scale_slot];
         ++n;
       }
     }

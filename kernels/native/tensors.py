@@ -13,6 +13,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 INTEGERS = (torch.int32, torch.int64)
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_DIM = 512
+NO_SCALES = (0,) * 8
 EMPTY = 8  # the address of an empty list, never read: torch gives 0, which would mean "no list given"
 
 
@@ -95,17 +96,19 @@ def slot_fields(
         starts, lengths = as_int64(starts).contiguous(), as_int64(lengths).contiguous()
         owners += [starts, lengths]
         flat = (starts.data_ptr(), lengths.data_ptr(), keys.shape[0])
-    scales = (0, 0, 0, 0)
+    scales: tuple[int, ...] = NO_SCALES
     if keys_scale is not None:
-        keys_scale = as_floats(keys_scale)
-        owners.append(keys_scale)
-        scale_strides = keys_scale.stride() if starts is None else (0, 0)
-        value_pointer = 0
-        if values_scale is not None:
-            values_scale = as_floats(values_scale)
-            owners.append(values_scale)
-            value_pointer = values_scale.data_ptr()
-        scales = (keys_scale.data_ptr(), value_pointer, scale_strides[0], scale_strides[1])
+        scale_pointers, scale_strides = [], []
+        for scale in (keys_scale, values_scale):
+            if scale is None:
+                scale_pointers.append(0)
+                scale_strides += [0, 0, 0]
+                continue
+            scale = scale.float()
+            owners.append(scale)
+            scale_pointers.append(scale.data_ptr())
+            scale_strides += scale.stride() if starts is None else (0, 0, *scale.stride())
+        scales = (*scale_pointers, *scale_strides)
     placed = (0, 0, 0, 0)
     if positions is not None:
         positions = as_integers(positions)

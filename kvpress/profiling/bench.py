@@ -66,9 +66,9 @@ def bench(
             use_stock(False)
             try:
                 if fill == "random":
-                    caches[candidate.label] = PolicyCache.from_cache(model, policy, stock)
+                    caches[candidate.label] = PolicyCache.from_cache(model, policy, stock, kv_dtype=candidate.kv_dtype)
                 else:
-                    caches[candidate.label] = PolicyCache(model, policy)
+                    caches[candidate.label] = PolicyCache(model, policy, kv_dtype=candidate.kv_dtype)
                     model(ids, past_key_values=caches[candidate.label], use_cache=True, logits_to_keep=1)
             except ValueError as error:
                 caches.pop(candidate.label, None)

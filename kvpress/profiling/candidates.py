@@ -13,6 +13,7 @@ from kvpress.policies.base import Policy
 from kvpress.policies.budget import Budget, BudgetValue
 from kvpress.policies.registry import policy_class
 from kvpress.policy_table import budget_options
+from kvpress.row_format import row_format
 
 STOCK = "stock"  # the model's own cache and attention
 
@@ -25,17 +26,20 @@ class Candidate:
         name: a registered policy, or `STOCK`.
         budget: tokens, a share of the prompt, or bytes; of a selection policy the tokens attended to. `None` where it takes none.
         options: its other parameters.
+        kv_dtype: how keys and values are stored, see `PolicyCache`.
     """
 
     name: str
     budget: BudgetValue | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    kv_dtype: str | None = None
 
     @property
     def label(self) -> str:
         """`snapkv@0.25`, with the other parameters in brackets."""
         budget = "" if self.budget is None else f"@{self.budget}"
-        options = ",".join(f"{name}={value}" for name, value in sorted(self.options.items()))
+        given = self.options if self.kv_dtype is None else {**self.options, "kv_dtype": self.kv_dtype}
+        options = ",".join(f"{name}={value}" for name, value in sorted(given.items()))
         return self.name + budget + (f"[{options}]" if options else "")
 
     def policy(self, context: int) -> Policy | None:
@@ -65,7 +69,8 @@ class Candidate:
 def parse_policies(texts: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
     """`["snapkv:window=64,pooling=avg,tova", "full"]` as names with parameters; `all` is every registered policy.
 
-    A piece with `=` is a parameter of the policy before it; its value is read as JSON, and as text where it is not JSON.
+    A piece with `=` is a parameter of the policy before it, or `kv_dtype` of its cache; its value is read as JSON, and as text where it is
+    not JSON.
 
     Raises:
         ValueError: a parameter that follows no policy, or an empty name.
@@ -116,11 +121,11 @@ def make_candidates(policies: Sequence[str], budgets: Sequence[str], *, stock: b
             chosen.append(Candidate(STOCK))
             continue
         policy_class(name)
+        kv_dtype = options.pop("kv_dtype", None)
+        row_format(kv_dtype)
         takes = budget_options(name, 1)
-        if takes and not set(takes) & set(options):
-            chosen += [Candidate(name, value, options) for value in values]
-        else:
-            chosen.append(Candidate(name, None, options))
+        sizes = values if takes and not set(takes) & set(options) else [None]
+        chosen += [Candidate(name, size, options, kv_dtype) for size in sizes]
     unique = list({candidate.label: candidate for candidate in chosen}.values())
     if not unique:
         raise ValueError("policies must name at least one policy when the stock cache is left out")

@@ -94,7 +94,7 @@ def kv_bytes(shape: ModelShape, candidate: Candidate, context: int, room: Room) 
     if policy is None:
         return stock_bytes(shape, context, decoded, room.batch)
     policies: Policies = choose_policies(policy, {})
-    return policy_bytes(shape, policies, context, decoded, room.batch)
+    return policy_bytes(shape, policies, context, decoded, room.batch, candidate.kv_dtype)
 
 
 def working_bytes(shape: ModelShape, context: int, room: Room) -> int:

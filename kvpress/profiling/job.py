@@ -18,6 +18,7 @@ class Job:
         model: as `kvpress.models.load_model` takes it.
         label: name in results.
         policy: `described_policy` of a policy, `None` for the stock cache.
+        kv_dtype: how the policy's cache stores keys and values.
         context: tokens of the prompt of each row.
         batch: rows.
         new_tokens: tokens to generate, the first one comes from the prompt; at least 2.
@@ -39,6 +40,7 @@ class Job:
     chunk_size: int | None = None
     seed: int = 0
     cuda_snapshot: str | None = None
+    kv_dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""

@@ -48,6 +48,7 @@ def facts(job: Job, model: Any) -> dict[str, Any]:
         "model": job.model,
         "label": job.label,
         "policy": job.policy,
+        "kv_dtype": job.kv_dtype,
         "context": job.context,
         "new_tokens": job.new_tokens,
         "chunk_size": job.chunk_size,
@@ -78,7 +79,7 @@ def make_cache(model: Any, job: Job) -> Any:
         return DynamicCache(config=model.config)
     from kvpress.cache import PolicyCache
 
-    return PolicyCache(model, policy_from(job.policy))
+    return PolicyCache(model, policy_from(job.policy), kv_dtype=job.kv_dtype)
 
 
 def generate(model: Any, ids: Tensor, cache: Any, new_tokens: int, chunk_size: int | None) -> None:

@@ -16,6 +16,7 @@ from kvpress.policies.quest import Quest
 from kvpress.policies.selection import SelectionPolicy
 from kvpress.policies.tokenselect import TokenSelect
 from kvpress.profiling.shape import LayerShape, ModelShape
+from kvpress.row_format import RowFormat, row_format
 
 NUMBER = torch.long.itemsize  # of a slot's index
 COLUMN = torch.float32.itemsize
@@ -29,7 +30,9 @@ def stock_bytes(shape: ModelShape, prompt: int, decoded: int, batch: int = 1) ->
     return sum(_stock_layer(shape, layer, prompt, decoded, batch) for layer in shape.layers)
 
 
-def policy_bytes(shape: ModelShape, policies: Policies, prompt: int, decoded: int, batch: int = 1) -> int:
+def policy_bytes(
+    shape: ModelShape, policies: Policies, prompt: int, decoded: int, batch: int = 1, kv_dtype: str | None = None
+) -> int:
     """`PolicyCache.nbytes` after a prompt in one piece and `decoded` further tokens: keys and values, columns, and all else.
 
     Exact up to the 16 bytes a KV head that a layer may note where no native kernel writes its slots, but for policies that share a budget
@@ -38,6 +41,7 @@ def policy_bytes(shape: ModelShape, policies: Policies, prompt: int, decoded: in
     Args:
         prompt: tokens of each batch row, padding excluded.
         decoded: tokens fed after it.
+        kv_dtype: how keys and values are stored.
 
     Raises:
         ValueError: a policy whose memory follows the text (SepLLM with `separators=None`), or a budget of bytes too small for a token.
@@ -49,7 +53,7 @@ def policy_bytes(shape: ModelShape, policies: Policies, prompt: int, decoded: in
         if not layer.compressed:
             total += _stock_layer(shape, layer, prompt, decoded, batch)
             continue
-        total += _Layer(shape, layer, policies, ordinal, batch).held(prompt, decoded)
+        total += _Layer(shape, layer, policies, ordinal, batch, row_format(kv_dtype)).held(prompt, decoded)
         ordinal += 1
     return total
 
@@ -64,14 +68,17 @@ def _stock_layer(shape: ModelShape, layer: LayerShape, prompt: int, decoded: int
 class _Layer:
     """One compressed layer."""
 
-    def __init__(self, shape: ModelShape, layer: LayerShape, policies: Policies, ordinal: int, batch: int) -> None:
+    def __init__(
+        self, shape: ModelShape, layer: LayerShape, policies: Policies, ordinal: int, batch: int, form: RowFormat
+    ) -> None:
         self.shape, self.layer, self.batch, self.ordinal = shape, layer, batch, ordinal
         self.policy: EvictionPolicy = policies.eviction
         self.selection = policies.selection
         self.shared = policies.eviction.heads_agree
         self.layers = len(shape.compressed)
         self.heads = batch * layer.kv_heads
-        self.kv = batch * layer.token_bytes(shape.dtype.itemsize)
+        row_bytes = (form.row_bytes(dim, shape.dtype) for dim in (layer.key_dim, layer.value_dim))
+        self.kv = batch * layer.kv_heads * sum(row_bytes)
         self.columns = self.heads * (POSITION + COLUMN * len(self.policy.columns))
 
     def held(self, prompt: int, decoded: int) -> int:

@@ -44,7 +44,8 @@ def make_jobs(
         if cuda_snapshot is not None:
             name = "".join(letter if letter.isalnum() else "-" for letter in candidate.label)
             file = str(cuda_snapshot / f"{name}-{context}-{batch}.pickle")
-        jobs.append(Job(model, candidate.label, described, context, batch, cuda_snapshot=file, **settings))
+        given = {"cuda_snapshot": file, "kv_dtype": candidate.kv_dtype, **settings}
+        jobs.append(Job(model, candidate.label, described, context, batch, **given))
     return jobs
 
 

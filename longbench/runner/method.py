@@ -18,7 +18,7 @@ class Method:
     Attributes:
         policy: name of a registered policy, or "full" for the model's own cache.
         budget: tokens (int), share of the prompt (float in (0, 1]) or bytes (text such as "256MB").
-        options: further parameters of the policy.
+        options: further parameters of the policy, and `kv_dtype` of its cache.
         factory: makes the cache instead of `kvpress.PolicyCache`; `policy` and `budget` then only name it.
     """
 
@@ -44,7 +44,7 @@ class Method:
         return DynamicCache(config=model.config) if cache is None else cache
 
     def _policy_cache(self, model: PreTrainedModel) -> Cache | None:
-        if self.policy == "full":
+        if self.policy == "full" and not self.options:
             return None
         from kvpress import PolicyCache
 

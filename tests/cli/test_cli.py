@@ -91,6 +91,8 @@ def test_run_as_json_keeps_to_the_budget(folder: str) -> None:
         "16",
         "--set",
         "sinks=2",
+        "--kv-dtype",
+        "int8",
         "--device",
         "cpu",
         "--json",
@@ -100,6 +102,7 @@ def test_run_as_json_keeps_to_the_budget(folder: str) -> None:
     answer = json.loads(result.stdout)
     assert answer["prompt_tokens"] == 150
     assert 1 <= answer["new_tokens"] <= 8
+    assert answer["report"]["kv_dtype"] == "int8"
     assert answer["report"]
 
 

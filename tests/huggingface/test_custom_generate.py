@@ -61,6 +61,13 @@ def test_it_is_generate_with_a_fresh_cache(given: dict[str, Any]) -> None:
     assert torch.equal(again.sequences, expected.sequences)
 
 
+def test_the_type_of_storage_goes_to_the_cache() -> None:
+    found = tiny_model().generate(
+        **inputs(), **CUSTOM, policy="snapkv", budget=40, window=8, kv_dtype="int8", **SETTINGS
+    )
+    assert found.past_key_values.kv_dtype == "int8"
+
+
 def test_generates_own_settings_stay_generates() -> None:
     model = tiny_model()
     found = model.generate(**inputs(), **CUSTOM, policy=Quest(top_k=64), top_k=3, **{**SETTINGS, "do_sample": True})

@@ -14,6 +14,7 @@ METHODS = [
     Method("knorm", 0.5),
     Method("tova", 0.25),
     Method("quest", None, {"top_k": 32}),
+    Method("full", None, {"kv_dtype": "int8"}),
 ]
 TIMES = ("prefill_seconds", "decode_seconds")
 
@@ -38,7 +39,7 @@ def test_lines_and_totals_are_those_of_methods_one_by_one(query_aware, run, tmp_
     run = replace(run, query_aware=query_aware)
     measure(run)
     measure(replace(run, output=tmp_path / "alone", methods_at_once=1))
-    assert lines(tmp_path / "shared") == lines(tmp_path / "alone") and len(lines(tmp_path / "alone")) == 10
+    assert lines(tmp_path / "shared") == lines(tmp_path / "alone") and len(lines(tmp_path / "alone")) == 12
     assert len({json.loads(line)["prediction"] for line in lines(tmp_path / "alone")}) > 2
     assert (tmp_path / "shared" / "totals.json").read_bytes() == (tmp_path / "alone" / "totals.json").read_bytes()
 

@@ -90,19 +90,22 @@ def test_logits_agree_for_the_full_policy_and_not_for_another() -> None:
 
 def test_rows_of_each_fill() -> None:
     model, tokenizer = checkpoint_model(), tiny_tokenizer()
-    candidates = make_candidates(["full", "snapkv:window=8", "sepllm:token_ids=[5]", "stock"], ["32"], stock=True)
+    policies = ["full", "snapkv:window=8", "sepllm:token_ids=[5]", "stock", "full:kv_dtype=int8"]
+    candidates = make_candidates(policies, ["32"], stock=True)
     labels: list[str] = []
     rows = benching.bench(model, tokenizer, candidates, 100, batch=2, steps=2, advance=labels.append)
-    assert [row["label"] for row in rows] == labels == ["stock", "full", "snapkv@32[window=8]", "sepllm[token_ids=[5]]"]
+    expected = ["stock", "full", "snapkv@32[window=8]", "sepllm[token_ids=[5]]", "full[kv_dtype=int8]"]
+    assert [row["label"] for row in rows] == labels == expected
     assert "use --fill prompt" in rows[3]["error"]
     assert rows[0]["speedup"] == 1.0
-    held = {row["label"]: row["kv_held_bytes"] for row in rows[:3]}
+    held = {row["label"]: row["kv_held_bytes"] for row in rows if "error" not in row}
+    assert held["full[kv_dtype=int8]"] < 0.5 * held["full"]
     config = model.config
     token = 2 * config.num_key_value_heads * config.head_dim * 4  # keys and values, fp32
     assert held["stock"] == config.num_hidden_layers * 2 * token * 105  # two rows
     assert held["snapkv@32[window=8]"] < held["stock"] / 2 < held["full"]
     read = benching.bench(model, tokenizer, candidates, 100, steps=2, fill="prompt")
-    assert ["error" in row for row in read] == [False] * 4
+    assert ["error" in row for row in read] == [False] * 5
     assert all(row["token_milliseconds"] > 0 for row in read)
     with pytest.raises(ValueError, match="fill must be one of"):
         benching.bench(model, tokenizer, candidates, 100, fill="prose")

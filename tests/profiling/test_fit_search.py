@@ -145,12 +145,15 @@ def test_candidates_as_they_are_typed() -> None:
     assert found[0].policy(1000) is None
     own = make_candidates(["quest:top_k=32", "stock"], ["0.5"], stock=False)
     assert [candidate.label for candidate in own] == ["quest[top_k=32]", "stock"]
+    stored = make_candidates(["tova:kv_dtype=int8"], ["0.5"], stock=False)
+    assert [(each.label, each.kv_dtype, each.options) for each in stored] == [("tova@0.5[kv_dtype=int8]", "int8", {})]
 
 
 @pytest.mark.parametrize(
     ("policies", "budgets", "message"),
     [
         (["snapkw"], ["0.25"], "did you mean 'snapkv'"),
+        (["tova:kv_dtype=int3"], ["0.25"], "kv_dtype must be .* got 'int3'"),
         (["window=3"], ["0.25"], "name:parameter=value"),
         (["snapkv:window"], ["0.25"], "name=value"),
         (["tova,,full"], ["0.25"], "separated by commas"),

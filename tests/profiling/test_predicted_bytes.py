@@ -15,6 +15,7 @@ from kvpress.errors import UnsupportedModelError
 from kvpress.policies import (
     H2O,
     AdaKV,
+    Full,
     KNorm,
     Quest,
     SepLLM,
@@ -29,6 +30,7 @@ from kvpress.profiling.cache_bytes import cache_bytes
 from kvpress.profiling.context import weights_bytes
 from kvpress.profiling.predict import grown_slots, policy_bytes, stock_bytes
 from kvpress.profiling.shape import ModelShape, read_shape
+from kvpress.row_format import KV_DTYPES
 from kvpress.testing.families import FAMILIES, random_tokens, tiny_config, tiny_model
 
 BATCH, BUDGET = 2, 40
@@ -70,11 +72,11 @@ def held(model: PreTrainedModel, held_by: Any, prompt: int, new: int, batch: int
     return cache_bytes(held_by).held_bytes
 
 
-def error(name: str, policy: Policy, prompt: int, new: int) -> float:
+def error(name: str, policy: Policy, prompt: int, new: int, kv_dtype: str | None = None) -> float:
     """Predicted against measured, as a share. The few bytes that depend on the kernels at hand count as none."""
     model, shape = model_and_shape(name)
-    measured = held(model, PolicyCache(model, policy), prompt, new)
-    off = policy_bytes(shape, choose_policies(policy, {}), prompt, new - 1, BATCH) - measured
+    measured = held(model, PolicyCache(model, policy, kv_dtype=kv_dtype), prompt, new)
+    off = policy_bytes(shape, choose_policies(policy, {}), prompt, new - 1, BATCH, kv_dtype) - measured
     notes = 16 * BATCH * sum(layer.kv_heads for layer in shape.compressed)
     return 0.0 if -notes <= off <= 0 else off / measured
 
@@ -108,6 +110,15 @@ def test_every_policy_is_predicted(name: str, model: str) -> None:
 def test_every_form_of_a_budget_is_predicted(policy: Policy) -> None:
     errors = [error("wide", policy, prompt, new) for prompt, new in ((100, 1), (100, 9), (20, 4))]
     assert errors == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(
+    "policy", [Full(), SnapKV(budget=BUDGET, window=8), StreamingLLM(budget="200kB"), Quest(top_k=32)], ids=repr
+)
+def test_every_type_of_storage_is_predicted(policy: Policy, kv_dtype: str) -> None:
+    errors = [error("wide", policy, prompt, new, kv_dtype) for prompt, new in ((200, 1), (200, 9))]
+    assert errors == [0.0, 0.0]
 
 
 def test_bytes_shared_by_need_are_predicted() -> None:

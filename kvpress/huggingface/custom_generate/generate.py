@@ -17,7 +17,7 @@ def generate(
 
     Args:
         policy: what `PolicyCache` takes, or the dictionary of a `PolicyConfig`. The parameters of a policy given by name stand
-            beside it: `policy="snapkv", budget=1024`.
+            beside it: `policy="snapkv", budget=1024`, and `kv_dtype` of the cache.
         arguments: of `model.generate`.
 
     Returns:
@@ -46,7 +46,8 @@ def _take_parameters(name: str, settings: Any, arguments: dict[str, Any]) -> dic
     from kvpress.policies.registry import policy_class
 
     kind = policy_class(name)
-    given = [field.name for field in fields(kind) if field.init and arguments.get(field.name) is not None]
+    names = [*(field.name for field in fields(kind) if field.init), "kv_dtype"]
+    given = [key for key in names if arguments.get(key) is not None]
     for key in given:
         if hasattr(settings, key):
             raise ValueError(
