@@ -20,6 +20,7 @@ from kvpress.reading import Reader
 from kvpress.rope import Rotation
 from kvpress.row_format import RowFormat
 from kvpress.slots import SlotTable
+from kvpress.tensor_parallel import HeadShards
 from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock, Tokens
 
@@ -89,6 +90,12 @@ class PolicyLayer(CacheLayerMixin):
         self._waiting: tuple[Forward, Tensor | None, Tensor, AttentionArguments] | None = None  # for `crop`
         if self.reader is not None:
             self.reader.reset()
+
+    def share_heads(self, heads: HeadShards) -> None:
+        """This process holds some of the layer's KV heads."""
+        self.keeper.heads = heads
+        if self.reader is not None:
+            self.reader.heads = heads
 
     # -- the contract of a transformers layer --------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ def save_cache(cache: PolicyCache, directory: Path) -> None:
             "policies": [policy.to_dict() for policy in cache.policies.given],
             "kv_dtype": cache.kv_dtype,
             "config": _config_facts(cache.config),
+            "heads": [cache.heads.rank, cache.heads.size],
             "sha256": _digest(partial),
             "layers": layers,
         }
@@ -109,6 +110,11 @@ def load_cache(directory: Path, model: PreTrainedModel) -> PolicyCache:
         tensors = load_file(path)
         policies = [policy_class(given["name"]).from_dict(given) for given in facts["policies"]]
         cache = PolicyCache(model, policies, kv_dtype=facts.get("kv_dtype"))
+        share, held = facts.get("heads", [0, 1]), [cache.heads.rank, cache.heads.size]
+        if share != held:
+            raise CacheFormatError(
+                f"heads must be share {share} (rank, processes) of the KV heads, this process holds {held}"
+            )
         devices = layer_devices(model)
         if len(facts["layers"]) != len(cache.layers):
             raise CacheFormatError(f"layers must be {len(cache.layers)}, got {len(facts['layers'])}")
