@@ -17,6 +17,7 @@ from kvpress.policies.budget import layer_budgets
 from kvpress.reading import Reader
 from kvpress.recent_queries import RecentQueries
 from kvpress.slots import SlotTable
+from kvpress.tensor_parallel import ALONE
 
 if TYPE_CHECKING:
     from kvpress.policies.base import EvictionPolicy
@@ -42,7 +43,10 @@ class Keeper:
         decoded: tokens since the last prompt.
         evictions: tokens that left the KV head that lost most.
         recent: the last query rows, where the policy asks for them.
+        heads: the share of the model's heads that this process holds.
     """
+
+    heads = ALONE
 
     def __init__(
         self,
@@ -230,10 +234,11 @@ class Keeper:
         batch, kv_heads = observation.positions.shape[:2]
         if self.budget is None:
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
-        cost = self.layers * self.table.bytes_per_token
+        kv_heads *= self.heads.size  # of all processes, which decide alike; the cache's bytes are those of all of them
+        cost = self.layers * self.table.bytes_per_token * self.heads.size
         recent = 0 if self.recent is None else held_bytes(self.recent.tensors())
         limits = 2 * batch * kv_heads * torch.long.itemsize  # where heads differ, see `_protect`
-        fixed = self.layers * (self.table.fixed_bytes + recent + limits)
+        fixed = self.layers * ((self.table.fixed_bytes + recent) * self.heads.size + limits)
         given = [budget.resolve(self.prompt_rows, cost, fixed, spare=self.policy.interval) for budget in self.budget]
         if len(given) > 1 and len(given) != kv_heads:
             raise ValueError(
@@ -241,16 +246,16 @@ class Keeper:
                 f"got {len(given)}"
             )
         if len(given) > 1:
-            return self._per_head(list(zip(*given, strict=True)), kv_heads)
+            return self.heads.own(self._per_head(list(zip(*given, strict=True)), kv_heads))
         budgets = self._per_head(self.policy.allocate(observation, given[0]), kv_heads)
-        allowed, slot_bytes = int(budgets.sum()), self.table.bytes_per_token // (batch * kv_heads)
+        allowed, slot_bytes = int(budgets.sum()), self.table.bytes_per_token * self.heads.size // (batch * kv_heads)
         while self.budget[0].size is not None and (over := self._padded_bytes(budgets) - allowed * slot_bytes) > 0:
             lower = [tokens - -(-over // (slot_bytes * budgets.size)) for tokens in given[0]]
             if min(lower) < 1:
                 break
             given[0] = lower
             budgets = self._per_head(self.policy.allocate(observation, lower), kv_heads)
-        return budgets
+        return self.heads.own(budgets)
 
     def _per_head(self, rows: Sequence[Any], kv_heads: int) -> numpy.ndarray:
         per_head = [numpy.broadcast_to(row, kv_heads) for row in rows]
@@ -259,8 +264,9 @@ class Keeper:
     def _padded_bytes(self, budgets: numpy.ndarray) -> int:
         """Bytes of a layer's slots when heads keep `budgets`: small columns are as long as the longest head."""
         batch, kv_heads = budgets.shape
-        item = self.table.kv_bytes_per_token // (batch * kv_heads)
-        columns = self.table.bytes_per_token // (batch * kv_heads) - item
+        here = batch * kv_heads // self.heads.size
+        item = self.table.kv_bytes_per_token // here
+        columns = self.table.bytes_per_token // here - item
         if budgets.min() != budgets.max():
             columns += 1  # `RaggedRows.outside`
         padded: int = budgets.sum() * item + budgets.max() * budgets.size * columns
@@ -308,6 +314,7 @@ class Keeper:
             token_ids=forward.token_ids,
             decoded=self.decoded,
             recent=self.recent,
+            heads=self.heads,
             **layout,
         )
 

@@ -20,6 +20,7 @@ from kvpress.reading import Reader
 from kvpress.rope import Rotation
 from kvpress.row_format import RowFormat
 from kvpress.slots import SlotTable
+from kvpress.tensor_parallel import HeadShards
 from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock, Tokens
 
@@ -90,6 +91,12 @@ class PolicyLayer(CacheLayerMixin):
         if self.reader is not None:
             self.reader.reset()
 
+    def share_heads(self, heads: HeadShards) -> None:
+        """This process holds some of the layer's KV heads."""
+        self.keeper.heads = heads
+        if self.reader is not None:
+            self.reader.heads = heads
+
     # -- the contract of a transformers layer --------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -139,7 +146,7 @@ class PolicyLayer(CacheLayerMixin):
                 f"layer {self.layer_idx}: an earlier forward broke off before its attention ended. Call cache.reset() and start again"
             )
         batch, _, rows, _ = key_states.shape
-        ids = None if self.token_ids is None else self.token_ids.read(batch, rows).to(key_states.device)
+        ids = None if self.token_ids is None else self.token_ids.read(batch, rows, key_states.device)
         if not self.is_initialized:
             self.seen_rows = (0,) * batch
             self.is_initialized = True
@@ -283,6 +290,8 @@ class PolicyLayer(CacheLayerMixin):
             mask: `[batch, 1, 1, tokens seen]` bool, `False` for padding.
             ids: `[batch or 1, rows]` positions to which the model rotated the new keys.
         """
+        if self.ordinal == 0:
+            self.clock.clear()
         tokens = self.clock.read(forward.before, forward.rows, mask, device)
         self.table.place(forward.new, tokens.positions, tokens.counts)
         forward.tokens = tokens
@@ -292,7 +301,8 @@ class PolicyLayer(CacheLayerMixin):
         if self.rotation is not None:
             if self.ordinal == 0:
                 self.rotation.begin()
-            forward.rotated_to = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
+            ids = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
+            forward.rotated_to = self.clock.same_ids(ids)
             self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
         return tokens
 

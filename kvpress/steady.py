@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     from kvpress.slots import SlotTable
 
 POSITION = "position"
-_NO_SCORE = torch.zeros(1, 1)
+
+
+@functools.cache
+def _no_score(device: torch.device) -> Tensor:
+    """What a new token starts with, made once a device: a copy at every token would wait for it."""
+    return torch.zeros(1, 1, device=device)
 
 
 class SteadySlots:
@@ -48,7 +54,7 @@ class SteadySlots:
         """Put a token `[batch, kv_heads, 1, dim]` in `slot [batch, kv_heads, 1]`, with scores of 0."""
         self._rows.write(slot, [self._form.pack(keys), self._form.pack(values)])
         if self._scores:
-            self._columns.write(slot, [_NO_SCORE.to(slot.device)] * self._scores)
+            self._columns.write(slot, [_no_score(slot.device)] * self._scores)
 
     def write_keys(self, slot: Tensor, keys: Tensor) -> None:
         """Put `keys [batch, kv_heads, 1, dim]` there."""
