@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
@@ -20,9 +20,14 @@ from kvpress.layer import PolicyLayer
 from kvpress.memory import held_bytes
 from kvpress.offload.attached import Attached, attach
 from kvpress.offload.options import Offload
+from kvpress.placement import one_device
 from kvpress.policies.base import Policy
 from kvpress.report import CacheReport, make_report
 from kvpress.row_format import RowFormat, row_format
+from kvpress.tensor_parallel import ALONE, head_shards
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 PolicyChoice = Policy | str | Sequence[Policy]
 
@@ -39,6 +44,8 @@ class PolicyCache(Cache):
         kv_dtype: `"bfloat16"`, `"float16"` or `"int8"` to store keys and values in that type (int8 with a scale per token and KV head),
             under any policy; scores and arithmetic stay as they are. `None` for the model's own type.
         offload: limits of device memory, host memory and disk; what does not fit near moves down.
+        tensor_parallel: the processes that share the KV heads of each layer, where the model does not know them. One that transformers
+            loaded with a `tp_plan` does. What is decided over all heads of a layer is then decided alike in all processes.
         parameters: of a policy given by name.
 
     Raises:
@@ -58,6 +65,7 @@ class PolicyCache(Cache):
         *,
         kv_dtype: str | None = None,
         offload: Offload | None = None,
+        tensor_parallel: ProcessGroup | None = None,
         **parameters: Any,
     ) -> None:
         self.form = row_format(kv_dtype)
@@ -66,14 +74,19 @@ class PolicyCache(Cache):
         policies = choose_policies(policy, parameters).for_model(model)
         config = model.config.get_text_config(decoder=True)
         layers = make_layers(config, policies, model, self.form)
+        self.heads = head_shards(model, tensor_parallel, policies)
+        for layer in layers:
+            if isinstance(layer, PolicyLayer):
+                layer.share_heads(self.heads)
         if offload is not None:
-            self.tiers = attach(layers, offload, model.device)
+            self.tiers = attach(layers, offload, one_device(model))
         if config._attn_implementation != NAME:
             use_our_attention(model, config)
         self._fill(config, policies, layers)
 
     tiers: Attached | None = None  # with offload
     form: RowFormat  # how keys and values are stored
+    heads = ALONE  # of each layer, that this process holds
 
     @property
     def kv_dtype(self) -> str | None:
@@ -170,6 +183,7 @@ class PolicyCache(Cache):
         first = self.policy_layers[0]
         if layer is first:
             self._check_attention(key_states.shape[0])
+            self.heads.check(key_states.shape[1], self.config)
         elif layer.seen + key_states.shape[2] != first.seen:
             raise CacheStateError(
                 f"layer {layer_idx} has seen {layer.seen} tokens, layer {first.layer_idx} had seen "

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from kvpress.eviction import ranked, strongest, survivors
 from kvpress.forward import Forward
-from kvpress.kernels.eviction import weakest
 from kvpress.memory import held_bytes
 from kvpress.observation import AttentionArguments, Observation
 from kvpress.policies.budget import layer_budgets
 from kvpress.reading import Reader
 from kvpress.recent_queries import RecentQueries
 from kvpress.slots import SlotTable
+from kvpress.tensor_parallel import ALONE
 
 if TYPE_CHECKING:
     from kvpress.policies.base import EvictionPolicy
@@ -43,7 +43,10 @@ class Keeper:
         decoded: tokens since the last prompt.
         evictions: tokens that left the KV head that lost most.
         recent: the last query rows, where the policy asks for them.
+        heads: the share of the model's heads that this process holds.
     """
+
+    heads = ALONE
 
     def __init__(
         self,
@@ -123,14 +126,8 @@ class Keeper:
             table.limit = None if unlimited else int(self.budgets.max()) + self.policy.interval
         if table.spare is not None and self.policy.interval == 1:
             sinks, window = self._protected(self.budgets)
-            lengths = None if table.rows is None else table.rows.lengths
-            slot = weakest(
-                self.policy.score(observation),
-                table.positions,
-                sinks=sinks,
-                first_recent=observation.newest - window + 1,
-                lengths=lengths,
-            )
+            first_recent = observation.newest - window + 1
+            slot = table.steady.weakest.find(self.policy.score(observation), sinks, first_recent)
             table.retire(slot[..., None])
             self.evictions += 1
         else:
@@ -237,10 +234,11 @@ class Keeper:
         batch, kv_heads = observation.positions.shape[:2]
         if self.budget is None:
             return numpy.full((batch, kv_heads), numpy.iinfo(numpy.int64).max)
-        cost = self.layers * self.table.bytes_per_token
+        kv_heads *= self.heads.size  # of all processes, which decide alike; the cache's bytes are those of all of them
+        cost = self.layers * self.table.bytes_per_token * self.heads.size
         recent = 0 if self.recent is None else held_bytes(self.recent.tensors())
         limits = 2 * batch * kv_heads * torch.long.itemsize  # where heads differ, see `_protect`
-        fixed = self.layers * (self.table.fixed_bytes + recent + limits)
+        fixed = self.layers * ((self.table.fixed_bytes + recent) * self.heads.size + limits)
         given = [budget.resolve(self.prompt_rows, cost, fixed, spare=self.policy.interval) for budget in self.budget]
         if len(given) > 1 and len(given) != kv_heads:
             raise ValueError(
@@ -248,16 +246,16 @@ class Keeper:
                 f"got {len(given)}"
             )
         if len(given) > 1:
-            return self._per_head(list(zip(*given, strict=True)), kv_heads)
+            return self.heads.own(self._per_head(list(zip(*given, strict=True)), kv_heads))
         budgets = self._per_head(self.policy.allocate(observation, given[0]), kv_heads)
-        allowed, slot_bytes = int(budgets.sum()), self.table.bytes_per_token // (batch * kv_heads)
+        allowed, slot_bytes = int(budgets.sum()), self.table.bytes_per_token * self.heads.size // (batch * kv_heads)
         while self.budget[0].size is not None and (over := self._padded_bytes(budgets) - allowed * slot_bytes) > 0:
             lower = [tokens - -(-over // (slot_bytes * budgets.size)) for tokens in given[0]]
             if min(lower) < 1:
                 break
             given[0] = lower
             budgets = self._per_head(self.policy.allocate(observation, lower), kv_heads)
-        return budgets
+        return self.heads.own(budgets)
 
     def _per_head(self, rows: Sequence[Any], kv_heads: int) -> numpy.ndarray:
         per_head = [numpy.broadcast_to(row, kv_heads) for row in rows]
@@ -266,8 +264,9 @@ class Keeper:
     def _padded_bytes(self, budgets: numpy.ndarray) -> int:
         """Bytes of a layer's slots when heads keep `budgets`: small columns are as long as the longest head."""
         batch, kv_heads = budgets.shape
-        item = self.table.kv_bytes_per_token // (batch * kv_heads)
-        columns = self.table.bytes_per_token // (batch * kv_heads) - item
+        here = batch * kv_heads // self.heads.size
+        item = self.table.kv_bytes_per_token // here
+        columns = self.table.bytes_per_token // here - item
         if budgets.min() != budgets.max():
             columns += 1  # `RaggedRows.outside`
         padded: int = budgets.sum() * item + budgets.max() * budgets.size * columns
@@ -286,9 +285,9 @@ class Keeper:
         visible = forward.visible
         if self.expands_keys and table.rows is not None:
             visible = table.positions
-        elif not self.expands_keys and table.has_layout:
+        elif not self.expands_keys and (forward.steady is not None or table.has_layout):
             keys, _, layout = table.readable()
-            layout.pop("values_scale", None)
+            layout = {name: given for name, given in layout.items() if name != "values_scale"}
         rotation = None if self.reader is None else self.reader.rotation
         if rotation is not None and self.policy.needs_queries:  # scores are made at the tokens' own positions
             stored, layout, visible = table.dense()[0], {}, table.positions
@@ -315,6 +314,7 @@ class Keeper:
             token_ids=forward.token_ids,
             decoded=self.decoded,
             recent=self.recent,
+            heads=self.heads,
             **layout,
         )
 

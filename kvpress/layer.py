@@ -20,6 +20,7 @@ from kvpress.reading import Reader
 from kvpress.rope import Rotation
 from kvpress.row_format import RowFormat
 from kvpress.slots import SlotTable
+from kvpress.tensor_parallel import HeadShards
 from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock, Tokens
 
@@ -90,6 +91,12 @@ class PolicyLayer(CacheLayerMixin):
         if self.reader is not None:
             self.reader.reset()
 
+    def share_heads(self, heads: HeadShards) -> None:
+        """This process holds some of the layer's KV heads."""
+        self.keeper.heads = heads
+        if self.reader is not None:
+            self.reader.heads = heads
+
     # -- the contract of a transformers layer --------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -139,7 +146,7 @@ class PolicyLayer(CacheLayerMixin):
                 f"layer {self.layer_idx}: an earlier forward broke off before its attention ended. Call cache.reset() and start again"
             )
         batch, _, rows, _ = key_states.shape
-        ids = None if self.token_ids is None else self.token_ids.read(batch, rows).to(key_states.device)
+        ids = None if self.token_ids is None else self.token_ids.read(batch, rows, key_states.device)
         if not self.is_initialized:
             self.seen_rows = (0,) * batch
             self.is_initialized = True
@@ -147,12 +154,16 @@ class PolicyLayer(CacheLayerMixin):
             raise ValueError(f"batch size must stay {len(self.seen_rows)}, the cache's, got {batch}")
         if self.stowage is not None:
             self.stowage.selecting = self._reads_some(rows)
-        new = self.table.append(key_states.detach(), value_states.detach())
+        keys = key_states.detach()
+        new = self.table.append(keys, value_states.detach())
         self.seen += rows
-        self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows, token_ids=ids)
-        if self.table.has_layout and self.attended and not self.expands_keys:
-            self.forward.slots = self.table.readable()
-        if self.table.base or self.forward.slots is not None:
+        self.forward = forward = Forward(weakref.ref(self), rows, new, keys, self.seen_rows, token_ids=ids)
+        if self.attended and not self.expands_keys:
+            if not isinstance(new, slice):
+                forward.steady = self.table.steady
+            elif self.table.has_layout:
+                forward.slots = self.table.readable()
+        if self.table.base or forward.steady is not None or forward.slots is not None:
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
         if not self.attended:
@@ -279,9 +290,10 @@ class PolicyLayer(CacheLayerMixin):
             mask: `[batch, 1, 1, tokens seen]` bool, `False` for padding.
             ids: `[batch or 1, rows]` positions to which the model rotated the new keys.
         """
+        if self.ordinal == 0:
+            self.clock.clear()
         tokens = self.clock.read(forward.before, forward.rows, mask, device)
-        alike = isinstance(tokens.newest, int) and forward.rows == 1
-        self.table.place(forward.new, tokens.newest if alike else tokens.positions, tokens.counts)
+        self.table.place(forward.new, tokens.positions, tokens.counts)
         forward.tokens = tokens
         if self.table.has_empty or (self.reader is not None and self.table.rows is not None):
             forward.visible = self.table.positions
@@ -289,7 +301,8 @@ class PolicyLayer(CacheLayerMixin):
         if self.rotation is not None:
             if self.ordinal == 0:
                 self.rotation.begin()
-            forward.rotated_to = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
+            ids = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
+            forward.rotated_to = self.clock.same_ids(ids)
             self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
         return tokens
 
@@ -312,6 +325,16 @@ class PolicyLayer(CacheLayerMixin):
                 query = self.rotation.undo(query, forward.rotated)
             whole = (keys, values) if self.expands_keys or self.table.base else self.table.views()
             return self.reader.read(self.table, forward, query, *whole, arguments)
+        if forward.steady is not None:
+            output, forward.weights = forward.steady.attention.attend(
+                query,
+                positions=forward.visible,
+                reduction=self.policy.weights_reduction,
+                scaling=arguments.scaling,
+                softcap=arguments.softcap,
+                sinks=arguments.sinks,
+            )
+            return output
         several, visible = forward.rows > 1, forward.visible
         layout: dict[str, Any] = {}
         if forward.slots is not None:

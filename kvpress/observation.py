@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from kvpress.kernels.attention_mass import attention_mass
+from kvpress.kernels.attention_mass.noise import seed_from_head
 from kvpress.kernels.scores import causal_positions, flat_to_dense, scale_slots, slot_scores
 from kvpress.recent_queries import RecentQueries
+from kvpress.tensor_parallel import ALONE, HeadShards
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Observation:
         decoded: tokens since the last prompt, those of this forward included; 0 for a prompt.
         recent: the last query rows, where the policy asks for them.
         token_ids: `[batch, rows]`, `None` for a policy that needs none.
+        heads: the share of the model's heads that these are: what is decided over all heads is summed or gathered there.
         visible: `[batch or 1, kv_heads or 1, slots]` positions for causality in `attention_mass`, `None` when every slot is visible.
     """
 
@@ -75,6 +78,7 @@ class Observation:
     token_ids: Tensor | None = None
     decoded: int = 0
     recent: RecentQueries | None = None
+    heads: HeadShards = ALONE
 
     def read_token_ids(self) -> Tensor:
         """Ids `[batch, rows]` of this forward's tokens.
@@ -137,7 +141,8 @@ class Observation:
             raise ValueError("attention_mass needs query rows: the policy must set needs_queries = True")
         positions, query_positions = self.visible, self.query_positions
         if noise_seed is not None:
-            positions = self.positions  # noise goes by positions
+            positions = self.positions  # noise goes by positions, and by the head's number in the model
+            noise_seed = seed_from_head(noise_seed, self.heads.first(self.query.shape[1]))
         elif rows == 1:
             query_positions = None  # the newest token sees every slot
         elif positions is None:

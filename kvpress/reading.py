@@ -16,6 +16,7 @@ from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
 from kvpress.rope import Rotation
 from kvpress.row_format import Rows as StoredRows
 from kvpress.row_format import part, parts, unpacked
+from kvpress.tensor_parallel import ALONE, HeadShards
 
 if TYPE_CHECKING:
     from kvpress.slots import SlotTable
@@ -68,12 +69,14 @@ class Reader:
         policy, selector: the selection, if any, and its state in this layer.
         rotation: where keys are stored before rotation and positions are re-indexed.
         shared: all KV heads keep the same tokens.
+        heads: the share of the model's heads that this process holds.
     """
 
     policy: SelectionPolicy | None
     selector: Selector | None
     rotation: Rotation | None
     shared: bool
+    heads: HeadShards = ALONE
     _last: tuple[Tensor, Tensor | None] | None = None  # positions, and the slots the last rows attended to (None: all)
 
     def read(
@@ -153,6 +156,7 @@ class Reader:
                 new=block.new,
                 shared=self.shared,
                 rotation=self.rotation,
+                heads=self.heads,
             )
             index = None if self.selector is None else self.selector.select(view)
             attend_block = _attend_kept if self.rotation is None else self._attend_reindexed
@@ -196,6 +200,7 @@ class Reader:
                 new=forward.new,
                 shared=self.shared,
                 rotation=self.rotation,
+                heads=self.heads,
             )
         )
         self._last = (positions, index)

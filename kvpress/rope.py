@@ -49,7 +49,9 @@ class Rotation:
         parameters = getattr(config, "rope_parameters", None) or {}
         self._follows_length = parameters.get("rope_type") in ("dynamic", "longrope")
         self._trained = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # position ids of this forward, their cosines and sines
+        self._seen: dict[
+            torch.device, tuple[Tensor, Tensor, Tensor]
+        ] = {}  # position ids of this forward, their cosines and sines
         self._halves = False  # whether cosines are given once for both halves of a head
         self._by_kernel = False  # whether the rotation is the one that `kvpress.kernels.rotation` knows
         self._reindexed = (
@@ -64,15 +66,17 @@ class Rotation:
 
     def begin(self) -> None:
         """A new forward: position ids that look like the former ones may have been changed in place."""
-        self._seen = None
+        self._seen.clear()
 
     def undo(self, rotated: Tensor, position_ids: Tensor) -> Tensor:
         """What `rotated [batch, heads, tokens, dim]` was before the model rotated it to `position_ids [batch or 1, tokens]`."""
         wide = rotated.to(torch.promote_types(rotated.dtype, torch.float32))
-        if self._seen is None or self._seen[0] is not position_ids or self._seen[1].dtype != wide.dtype:
-            cos, sin = self._as_seen(wide, position_ids.to(rotated.device), **self._arguments)
-            self._seen = (position_ids, cos, sin)
-        _, cos, sin = self._seen
+        device = rotated.device
+        ids, cos, sin = self._seen.get(device, (None, wide, wide))
+        if ids is not position_ids or cos.dtype != wide.dtype:
+            found = self._as_seen(wide, position_ids.to(device), **self._arguments)
+            cos, sin = (table.to(device) for table in found)  # a model on several devices has one rotary module for all
+            self._seen[device] = (position_ids, cos, sin)
         if self._by_kernel:
             turned = turn(wide, self._both(cos)[:, None], self._both(sin)[:, None], inverse=True)
             return self._rescale(turned, cos, sin).to(rotated.dtype)
@@ -124,7 +128,7 @@ class Rotation:
             cos, sin = module(probe, torch.arange(size, device=like.device)[None], **self._arguments)
             if len(self._tables) >= TABLES:
                 self._tables.clear()
-            table = self._tables[key] = (cos[0], sin[0])
+            table = self._tables[key] = (cos[0].to(like.device), sin[0].to(like.device))
         return table
 
     def _rotate(self, plain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -157,7 +161,7 @@ class Rotation:
             if cos.shape[-1] * (2 if self._halves else 1) > keys.shape[-1]:
                 continue
             try:
-                self._seen = None
+                self._seen.clear()
                 plain = self.undo(keys.double(), ids)
                 again = self.rotate(plain, ids[:, None]) - keys.double()
             except (RuntimeError, ValueError):  # cosines of another width than this trial takes

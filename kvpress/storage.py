@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvpress.codec import decode, encode
 from kvpress.errors import CacheFormatError, CacheStateError
 from kvpress.layer import PolicyLayer
+from kvpress.placement import layer_devices
 from kvpress.policies.registry import policy_class
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def save_cache(cache: PolicyCache, directory: Path) -> None:
             "policies": [policy.to_dict() for policy in cache.policies.given],
             "kv_dtype": cache.kv_dtype,
             "config": _config_facts(cache.config),
+            "heads": [cache.heads.rank, cache.heads.size],
             "sha256": _digest(partial),
             "layers": layers,
         }
@@ -109,7 +110,12 @@ def load_cache(directory: Path, model: PreTrainedModel) -> PolicyCache:
         tensors = load_file(path)
         policies = [policy_class(given["name"]).from_dict(given) for given in facts["policies"]]
         cache = PolicyCache(model, policies, kv_dtype=facts.get("kv_dtype"))
-        devices = _layer_devices(model)
+        share, held = facts.get("heads", [0, 1]), [cache.heads.rank, cache.heads.size]
+        if share != held:
+            raise CacheFormatError(
+                f"heads must be share {share} (rank, processes) of the KV heads, this process holds {held}"
+            )
+        devices = layer_devices(model)
         if len(facts["layers"]) != len(cache.layers):
             raise CacheFormatError(f"layers must be {len(cache.layers)}, got {len(facts['layers'])}")
         for index, (layer, saved) in enumerate(zip(cache.layers, facts["layers"], strict=True)):
@@ -152,16 +158,6 @@ def _config_facts(config: PreTrainedConfig) -> dict[str, Any]:
     facts = {field: getattr(config, field, None) for field in _CONFIG_FIELDS}
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return plain
-
-
-def _layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
-    """Device of each layer's attention."""
-    devices: dict[int, torch.device] = {}
-    for module in model.modules():
-        parameter, index = next(module.parameters(recurse=True), None), getattr(module, "layer_idx", None)
-        if isinstance(index, int) and parameter is not None:
-            devices.setdefault(index, parameter.device)
-    return devices
 
 
 def _digest(path: Path) -> str:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from kvpress.errors import MissingTokenIdsError
 
 # One value a thread and context: model calls that interleave in other threads do not see each other's ids.
-_current: ContextVar[tuple[int, Tensor] | None] = ContextVar("kvpress_token_ids", default=None)
+# The ids are kept by device: a model on several moves them to each once.
+_current: ContextVar[tuple[int, dict[torch.device, Tensor]] | None] = ContextVar("kvpress_token_ids", default=None)
 
 
 class _Watch:
@@ -56,20 +57,23 @@ class TokenIds:
         watch.readers += 1
         weakref.finalize(self, _release, weakref.ref(embedding))
 
-    def read(self, batch: int, rows: int) -> Tensor:
-        """Ids `[batch, rows]` of the running forward.
+    def read(self, batch: int, rows: int, device: torch.device) -> Tensor:
+        """Ids `[batch, rows]` of the running forward, on `device`.
 
         Raises:
             MissingTokenIdsError: the forward embeds no ids of that shape, as under `inputs_embeds`.
         """
-        current = _current.get()
-        if current is None or current[0] != self._key or current[1].shape != (batch, rows):
-            found = "none" if current is None or current[0] != self._key else f"ids of shape {tuple(current[1].shape)}"
+        key, held = _current.get() or (0, {})
+        ids = next(iter(held.values()), None) if key == self._key else None
+        if ids is None or ids.shape != (batch, rows):
+            found = "none" if ids is None else f"ids of shape {tuple(ids.shape)}"
             raise MissingTokenIdsError(
                 f"input_ids [{batch}, {rows}] are needed by the cache's policy, the model embedded {found}: "
                 "call it with input_ids, not with inputs_embeds"
             )
-        return current[1]
+        if device not in held:
+            held[device] = ids.to(device)
+        return held[device]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenIds:
         model = self._model()
@@ -84,7 +88,8 @@ def _forget(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
 
 def _note(embedding: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
     if arguments and isinstance(arguments[0], Tensor) and arguments[0].dim() == 2:
-        _current.set((id(embedding), arguments[0].detach()))
+        ids = arguments[0].detach()
+        _current.set((id(embedding), {ids.device: ids}))
 
 
 def _release(reference: weakref.ref[torch.nn.Module]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,19 +33,28 @@ class Tokens:
         """Whether some of these tokens are padding."""
         return min(self.counts) < self.rows
 
+    def to(self, device: torch.device) -> Tokens:
+        """The same on another device."""
+        newest = self.newest.to(device) if isinstance(self.newest, Tensor) else self.newest
+        return replace(self, positions=self.positions.to(device), newest=newest)
+
 
 class TokenClock:
-    """Counts the tokens of each batch row, and hands the same `Tokens` to every layer of a forward."""
+    """Counts the tokens of each batch row, and hands the same `Tokens` to every layer of a forward: one a device.
+
+    A model that lies on several devices gives every layer copies of its own of mask and position ids. What belongs to one forward is
+    known by the first layer, which begins it.
+    """
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] | None = None
-        self._mask: Tensor | None = None
-        self._tokens: Tokens | None = None
-        self._checked: Tokens | None = None
+        self.clear()
 
     def clear(self) -> None:
-        """The forward ended in every layer: hold on to nothing."""
-        self._key = self._mask = self._tokens = self._checked = None
+        """A forward begins, or ended in every layer: hold on to nothing."""
+        self._key: tuple[object, ...] | None = None
+        self._tokens: dict[torch.device, Tokens] = {}
+        self._ids: dict[torch.device, Tensor] = {}
+        self._checked = False
 
     def read(self, before: tuple[int, ...], rows: int, mask: Tensor | None, device: torch.device) -> Tokens:
         """Tokens of a forward of `rows` tokens after `before` real ones.
@@ -56,20 +65,27 @@ class TokenClock:
             mask: `[batch, 1, 1, length]` bool, `False` for padding; its last `rows` entries belong to this forward. `None`: no padding.
             device: of the positions.
         """
-        key = (before, rows, device)
-        if self._tokens is None or self._key != key or self._mask is not mask:
-            self._tokens = _tokens(before, rows, mask, device)
-            self._key, self._mask = key, mask
-        return self._tokens
+        key = (before, rows, mask is None)
+        if self._key != key:
+            self.clear()
+            self._key = key
+        if device not in self._tokens:
+            known = next(iter(self._tokens.values()), None)
+            self._tokens[device] = _tokens(before, rows, mask, device) if known is None else known.to(device)
+        return self._tokens[device]
+
+    def same_ids(self, position_ids: Tensor) -> Tensor:
+        """Of the copies of a forward's position ids on one device the first that came."""
+        return self._ids.setdefault(position_ids.device, position_ids)
 
     def check_positions(self, tokens: Tokens, seen: int, position_ids: Tensor | None) -> None:
         """Raise `CacheStateError` when the model rotates the last of `tokens` to a position that does not continue this cache.
 
         Positions may count padding or not. One look per forward of several tokens.
         """
-        if tokens.rows == 1 or tokens is self._checked or position_ids is None or position_ids.dim() != 2:
+        if tokens.rows == 1 or self._checked or position_ids is None or position_ids.dim() != 2:
             return
-        self._checked = tokens
+        self._checked = True
         last = int(position_ids[0, -1])
         if last not in (tokens.seen[0] - 1, seen - 1):
             raise CacheStateError(

@@ -52,7 +52,8 @@ class AdaKV(SnapKV):
     def allocate(self, observation: Observation, budgets: Sequence[int]) -> list[list[int]]:
         candidates = (observation.positions >= 0) & ~observation.in_window(self.window)
         votes = observation.columns["votes"].nan_to_num(nan=0.0).masked_fill(~candidates, -1.0)
-        held = candidates.sum(dim=(1, 2)).tolist()
+        votes = observation.heads.gather(votes, -1.0)
+        held = (votes >= 0).sum(dim=(1, 2)).tolist()
         return [
             self._head_budgets(votes[row], budget, tokens)
             for row, (budget, tokens) in enumerate(zip(budgets, held, strict=True))

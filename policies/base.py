@@ -161,7 +161,8 @@ class EvictionPolicy(Policy):
         return None
 
     def allocate(self, observation: Observation, budgets: Sequence[int]) -> Sequence[int] | Sequence[Sequence[int]]:
-        """Tokens for this layer after a prompt, from the resolved budget of each batch row: one number a row, or one a KV head.
+        """Tokens for this layer after a prompt, from the resolved budget of each batch row: one number a row, or one a KV head
+        (of all of the model's, where processes share them: `observation.heads`).
 
         Called after each forward of more than one token; the default gives every layer and head the same.
         """

@@ -40,7 +40,8 @@ class Random(EvictionPolicy):
 
     def score(self, observation: Observation) -> Tensor:
         positions = observation.positions.long()
-        heads = torch.arange(positions.shape[1], device=positions.device)[None, :, None]
+        first = observation.heads.first(positions.shape[1])
+        heads = torch.arange(first, first + positions.shape[1], device=positions.device)[None, :, None]
         stream = mix(mix(torch.tensor(self.seed, device=positions.device)) + observation.layer * 65_537 + heads)
         return (mix(stream + positions) & 0xFFFFFF).float()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpress.policies.base import Policy
 from kvpress.rope import Rotation
+from kvpress.tensor_parallel import ALONE, HeadShards
 
 
 def best_slots(scores: Tensor, count: int, positions: Tensor | None = None) -> Tensor:
@@ -50,6 +51,7 @@ class SlotView:
         new: slots of this forward's tokens: a slice, or `[batch, kv_heads, 1]`.
         shared: one kept set for all KV heads, so that one index may serve them all.
         rotation: where positions are re-indexed.
+        heads: the share of the model's heads that these are.
     """
 
     query: Tensor
@@ -63,6 +65,7 @@ class SlotView:
     new: slice | Tensor
     shared: bool
     rotation: Rotation | None = None
+    heads: HeadShards = ALONE
 
 
 class Selector:
@@ -119,6 +122,9 @@ class SelectionPolicy(Policy):
     kind: ClassVar[str] = "selection"
     same_slots_in_all_layers: ClassVar[bool] = False  # layers use slots that another layer chose
     selects_for_prompts: ClassVar[bool] = False  # not only for decoded tokens
+    selects_for_all_heads: ClassVar[bool] = (
+        False  # KV heads choose together: tensor parallelism must bring them together
+    )
 
     @property
     def reindexes(self) -> bool:

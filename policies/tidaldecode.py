@@ -78,10 +78,13 @@ class TidalSelector(Selector):
             return None
         if not self.chooses:
             self.hits += 1
-            chosen: Tensor = self.shared["tidaldecode"]
-            return chosen
+            chosen: dict[torch.device, Tensor] = self.shared["tidaldecode"]
+            if view.query.device not in chosen:  # a layer on another device than the one that chose
+                chosen[view.query.device] = next(iter(chosen.values())).to(view.query.device)
+            return chosen[view.query.device]
         self.misses += 1
-        self.shared["tidaldecode"] = largest_products(view, self.top_k)
+        slots = largest_products(view, self.top_k)
+        self.shared["tidaldecode"] = {slots.device: slots}
         return None
 
 

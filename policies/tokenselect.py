@@ -15,6 +15,7 @@ from kvpress.policies.base import check_choice, check_integer
 from kvpress.policies.key_index import KeyIndex
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
 from kvpress.row_format import part, parts
+from kvpress.tensor_parallel import HeadShards
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class TokenSelect(SelectionPolicy):
     fails: ClassVar[str] = "one needle in a chunk of haystack is blurred by the chunk's mean query (see `tail`)"
     needs: ClassVar[str] = "queries"
     selects_for_prompts: ClassVar[bool] = True
+    selects_for_all_heads: ClassVar[bool] = True
 
     top_k: int = 2048
     sinks: int = 128
@@ -162,7 +164,7 @@ class VoteSelector(Selector):
         flat = query.flatten(1)
         positions = view.positions if not view.shared else view.positions[:, :1]
         if self.query is not None and self.live is not None:
-            cosine = cosine_similarity(flat.double(), self.query.double(), dim=-1)
+            cosine = cosine_of_all_heads(view.heads, flat.double(), self.query.double())
             same = (cosine >= policy.threshold - ROUNDING) & self.live
             if bool(same.all()):
                 self.hits += 1
@@ -223,7 +225,16 @@ class VoteSelector(Selector):
             positions = None if positions is None else positions.reshape(batch * kv_heads, 1, -1)
             scales = None if scales is None else scales.reshape(batch * kv_heads, 1, -1)
         votes = head_vote(query[:, :, None], keys, positions=positions, keys_scale=scales)
-        return votes.nan_to_num(0.0).view(batch, -1, keys.shape[2])
+        votes = votes.nan_to_num(0.0).view(batch, -1, keys.shape[2])
+        return view.heads.sum(votes) if view.shared else votes
+
+
+def cosine_of_all_heads(heads: HeadShards, query: Tensor, former: Tensor) -> Tensor:
+    """Cosine `[batch]` of two queries `[batch, query_heads * dim]`, of which other processes may hold further heads."""
+    if heads.size == 1:
+        return cosine_similarity(query, former, dim=-1)
+    products = heads.sum(torch.stack([(query * former).sum(-1), query.square().sum(-1), former.square().sum(-1)]))
+    return products[0] / (products[1] * products[2]).sqrt().clamp(min=1e-8)
 
 
 def candidate_slots(view: SlotView, sinks: int, local: int) -> Tensor:

@@ -39,4 +39,5 @@ class TOVA(EvictionPolicy):
         return "mean"
 
     def score(self, observation: Observation) -> Tensor:
-        return observation.grouped_mass(rows=1, reduce="mean").mean(dim=1, keepdim=True)
+        mean = observation.grouped_mass(rows=1, reduce="mean").mean(dim=1, keepdim=True)
+        return observation.heads.sum(mean) / observation.heads.size

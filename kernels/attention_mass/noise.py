@@ -30,6 +30,30 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def seed_from_head(seed: int, first: int) -> int:
+    """The seed with which query head `h` gets the noise that head `first + h` gets with `seed`; a 64-bit integer with a sign.
+
+    For a process that holds the heads from `first` on. `head` above is a hash of a sum: `base` moves on by `first` terms, and the upper
+    half of the seed is what gives that base.
+    """
+    if first == 0:
+        return seed
+    low = seed & LOW
+    lower = int(mix(torch.tensor(low)))
+    base = (int(mix(torch.tensor(lower ^ ((seed >> 32) & LOW)))) + first * 0x9E3779B9) & LOW
+    moved = ((_unmixed(base) ^ lower) << 32) | low
+    return moved - (1 << 64) if moved >> 63 else moved
+
+
+def _unmixed(x: int) -> int:
+    """The number of which `mix` makes `x`."""
+    x ^= x >> 16
+    x = (x * pow(0xC2B2AE35, -1, 1 << 32)) & LOW
+    x ^= (x >> 13) ^ (x >> 26)
+    x = (x * pow(0x85EBCA6B, -1, 1 << 32)) & LOW
+    return x ^ (x >> 16)
+
+
 def exponential(seed: int, query_heads: Tensor, row_positions: Tensor, key_positions: Tensor) -> Tensor:
     """`-log(u)` in fp32: standard exponential variates, of which Gumbel noise is `-log`.
 

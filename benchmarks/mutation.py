@@ -1,0 +1,253 @@
+"""Mutation testing: small mistakes, one at a time, in the parts that everything rests on; the tests meant to guard a part must notice each.
+
+    python benchmarks/mutation.py                  # every part
+    python benchmarks/mutation.py budget --list    # one part; --list only shows its mutants
+
+Mutants are cosmic-ray's. Its own runner starts a fresh interpreter a mutant, most of whose time would go into importing torch; here each
+mutant lives in a fork of one process that has imported everything but `kvpress`, and no file is changed. Prints one JSON line a survivor,
+and one a part. `ACCEPTED` names survivors that change nothing; the exit code is 1 when there are others, or when an accepted one is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BINARY = ("Add_Sub", "Sub_Add", "Mul_Add", "FloorDiv_Mul", "Mod_Add", "BitAnd_BitOr", "BitOr_BitAnd", "Pow_Mul")
+COMPARED = (
+    "Lt_LtE",
+    "Lt_GtE",
+    "LtE_Lt",
+    "LtE_Gt",
+    "Gt_GtE",
+    "Gt_LtE",
+    "GtE_Gt",
+    "GtE_Lt",
+    "Eq_NotEq",
+    "NotEq_Eq",
+    "Is_IsNot",
+    "IsNot_Is",
+)
+PLAIN = (
+    "NumberReplacer",
+    "AddNot",
+    "ReplaceTrueWithFalse",
+    "ReplaceFalseWithTrue",
+    "ReplaceAndWithOr",
+    "ReplaceOrWithAnd",
+    "ZeroIterationForLoop",
+    "ReplaceUnaryOperator_Delete_Not",
+    "ReplaceUnaryOperator_Delete_Invert",
+    "ReplaceUnaryOperator_USub_UAdd",
+)
+OPERATORS = (
+    *(f"core/ReplaceBinaryOperator_{name}" for name in BINARY),
+    *(f"core/ReplaceComparisonOperator_{name}" for name in COMPARED),
+    *(f"core/{name}" for name in PLAIN),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file and the tests that guard it, the quickest first.
+
+    Attributes:
+        module, path: of what is mutated.
+        tests: arguments of pytest.
+    """
+
+    module: str
+    path: str
+    tests: tuple[str, ...]
+
+
+PARTS = {
+    "budget": Part("kvpress.policies.budget", "policies/budget.py", ("tests/policies/test_budget_values.py",)),
+    "masks": Part("kvpress.masks", "kvpress/masks.py", ("tests/cache/test_masks_and_tokens.py",)),
+    "tokens": Part("kvpress.tokens", "kvpress/tokens.py", ("tests/cache/test_masks_and_tokens.py",)),
+    "slots": Part(
+        "kvpress.slots",
+        "kvpress/slots.py",
+        ("tests/cache/test_slot_table.py", "tests/cache/test_slot_table_machine.py"),
+    ),
+}
+ACCEPTED: dict[str, dict[str, str]] = {}  # part -> changed line, as `- before + after` -> why it changes nothing
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed line.
+
+    Attributes:
+        source: of the whole file.
+        change: `- before + after`.
+        line: number in the original.
+    """
+
+    source: str
+    change: str
+    line: int
+
+
+def mutants(source: str) -> Iterator[Mutant]:
+    """Every mutant that is another program: annotations are no part of it."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    known = {_program(source)}
+    for name in OPERATORS:
+        operator = get_operator(name)()
+        occurrence = 0
+        while (changed := mutate_code(source.encode(), operator, occurrence)) is not None:
+            occurrence += 1
+            text = changed.decode() if isinstance(changed, bytes) else changed
+            try:
+                program = _program(text)
+            except SyntaxError:
+                continue
+            if program in known:
+                continue
+            known.add(program)
+            yield Mutant(text, *_change(source, text))
+
+
+def _program(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+            for argument in (*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs):
+                argument.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def _change(before: str, after: str) -> tuple[str, int]:
+    old, new = before.splitlines(), after.splitlines()
+    for tag, first, last, start, end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if tag != "equal":
+            removed, added = (" ".join(line.strip() for line in lines) for lines in (old[first:last], new[start:end]))
+            return f"- {removed} + {added}", first + 1
+    raise ValueError("no line changed")
+
+
+class _Swap(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Loads one module from given source."""
+
+    def __init__(self, part: Part, source: str) -> None:
+        self.part, self.source = part, source
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != self.part.module:
+            return None
+        return importlib.util.spec_from_loader(name, self, origin=str(ROOT / self.part.path))
+
+    def exec_module(self, module: Any) -> None:
+        exec(compile(self.source, str(ROOT / self.part.path), "exec"), module.__dict__)
+
+
+def run(part: Part, source: str, timeout: float) -> str:
+    """`"survived"`, `"killed"` or `"timeout"`: the part's tests with `source` in place of its file."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        os.dup2(nothing, 2)
+        import pytest
+
+        sys.meta_path.insert(0, _Swap(part, source))
+        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
+        code = pytest.main([*options, *(str(ROOT / test) for test in part.tests)])
+        os._exit(int(code))
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        finished, status = os.waitpid(child, os.WNOHANG)
+        if finished:
+            return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "timeout"
+
+
+def mutate(name: str, only: int | None, timeout: float) -> bool:
+    """Run a part; whether nothing unexpected survived."""
+    part, accepted = PARTS[name], ACCEPTED.get(name, {})
+    source = (ROOT / part.path).read_text()
+    start = time.monotonic()
+    if run(part, source, 10 * timeout) != "survived":
+        raise SystemExit(f"the tests of {name} fail, or take too long, without a mutant")
+    took = time.monotonic() - start
+    counts = {"killed": 0, "timeout": 0, "survived": 0}
+    argued, unexpected = set(), 0
+    for mutant in mutants(source):
+        if only is not None and mutant.line != only:
+            continue
+        outcome = run(part, source=mutant.source, timeout=max(timeout, 8 * took))
+        counts[outcome] += 1
+        if outcome != "survived":
+            continue
+        argued.add(mutant.change)
+        unexpected += mutant.change not in accepted
+        why = accepted.get(mutant.change)
+        print(json.dumps({"part": name, "line": mutant.line, "survivor": mutant.change, "why": why}), flush=True)
+    stale = sorted(set(accepted) - argued) if only is None else []
+    facts = {
+        "part": name,
+        "mutants": sum(counts.values()),
+        **counts,
+        "argued": len(argued) - unexpected,
+        "stale": stale,
+    }
+    print(json.dumps({**facts, "tests_s": round(took, 1), "s": round(time.monotonic() - start, 1)}), flush=True)
+    return not unexpected and not stale
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
+    parser.add_argument("--line", type=int, help="only mutants of this line")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds a mutant, at least")
+    given = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if given.list:
+        for name in given.parts:
+            for mutant in mutants((ROOT / PARTS[name].path).read_text()):
+                print(json.dumps({"part": name, "line": mutant.line, "change": mutant.change}))
+        return 0
+    for module in (
+        "numpy",
+        "torch",
+        "transformers",
+        "transformers.cache_utils",
+        "hypothesis",
+        "hypothesis.stateful",
+        "pytest",
+    ):
+        importlib.import_module(module)
+    import torch
+    from transformers import DynamicCache, LlamaForCausalLM  # noqa: F401  their modules are imported when they are first named
+
+    torch.set_num_threads(1)
+    return int(not all([mutate(name, given.line, given.timeout) for name in given.parts]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

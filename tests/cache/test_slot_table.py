@@ -1,0 +1,341 @@
+"""Facts of the slot table that its state machine does not ask for: sizes, layouts, states, refusals."""
+
+import numpy
+import pytest
+import torch
+
+from kvpress.row_format import row_format
+from kvpress.slots import POSITION, SlotTable
+
+BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 3, 4, 8
+
+
+def at(position: int) -> torch.Tensor:
+    """The position of one token of every row."""
+    return torch.tensor([[position]], dtype=torch.int32)
+
+
+def rows(tokens, start=0, dtype=torch.float32):
+    """Keys and values in which every number is another."""
+    serial = torch.arange(start, start + BATCH * HEADS * tokens, dtype=dtype).view(BATCH, HEADS, tokens, 1)
+    return serial + torch.arange(KEY_DIM) / 8, -serial - torch.arange(VALUE_DIM) / 8
+
+
+def filled_table(tokens=10, column="score", pads=(0, 0), form=None):
+    table = SlotTable((column,)) if form is None else SlotTable((column,), row_format(form))
+    new = table.append(*rows(tokens))
+    positions = torch.stack([torch.arange(tokens, dtype=torch.int32) - pad for pad in pads])
+    table.place(new, positions.clamp(min=-1), tuple(tokens - pad for pad in pads))
+    table.settle()
+    return table
+
+
+def steady_table(kept=4):
+    table = filled_table()
+    index = torch.arange(10 - kept, 10).expand(BATCH, HEADS, kept).contiguous()
+    table.keep(index, numpy.full((BATCH, HEADS), kept), 1)
+    return table
+
+
+def ragged_table():
+    table = filled_table()
+    counts = numpy.array([[1, 2, 3], [4, 2, 2]])
+    index = torch.arange(6, 10).expand(BATCH, HEADS, 4).contiguous()
+    table.keep_ragged(index, counts, counts + 1)
+    return table
+
+
+def test_an_empty_table():
+    table = SlotTable(("score",))
+    assert table.is_empty and table.kept_positions().shape == (0, 0, 0) and table.kept_positions().dtype == torch.long
+    assert table.kv_bytes_per_token == table.full_bytes_per_token == 0 and table.nbytes == 0
+    table.select_batch(torch.tensor([0, 0]))
+    assert table.is_empty and not table.packed and not table.has_layout
+    with pytest.raises(RuntimeError, match="cannot take back 1 tokens, the cache holds 0"):
+        table.drop_last(1)
+
+
+def test_bytes():
+    table = filled_table()
+    assert table.kv_bytes_per_token == table.full_bytes_per_token == BATCH * HEADS * (KEY_DIM + VALUE_DIM) * 4
+    assert table.bytes_per_token == BATCH * HEADS * ((KEY_DIM + VALUE_DIM) * 4 + 4 + 4)
+    assert table.fixed_bytes == 4 * BATCH * HEADS * 8
+    assert table.nbytes == table.bytes_per_token * table.capacity
+    ragged = ragged_table()
+    slots = 14 + BATCH * HEADS
+    small = BATCH * HEADS * 5 * (4 + 4 + 1) + 3 * BATCH * HEADS * 8  # columns and `outside`; spare, starts, lengths
+    assert ragged.nbytes == slots * (KEY_DIM + VALUE_DIM) * 4 + small
+
+
+def test_the_models_tensors_serve_until_the_end_of_the_forward():
+    table, (keys, values) = SlotTable(("score",)), rows(5)
+    assert table.append(keys, values) == slice(0, 5)
+    assert table.keys is keys and table.values is values and not table.owned
+    table.write_keys(slice(0, 5), keys + 1)
+    assert torch.equal(table.keys, keys + 1) and torch.equal(keys, rows(5)[0])
+    table.settle()
+    assert table.owned and table.keys is not keys and torch.equal(table.dense()[1], values)
+    assert table.keys.shape[2] == table.capacity == 5 + 4
+    assert not table.keys[:, :, 5:].any() and not table.values[:, :, 5:].any()
+    table.values[:, :, 0] = 7
+    assert torch.equal(values, rows(5)[1])
+    buffer = table.keys
+    table.settle()
+    assert table.keys is buffer
+
+
+def test_room_to_grow():
+    table = filled_table(10)
+    assert table.capacity == 14 and table.capacity_for(14) == 14 and table.capacity_for(15) == 19
+    assert table.append(*rows(4)) == slice(10, 14)
+    assert table.capacity == 14 and table.positions.shape[2] == 14
+    table.append(*rows(1))
+    assert table.capacity == 19 and table.columns["score"].shape[2] == table.columns[POSITION].shape[2] == 19
+    assert not table.columns["score"].any() and not table.keys[:, :, 15:].any()
+    big = SlotTable()
+    big.append(*rows(1280))
+    assert big.capacity_for(1280) == 1290 and big.capacity_for(1281) == 1291
+    table = filled_table(10)
+    table.limit = 16
+    table.append(*rows(5))
+    assert table.capacity == 16
+    table.append(*rows(1))
+    assert table.capacity == 16
+    table.append(*rows(1))  # beyond what was known: as without
+    assert table.capacity == 17 + 4
+    table = filled_table(10)
+    table.limit = 15
+    table.append(*rows(5))
+    assert table.capacity == 15
+
+
+def test_new_tokens_start_without_a_score():
+    table = filled_table(10)
+    for column in table.columns.values():
+        column.fill_(9)
+    new = table.append(*rows(2))
+    assert (table.policy_columns["score"][:, :, new] == 0).all() and (
+        table.policy_columns["score"][:, :, :10] == 9
+    ).all()
+    steady = steady_table()
+    steady.columns["score"].fill_(9)
+    slot = steady.append(*rows(1, start=500))
+    assert slot is steady.spare and slot.tolist() == [[[4]] * HEADS] * BATCH
+    assert (steady.policy_columns["score"] == torch.tensor([9.0] * 4 + [0.0])).all()
+    assert torch.equal(steady.keys[:, :, 4:], rows(1, start=500)[0])
+
+
+def test_positions_of_one_token_and_of_many():
+    table = filled_table(4)
+    new = table.append(*rows(1))
+    table.place(new, at(4), (1, 1))
+    assert (table.positions[:, :, 4] == 4).all() and (table.held == 5).all()
+    steady = steady_table()
+    steady.place(steady.append(*rows(1)), at(10), (1, 1))
+    assert (steady.positions[:, :, 4] == 10).all() and (steady.held == 5).all()
+    other = steady_table()
+    other.place(other.append(*rows(1)), torch.tensor([[10], [-1]], dtype=torch.int32), (1, 0))
+    assert other.positions[:, :, 4].tolist() == [[10] * HEADS, [-1] * HEADS] and other.held.tolist() == [
+        [5] * HEADS,
+        [4] * HEADS,
+    ]
+    assert other.has_empty
+
+
+def test_empty_slots_are_noticed():
+    full = filled_table(4)
+    assert not full.has_empty
+    full.place(full.append(*rows(1)), at(4), (1, 1))
+    assert not full.has_empty
+    full.place(full.append(*rows(1)), torch.tensor([[5], [-1]], dtype=torch.int32), (1, 0))
+    assert full.has_empty
+    assert filled_table(4, pads=(2, 0)).has_empty
+    steady = steady_table()
+    assert steady.has_empty  # the spare one, before a token comes
+    steady.place(steady.append(*rows(1)), at(10), (1, 1))
+    assert not steady.has_empty
+    ragged = ragged_table()
+    ragged.place(ragged.append(*rows(1)), at(10), (1, 1))
+    assert not ragged.has_empty and ragged.has_layout
+
+
+def test_a_retired_token_leaves_its_slot():
+    table = steady_table()
+    table.place(table.append(*rows(1)), at(10), (1, 1))
+    assert not table.has_empty
+    slot = torch.tensor([[[0], [1], [2]], [[3], [4], [0]]])
+    table.retire(slot)
+    assert table.spare is slot and (table.held == 4).all()
+    assert table.kept_positions().tolist() == [
+        [[7, 8, 9, 10], [6, 8, 9, 10], [6, 7, 9, 10]],
+        [[6, 7, 8, 10], [6, 7, 8, 9], [7, 8, 9, 10]],
+    ]
+    short = steady_table()
+    short.place(short.append(*rows(1)), torch.tensor([[10], [-1]], dtype=torch.int32), (1, 0))
+    short.retire(torch.full((BATCH, HEADS, 1), 0))
+    assert short.held.tolist() == [[4] * HEADS] * 2  # the second row had no more than that
+    ragged = ragged_table()
+    ragged.place(ragged.append(*rows(1)), torch.tensor([[10], [-1]], dtype=torch.int32), (1, 0))
+    ragged.retire(torch.zeros(BATCH, HEADS, 1, dtype=torch.long))
+    assert ragged.held.tolist() == [[1, 2, 3], [4, 2, 2]]
+
+
+def test_vacated_slots_are_empty():
+    table = steady_table()
+    table.place(table.append(*rows(1)), at(10), (1, 1))
+    assert not table.has_empty
+    stays = torch.tensor([True, False, True, True, True]).expand(BATCH, HEADS, 5)
+    table.vacate(stays, numpy.full((BATCH, HEADS), 4))
+    assert table.has_empty and (table.held == 4).all() and table.spare.tolist() == [[[1]] * HEADS] * BATCH
+    assert table.kept_positions().tolist() == [[[6, 8, 9, 10]] * HEADS] * BATCH
+    assert table.held.dtype == numpy.int64
+
+
+def test_the_empty_slot_of_a_ragged_head_is_its_own():
+    table = ragged_table()
+    assert table.empty_slot().squeeze(-1).tolist() == [[1, 2, 3], [4, 2, 2]]
+    assert torch.equal(table.spare, table.empty_slot())
+    keys, values, layout = table.readable()
+    assert keys.shape == (20, KEY_DIM) and values.shape == (20, VALUE_DIM)
+    assert layout["lengths"].tolist() == [[2, 3, 4], [5, 3, 3]] and layout["starts"].tolist() == [
+        [0, 2, 5],
+        [9, 14, 17],
+    ]
+    assert set(layout) == {"starts", "lengths"}
+
+
+def test_taking_back():
+    table = filled_table(6)
+    table.drop_last(0)
+    assert table.count == 6
+    table.drop_last(6)
+    assert table.count == 0 and (table.held == 0).all()
+    with pytest.raises(RuntimeError, match="cannot take back 1 tokens, the cache holds 0"):
+        table.drop_last(1)
+    padded = filled_table(6, pads=(5, 0))
+    padded.drop_last(2)
+    assert padded.held.tolist() == [[0] * HEADS, [4] * HEADS]
+    steady = steady_table()
+    steady.place(steady.append(*rows(1)), at(10), (1, 1))
+    with pytest.raises(RuntimeError, match="cannot take back 2 tokens from a cache that has evicted since"):
+        steady.drop_last(2)
+    steady.drop_last(1)
+    assert (steady.held == 4).all()
+
+
+def test_keys_are_exchanged_in_place():
+    table = filled_table(6)
+    new = table.append(*rows(2))
+    table.write_keys(new, torch.full((BATCH, HEADS, 2, KEY_DIM), 5.0))
+    assert (table.dense()[0][:, :, 6:] == 5).all() and torch.equal(table.dense()[0][:, :, :6], rows(6)[0])
+    steady = steady_table()
+    slot = steady.append(*rows(1))
+    steady.write_keys(slot, torch.full((BATCH, HEADS, 1, KEY_DIM), 5.0))
+    assert (steady.keys[:, :, 4] == 5).all() and not (steady.keys[:, :, :4] == 5).all()
+
+
+def test_growing_again_from_a_steady_table():
+    table = steady_table()
+    table.columns["score"].copy_(table.positions)
+    for position in (10, 11):
+        table.place(table.append(*rows(1, start=position * 100)), at(position), (1, 1))
+        table.columns["score"].scatter_(-1, table.spare, float(position))
+        table.retire(table.positions.argmin(-1, keepdim=True))
+    new = table.append(*rows(3))
+    assert new == slice(4, 7) and table.spare is None and table.count == 7
+    table.place(new, torch.tensor([[12, 13, 14]], dtype=torch.int32), (3, 3))
+    assert table.positions.tolist() == [[[8, 9, 10, 11, 12, 13, 14]] * HEADS] * BATCH
+    assert table.policy_columns["score"].tolist() == [[[8, 9, 10, 11, 0, 0, 0]] * HEADS] * BATCH
+    assert torch.equal(table.dense()[0][:, :, 2:3], rows(1, start=1000)[0]) and not table.has_empty
+
+
+def test_state_there_and_back():
+    for table in (filled_table(pads=(3, 0)), steady_table(), ragged_table()):
+        made = SlotTable(("score",))
+        made.load_state(table.state())
+        assert torch.equal(made.kept_positions(), table.kept_positions())
+        assert all(torch.equal(a, b) for a, b in zip(made.dense(), table.dense(), strict=True))
+        assert made.owned and made.count == table.count and made.held.tolist() == table.held.tolist()
+        assert made.has_layout == table.has_layout and made.has_empty == table.has_empty
+        assert (made.spare is None) == (table.spare is None)
+    with pytest.raises(ValueError, match=r"columns must be \['other', 'position'\], got \['position', 'score'\]"):
+        SlotTable(("other",)).load_state(filled_table().state())
+
+
+@pytest.mark.parametrize(("form", "bytes_of_a_row"), [("bfloat16", 2 * KEY_DIM + 2 * VALUE_DIM), ("int8", None)])
+def test_packed_rows(form, bytes_of_a_row):
+    table = filled_table(form=form)
+    assert table.packed and table.has_layout and table.dense()[0].dtype == torch.float32
+    assert (table.dense()[0] - rows(10)[0]).abs().max() < 0.5 and (table.dense()[1] - rows(10)[1]).abs().max() < 0.5
+    assert table.full_bytes_per_token == BATCH * HEADS * (KEY_DIM + VALUE_DIM) * 4
+    assert table.kv_bytes_per_token < table.full_bytes_per_token
+    if bytes_of_a_row is not None:
+        assert table.kv_bytes_per_token == BATCH * HEADS * bytes_of_a_row
+    assert ("keys_scale" in table.readable()[2]) == ("values_scale" in table.readable()[2]) == (form == "int8")
+    views = table.views()
+    assert views[0].shape == table.dense()[0].shape
+    first = SlotTable((), row_format(form))
+    first.append(*rows(3))
+    assert not first.packed and torch.equal(first.views()[0], rows(3)[0])  # still the model's own
+
+
+class Below:
+    """A stowage that holds the first slots elsewhere, and counts what it is asked."""
+
+    def __init__(self, keys, values):
+        self.keys, self.values = keys, values
+        self.asked = []
+
+    def fetch(self, table, tokens):
+        self.asked.append(("fetch", tokens))
+
+    def gathered(self, table):
+        own = table.count - table.base
+        return torch.cat([self.keys, table.keys[:, :, :own]], dim=2), torch.cat(
+            [self.values, table.values[:, :, :own]], dim=2
+        )
+
+    def allocate(self, shape, like, dtype=None):
+        self.asked.append(("allocate", tuple(shape)))
+        return torch.empty(shape, dtype=dtype or like.dtype)
+
+    def cut(self, table):
+        self.asked.append(("cut", table.count))
+
+    def select_batch(self, table, rows):
+        self.asked.append(("select_batch", rows))
+
+
+def test_a_table_whose_first_slots_lie_elsewhere():
+    table = filled_table(10)
+    keys, values = rows(10)
+    below = table.stowage = Below(keys[:, :, :6], values[:, :, :6])
+    table.lie(keys[:, :, 6:].clone(), values[:, :, 6:].clone(), 6)
+    assert table.capacity == 10 and table.owned
+    new = table.append(*rows(2, start=700))
+    table.place(new, torch.tensor([[10, 11]], dtype=torch.int32), (2, 2))
+    assert new == slice(10, 12) and table.capacity == 16 and table.keys.shape[2] == 10
+    assert below.asked == [
+        ("fetch", 2),
+        ("allocate", (BATCH, HEADS, 10, KEY_DIM)),
+        ("allocate", (BATCH, HEADS, 10, VALUE_DIM)),
+    ]
+    assert torch.equal(table.dense()[0], torch.cat([keys, rows(2, start=700)[0]], dim=2))
+    assert torch.equal(table.dense()[1], torch.cat([values, rows(2, start=700)[1]], dim=2))
+    table.write_keys(new, torch.full((BATCH, HEADS, 2, KEY_DIM), 5.0))
+    assert (table.dense()[0][:, :, 10:] == 5).all() and torch.equal(table.dense()[0][:, :, :10], keys)
+    state = table.state()
+    assert torch.equal(state["keys"], table.dense()[0]) and state["count"] == 12
+    table.drop_last(6)
+    assert below.asked[-1][0] == "allocate"
+    table.drop_last(1)
+    assert below.asked[-1] == ("cut", 5)
+    table.select_batch(torch.tensor([1, 1]))
+    assert below.asked[-1] == ("select_batch", [1, 1])
+    fresh = SlotTable(("score",))
+    fresh.stowage = Below(keys, values)
+    fresh.append(keys, values)
+    fresh.settle()
+    assert not fresh.owned and fresh.keys is keys  # the stowage copies
+    fresh.take_over()
+    assert fresh.owned and fresh.keys.shape[2] == fresh.capacity_for(10)
