@@ -8,7 +8,7 @@ JSON lines. *speed*: SmolLM2-135M (`--model`) decodes greedily over a context of
 token by token, on the same tokens; every step's logits are compared bit for bit before it counts. The context is a text of 2,048 tokens
 that the model has read, its keys and values repeated (with positions="reindex" keys are stored before rotation, so a repeated text is
 what they are). The near tier is a share of all keys and values, the rest lies on disk; files are not dropped from the page cache,
-which is stated.
+which is stated. The first `--warm-up` tokens, at which an index is built and the first selections are read, do not count.
 Figures are medians of wall time and of the process's CPU time, background threads included, and the ratio without / with offload.
 
 *memory*: in a process of its own, a random model of 32 layers reads and continues a context whose keys and values are 4 times the limit.
@@ -42,6 +42,8 @@ from kvpress.policies import Policy, Quest, StreamingLLM, TokenSelect
 READ = 2_048  # tokens of text
 POLICIES: dict[str, Policy] = {
     "tokenselect": TokenSelect(tail=0),
+    "tokenselect, int8 index": TokenSelect(tail=0, index="int8"),
+    "tokenselect, int8 index, no reuse": TokenSelect(tail=0, index="int8", threshold=2),
     "tokenselect, threshold 0.7": TokenSelect(tail=0, threshold=0.7),
     "quest": Quest(),
 }
@@ -180,7 +182,7 @@ def main() -> None:
     parser.add_argument(
         "--near", type=float, nargs="+", default=[0.25], help="share of the keys and values that the near tier may hold"
     )
-    parser.add_argument("--block", type=int, default=1024)
+    parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--prefetch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warm-up", type=int, default=3)

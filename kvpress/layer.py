@@ -422,10 +422,10 @@ class PolicyLayer(CacheLayerMixin):
     def _take_back(self, removed: int) -> None:
         if removed > self.seen:
             raise CacheStateError(f"cannot take back {removed} tokens, {self.seen} were seen")
-        if removed and self.selector is not None:
-            self.selector.rearrange()
         before = self.table.held[:, 0].copy()
         self.table.drop_last(removed)
+        if removed and self.selector is not None:
+            self.selector.crop(self.table.count)
         lost = before - self.table.held[:, 0]
         self.seen -= removed
         self.seen_rows = tuple(seen - int(gone) for seen, gone in zip(self.seen_rows, lost, strict=True))

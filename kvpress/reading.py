@@ -96,6 +96,8 @@ class Reader:
         """
         if table.base:
             return self._read_stored(table, forward, query, arguments)
+        if forward.rows == 1 or (self.policy is not None and self.policy.selects_for_prompts):
+            self._make_room(table, keys)
         tokens = forward.placed
         rows = Rows(query, keys, values, table.positions, tokens.positions, tokens.newest, forward.new)
         padded = forward.visible is not None
@@ -123,8 +125,10 @@ class Reader:
             if not tokens.counts[row]:
                 last_read.append(held.new_full((1, 0), -1, dtype=torch.long))
                 continue
+            self.rearrange()  # the slots of this row alone
             output[row : row + 1, :, real] = self._read(alone, not complete, arguments)
             last_read.append(self.read_positions())
+            self.rearrange()
         if any(item.dim() == 3 for item in last_read):
             last_read = [item if item.dim() == 3 else item[:, None].expand(-1, keys.shape[1], -1) for item in last_read]
         longest = max(item.shape[-1] for item in last_read)
@@ -160,6 +164,12 @@ class Reader:
             self._last = (block.positions, index)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
+    def _make_room(self, table: SlotTable, keys: Any) -> None:
+        """With offload: for what the selection will keep, before it exists."""
+        if table.stowage is not None and self.selector is not None:
+            more = self.selector.bytes_for(keys) - sum(tensor.nbytes for tensor in self.selector.tensors())
+            table.stowage.make_room(more)
+
     def rearrange(self) -> None:
         """Slots moved."""
         if self.selector is not None:
@@ -176,6 +186,7 @@ class Reader:
             raise RuntimeError("the slots of this table do not lie in the tiers")
         tokens, padded, stored = forward.placed, forward.visible is not None, table.stowage.stored_slots(table)
         positions, newest = table.positions, tokens.newest
+        self._make_room(table, stored)
         index = self.selector.select(
             SlotView(
                 query=query,

@@ -53,6 +53,7 @@ class PageSelector(Selector):
     def __init__(self, policy: Quest, skip: bool) -> None:
         self.policy = policy
         self.skip = skip
+        self.has_index = not skip
         self.hits = self.misses = 0
         self.low: Tensor | None = None  # [batch, kv_heads, pages, dim]; a page without tokens has low above high
         self.high: Tensor | None = None
@@ -72,6 +73,15 @@ class PageSelector(Selector):
 
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.low, self.high) if tensor is not None]
+
+    def bytes_for(self, keys: Any) -> int:
+        held = super().bytes_for(keys)
+        pages = -(-keys.shape[2] // self.policy.page_size)
+        if not self.narrows(keys.shape[2]) or (self.low is not None and self.low.shape[2] >= pages):
+            return held
+        batch, heads, _, dim = keys.shape
+        fresh: int = 2 * batch * heads * pages * dim * keys.dtype.itemsize
+        return held + fresh  # old bounds and new ones for a moment
 
     def narrows(self, slots: int) -> bool:
         return not self.skip and slots > self.policy.top_k

@@ -73,6 +73,8 @@ class Selector:
 
     hits = 0  # decode steps that reused an earlier selection
     misses = 0  # selections made
+    has_index = False  # chooses by tensors of its own: old keys are read only where they are selected
+    one_set = False  # one set serves all KV heads, where they keep the same tokens
 
     def select(self, view: SlotView) -> Tensor | None:
         """Slots to attend to, `[batch, kv_heads or 1, n]` int64 with `-1` for none; `None` for all."""
@@ -92,9 +94,17 @@ class Selector:
     def vacate(self) -> None:
         """Some tokens were evicted, the others stay in their slots. (A token that replaces another comes with the next view.)"""
 
+    def crop(self, slots: int) -> None:
+        """The last tokens were taken back, `slots` slots are left; no other slot was moved."""
+        self.rearrange()
+
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         return []
+
+    def bytes_for(self, keys: Any) -> int:
+        """Bytes of the tensors held at most while `select` sees `keys`, so that room for them can be made."""
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal selector: numbers and tensors."""

@@ -7,6 +7,7 @@
 
 #include "arguments.hpp"
 #include "columns.hpp"
+#include "files.hpp"
 
 namespace baseline { extern const Level level; }
 #if defined(__x86_64__)
@@ -107,6 +108,7 @@ OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "i", used->level
 OPERATION(pack_int8, Packing, "iiiii" "iiii" "i" "i", used->level->pack_int8)
 OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)
 OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii", overwrite)
+OPERATION(read_rows, ReadRows, "iiiiiiiiiiiii", read_rows)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
 
 PyObject* get_levels(PyObject*, PyObject*) {
@@ -156,6 +158,7 @@ PyMethodDef methods[] = {
     {"pack_int8", FAST(call_pack_int8), "Rows as int8 with a scale each."},
     {"gather", FAST(call_gather), "Rows of a column by slot index."},
     {"overwrite", FAST(call_overwrite), "One new row a head into a column."},
+    {"read_rows", FAST(call_read_rows), "Rows of files of equal rows."},
     {"weakest", FAST(call_weakest), "The slot to evict of each head."},
     {"levels", get_levels, METH_NOARGS, "The instruction sets this machine can run, best first."},
     {"level", get_level, METH_NOARGS, "The instruction set in use."},

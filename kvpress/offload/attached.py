@@ -69,6 +69,18 @@ class Attached:
         if not self._close.alive:
             raise TierClosedError("manager", "is closed: the cache was closed")
 
+    def share(self) -> int | None:
+        """Bytes of the near tier that each layer may take of which only some slots are read: what is left of working memory and of
+        what other layers hold near, in equal parts. None without a limit."""
+        near = self._shared.manager.near
+        if near is None or near.ledger.limit is None:
+            return None
+        living = self._living()
+        few = sum(stowage.reads_rows for stowage in living)
+        others = sum(stowage.held for stowage in living if not stowage.reads_rows)
+        taken = others + self._aside + sum(memory.nbytes for memory in self._memories)
+        return max(near.ledger.limit - taken, 0) // max(few, 1)
+
     @property
     def keeps_near(self) -> bool:
         """Whether there is a limit under which tables may stay where the computation reads them."""
@@ -101,7 +113,9 @@ class Attached:
             if self.account.hold(nbytes):
                 return
             self._give_back(memory)  # read ahead in vain
-        others = [other for other in sorted(self._living(), key=lambda each: -each.held) if other is not asking]
+        # a layer that is read whole at every token is the last to move down
+        others = sorted(self._living(), key=lambda each: (not each.reads_rows, -each.held))
+        others = [other for other in others if other is not asking]
         for give_way in (self.lower, lambda each: each.cool()):
             for other in others:
                 if self.account.hold(nbytes):
@@ -308,6 +322,10 @@ def attach(layers: Sequence[Any], options: Offload, device: torch.device) -> Att
     attached = Attached(options, device)
     for layer in layers:
         if isinstance(layer, PolicyLayer):
-            layer.stowage = Stowage(attached, layer.layer_idx, apart=layer.selector is not None)
+            selector, together = layer.selector, None
+            if selector is not None and selector.has_index and layer.reader is not None:
+                together = layer.reader.shared and selector.one_set
+            apart = selector is not None and together is None
+            layer.stowage = Stowage(attached, layer.layer_idx, apart, together)
             layer.stowage.begin(layer.table)
     return attached

@@ -3,19 +3,29 @@
 import errno
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
+import numpy
+import torch
 from torch import Tensor
 
-from kvpress.offload.errors import TierCorruptError, TierFullError, TierLostError, TierReadError, TierWriteError
-from kvpress.offload.format import file_bytes, read_block, write_block
+from kvpress.offload.errors import (
+    TierCorruptError,
+    TierError,
+    TierFullError,
+    TierLostError,
+    TierReadError,
+    TierWriteError,
+)
+from kvpress.offload.format import file_bytes, read_block, read_rows, write_block
 from kvpress.offload.key import BlockKey
-from kvpress.offload.layout import BlockLayout
+from kvpress.offload.layout import BlockLayout, memory_of
 from kvpress.offload.ledger import Ledger
 from kvpress.offload.namespace import Namespace
+from kvpress.offload.slot_rows import RowLayout, RowsWanted, seed_of
 from kvpress.offload.store import FileStore
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -38,6 +48,7 @@ class DiskTier:
     ) -> None:
         self.ledger = Ledger(limit)
         self._lock = Lock()
+        self._headers: dict[str, int] = {}  # of the files that are there, and the bytes before their tensors
         self._stuck: dict[str, int] = {}  # files that could not be removed, and their bytes
         namespace = Namespace(root)
         self.path = namespace.path
@@ -68,6 +79,7 @@ class DiskTier:
             self.ledger.count(failures=1)
             kind = TierFullError if error.errno in FULL else TierWriteError
             raise kind(self.name, f"could not be written ({error.strerror or error})", key) from error
+        self._headers[key.digest] = size - layout.nbytes
         self.ledger.count(bytes_in=size, blocks=1)
 
     def read(self, key: BlockKey, layout: BlockLayout, out: Mapping[str, Tensor]) -> None:
@@ -77,10 +89,57 @@ class DiskTier:
             TierCorruptError, TierLostError: the block is gone; its file has been removed.
             TierReadError: reading failed twice; the file is kept.
         """
+        self._read(key, lambda: read_block(self.store, key.digest, key.description(), layout, out))
+        self.ledger.count(bytes_out=self.size(key, layout))
+
+    def read_rows(
+        self, blocks: Sequence[tuple[BlockKey, BlockLayout]], wanted: RowsWanted, rows: RowLayout, out: Tensor
+    ) -> tuple[int, TierError] | None:
+        """Read single rows of blocks of slot rows to their places in `out [n, width]`.
+
+        Returns None, or which block failed first and why, as `read` would raise it; those places are then undefined.
+        """
+        names = [key.digest for key, _ in blocks]
+        starts = numpy.array([self._headers[name] for name in names])
+        sizes = starts + numpy.array([layout.nbytes for _, layout in blocks])
+        seeds = numpy.array([seed_of(key) for key, _ in blocks], dtype=numpy.uint64)
+        first = 0
+        while first < len(blocks):
+            behind = names[first:], sizes[first:], starts[first:], wanted.firsts[first:], wanted.numbers, wanted.places
+            with suppress(OSError):  # that file is read again below
+                first += self.store.read_rows(*behind, seeds[first:], out)
+            if first < len(blocks):
+                try:
+                    self._read_slowly(*blocks[first], *wanted.of_block(first), rows, out)
+                except TierError as error:
+                    return first, error
+                first += 1
+        self.ledger.count(bytes_out=wanted.rows * rows.width)
+        return None
+
+    def _read_slowly(
+        self,
+        key: BlockKey,
+        layout: BlockLayout,
+        numbers: Sequence[int],
+        places: Sequence[int],
+        rows: RowLayout,
+        out: Tensor,
+    ) -> None:
+        """One block's rows, step by step. Raises as `read` does."""
+        piece = torch.empty(len(numbers), rows.width, dtype=torch.uint8)
+        self._read(key, lambda: read_rows(self.store, key, layout, rows, numbers, piece))
+        damaged = rows.first_damaged(memory_of(piece), numbers, range(len(numbers)), key)
+        if damaged is not None:
+            self.ledger.count(failures=1)
+            raise TierCorruptError(self.name, f"the checksum of row {damaged} does not match its bytes", key)
+        out[torch.tensor(places)] = piece
+
+    def _read(self, key: BlockKey, once: Callable[[], None]) -> None:
         try:
             for attempt in (1, 2):
                 try:
-                    read_block(self.store, key.digest, key.description(), layout, out)
+                    once()
                     break
                 except OSError as error:
                     if attempt == 2:
@@ -88,10 +147,10 @@ class DiskTier:
         except (TierCorruptError, TierLostError, TierReadError):
             self.ledger.count(failures=1)
             raise
-        self.ledger.count(bytes_out=self.size(key, layout))
 
     def remove(self, key: BlockKey, layout: BlockLayout) -> None:
         """Remove the block's file. When that fails its bytes stay accounted for, and it is tried again later."""
+        self._headers.pop(key.digest, None)
         self.ledger.count(blocks=-1)
         try:
             self.store.unlink(key.digest)

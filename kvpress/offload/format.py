@@ -15,7 +15,7 @@ it leaves 2^-128 and not 2^-32 for a random change to pass unseen. It is no prot
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import ELOOP
@@ -25,8 +25,9 @@ import xxhash
 from torch import Tensor
 
 from kvpress.offload.errors import TierCorruptError, TierLostError
-from kvpress.offload.key import FORMAT_VERSION
+from kvpress.offload.key import FORMAT_VERSION, BlockKey
 from kvpress.offload.layout import DTYPE_NAMES, DTYPES, BlockLayout, chunks_of, memory_of
+from kvpress.offload.slot_rows import RowLayout, runs
 from kvpress.offload.store import FileStore, OpenFile
 
 TYPE = "kvpress.block"
@@ -92,9 +93,14 @@ def _table(layout: BlockLayout) -> bytes:
     return json.dumps(table, separators=(",", ":")).encode()[1:]
 
 
+def header_bytes(key: str, layout: BlockLayout) -> int:
+    """Bytes of the block file before the tensors."""
+    return len(Header(key, layout).encode())
+
+
 def file_bytes(key: str, layout: BlockLayout) -> int:
     """Size of the block file in bytes, known before it is written."""
-    return len(Header(key, layout).encode()) + layout.nbytes
+    return header_bytes(key, layout) + layout.nbytes
 
 
 def write_block(store: FileStore, name: str, key: str, layout: BlockLayout, tensors: Mapping[str, Tensor]) -> int:
@@ -139,6 +145,35 @@ def read_block(store: FileStore, name: str, key: str, layout: BlockLayout, out: 
         if header.layout != layout:
             raise TierCorruptError("disk", f"the file holds {header.layout.places}, not {layout.places}", key)
         raise TierCorruptError("disk", "the file changes while it is read", key)
+
+
+def read_rows(
+    store: FileStore,
+    key: BlockKey,
+    layout: BlockLayout,
+    rows: RowLayout,
+    numbers: Sequence[int],
+    out: Tensor,
+) -> None:
+    """Read the rows `numbers` of the block `key` of slot rows into `out [n, width]`; nothing else of the file is read.
+
+    Whether they are what was written, each row's own checksum says (`RowLayout.first_damaged`).
+
+    Raises:
+        TierCorruptError: the file has another size than was written; `out` is then undefined.
+        TierLostError: there is no such file.
+        OSError: it could not be read; `out` is then undefined.
+    """
+    description, width = key.description(), rows.width
+    start, target, done = header_bytes(description, layout), memory_of(out), 0
+    with _opened(store, key.digest, description) as file:
+        if file.size != start + layout.nbytes:
+            raise TierCorruptError("disk", f"{file.size} bytes instead of {start + layout.nbytes}", description)
+        for first, count in runs(numbers):
+            piece = target[done : done + count * width]
+            if file.read_into(piece, start + first * width, bool) < len(piece):
+                raise TierCorruptError("disk", "the file ends inside its payload", description)
+            done += len(piece)
 
 
 def load_block(store: FileStore, name: str, allocate: Callable[[int], Tensor]) -> tuple[str, dict[str, Tensor]]:

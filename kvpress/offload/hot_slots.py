@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 
-from kvpress.memory import filled
+from kvpress.memory import filled, growth
+from kvpress.offload.slot_rows import NAME as SLOT_ROWS
+from kvpress.offload.slot_rows import RowLayout, RowsWanted
 
 if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
@@ -21,7 +24,7 @@ class HotSlots:
     """Copies of slots, the least recently read of which give way.
 
     Attributes:
-        tensors: by name, `[batch, kv_heads, capacity, dim]`.
+        tensors: by name, `[batch, kv_heads, capacity, dim]`, or slot rows `[batch, groups, capacity, width]`.
         slot: `[batch, heads, capacity]` which slot each copy is of, -1 for none; `heads` is 1 where all KV heads select the same.
         place: `[batch, heads, slots]` where the copy of each slot is, -1 for nowhere.
         used: `[batch, heads, capacity]` the last forward that read it.
@@ -49,7 +52,7 @@ class HotSlots:
         """Begin anew with room for `capacity` copies."""
         batch, heads, _ = index.shape
         self.tensors = {
-            name: filled((*each.shape[:2], capacity, each.shape[-1]), 0, each, each.dtype)
+            name: filled((*each.shape[:2], capacity, each.shape[-1]), 0, index, each.dtype)
             for name, each in like.items()
         }
         self.slot = filled((batch, heads, capacity), -1, index, torch.long)
@@ -64,10 +67,9 @@ class HotSlots:
 
     def widen(self, slots: int) -> None:
         """Room in `place` for `slots` slots."""
-        if self.place.shape[-1] < slots:
-            roomy = filled((*self.place.shape[:2], slots), -1, self.place, self.place.dtype)
-            roomy[..., : self.place.shape[-1]] = self.place
-            self.place = roomy
+        roomy = filled((*self.place.shape[:2], slots), -1, self.place, self.place.dtype)
+        roomy[..., : self.place.shape[-1]] = self.place
+        self.place = roomy
 
     def find(self, slot: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Places `[batch, heads, n]` of `slot`, given to those that had none, and which these are; only where `wanted`."""
@@ -112,9 +114,9 @@ class StoredSlots:
     It knows the shape, a range of the last slots (`keys[:, :, first:last]`), and some slots of each head (`take`).
     """
 
-    def __init__(self, stowage: Stowage, table: SlotTable, hot: HotSlots) -> None:
-        self._stowage, self._table, self._hot = stowage, table, hot
-        self._whole: tuple[int, Tensor] | None = None  # all keys from a slot on
+    def __init__(self, stowage: Stowage, table: SlotTable) -> None:
+        self._stowage, self._table = stowage, table
+        self._read: tuple[int, Tensor] | None = None  # the keys from a slot on that were asked for last
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -127,6 +129,11 @@ class StoredSlots:
         """As of the keys."""
         return self._table.keys.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of the keys."""
+        return self._table.keys.dtype
+
     def __getitem__(self, item: tuple[slice, slice, slice]) -> Tensor:
         """Keys of consecutive slots.
 
@@ -135,17 +142,17 @@ class StoredSlots:
         """
         batch, heads, slots = item
         first, last, _ = slots.indices(self._table.count)
-        start, keys = self._from(first)
+        start, keys = self._between(first, last)
         return keys[batch, heads, first - start : last - start]
 
-    def _from(self, first: int) -> tuple[int, Tensor]:
-        """A slot not behind `first`, and the keys of all slots from there on."""
+    def _between(self, first: int, last: int) -> tuple[int, Tensor]:
+        """A slot not behind `first`, and the keys from there to slot `last - 1` or beyond."""
         table = self._table
         if first >= table.base:
             return table.base, table.keys
-        if self._whole is None or self._whole[0] > first:
-            self._whole = self._stowage.keys_from(table, first)
-        return self._whole
+        if self._read is None or self._read[0] > first or self._read[0] + self._read[1].shape[2] < last:
+            self._read = self._stowage.keys_between(table, first, last)
+        return self._read
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[batch, kv_heads, n, dim]` of the slots `index [batch, kv_heads or 1, n]`; any for `-1`.
@@ -157,13 +164,15 @@ class StoredSlots:
             return self._take(index.clone() if index.is_inference() else index)
 
     def _take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        table, hot = self._table, self._hot
+        table = self._table
         slot = index.clamp(min=0)
         stored, near = (index >= 0) & (slot < table.base), (index >= 0) & (slot >= table.base)
         tail = {"key": table.keys, "value": table.values}
-        if not hot.fits(index, index.shape[-1]):
+        if self._hot.capacity and self._hot.place.shape[-1] < table.base:
+            self._widen(index)
+        if not self._hot.fits(index, index.shape[-1]):
             self._make(index, tail)
-        hot.widen(table.base)
+        hot = self._hot
         place, missing = hot.find(slot.clamp(max=table.base - 1), stored)
         if bool(missing.any()):
             try:
@@ -172,24 +181,48 @@ class StoredSlots:
                 hot.forget(slot, place, missing)
                 raise
         place = torch.where(stored, place, 0)
-        behind = torch.where(near, slot - table.base, 0)
-        taken = []
+        batch, head, entry = near.nonzero(as_tuple=True)
+        behind = slot[batch, head, entry] - table.base
+        heads: Any = slice(None) if index.shape[1] == 1 else head
+        if SLOT_ROWS in hot.tensors and (layout := self._stowage.blocks[0].layout) is not None:
+            words = hot.tensors[SLOT_ROWS].view(torch.int64)  # a gather takes as long for a byte as for eight
+            taken = layout.unpack(_rows(words, place).view(torch.uint8))
+        else:
+            taken = {name: _rows(hot.tensors[name], place) for name in tail}
         for name, rows in tail.items():
-            kept, late = _rows(hot.tensors[name], place), _rows(rows, behind)
-            taken.append(torch.where(near[..., None], late, kept))
-        return taken[0], taken[1]
+            if index.shape[:2] == (1, 1):
+                taken[name].index_copy_(2, entry, rows.index_select(2, behind))
+            else:
+                taken[name][batch, heads, entry] = rows[batch, heads, behind]
+        return taken["key"], taken["value"]
+
+    @property
+    def _hot(self) -> HotSlots:
+        return self._stowage.hot_slots()
+
+    def _widen(self, index: Tensor) -> None:
+        """Room to look up all slots in the tiers, and some to come."""
+        slots = self._table.base + growth(self._table.base)
+        self._stowage.make_room(index.shape[0] * index.shape[1] * slots * torch.int32.itemsize)
+        self._hot.widen(slots)
 
     def _make(self, index: Tensor, like: dict[str, Tensor]) -> None:
-        stowage, wanted = self._stowage, index.shape[-1]
+        stowage, wanted, slots = self._stowage, index.shape[-1], self._table.count
+        layout = stowage.blocks[0].layout
+        if layout is not None and layout.groups == index.shape[1] and self.device.type == "cpu":
+            rows = torch.empty(*layout.shape(index.shape[0]), dtype=torch.uint8, device="meta")
+            like = {SLOT_ROWS: rows}
         per_slot = sum(each.shape[0] * each.shape[1] * each.shape[-1] * each.element_size() for each in like.values())
         per_slot += index.shape[0] * index.shape[1] * 16
-        fixed = index.shape[0] * index.shape[1] * 4 * self._table.count
-        self._hot.clear()
-        capacity = SPARE * wanted
+        fixed = index.shape[0] * index.shape[1] * 4 * (slots + growth(slots))
+        stowage.cool()
+        share, capacity = stowage.attached.share(), SPARE * wanted
+        if share is not None and stowage.reads_rows:
+            capacity = min(max((share - stowage.held - fixed) // per_slot, wanted), capacity)
         if not stowage.may_hold(capacity * per_slot + fixed):
             capacity = wanted
             stowage.must_hold(capacity * per_slot + fixed)
-        self._hot.make(index, capacity, self._table.count, like)
+        self._hot.make(index, capacity, slots + growth(slots), like)
 
     def _bring(self, slot: Tensor, place: Tensor, missing: Tensor) -> None:
         """Copy the missing slots to their places, block by block."""
@@ -197,10 +230,13 @@ class StoredSlots:
         entries = missing.nonzero()
         batch, head, entry = entries.unbind(-1)
         source, target = slot[batch, head, entry], place[batch, head, entry]
+        if SLOT_ROWS in self._hot.tensors and (layout := self._stowage.blocks[0].layout) is not None:
+            self._bring_rows(layout, batch, head, source, target)
+            return
         heads: Any = slice(None) if slot.shape[1] == 1 else head
         names = ["key", "value"]
-        if self._whole is not None and bool((source >= self._whole[0]).all()):
-            start, keys = self._whole
+        if self._read is not None and bool((source >= self._read[0]).all() & (source < self._end_of_read).all()):
+            start, keys = self._read
             self._hot.tensors["key"][batch, heads, target] = keys[batch, heads, source - start]
             names = ["value"]
         order = (source // size).argsort(stable=True)
@@ -215,6 +251,28 @@ class StoredSlots:
                 self._hot.tensors[name][rows, some, goes] = tensor[
                     old.to(tensor.device), some, inside.to(tensor.device)
                 ].to(self.device)
+
+    @property
+    def _end_of_read(self) -> int:
+        return 0 if self._read is None else self._read[0] + self._read[1].shape[2]
+
+    def _bring_rows(self, layout: RowLayout, batch: Tensor, head: Tensor, source: Tensor, target: Tensor) -> None:
+        """As `_bring`, row by row into place: nothing else of a block is read."""
+        stowage, size, batches = self._stowage, self._stowage.attached.options.block, self._table.keys.shape[0]
+        order = ((source // size * batches + batch) * layout.groups + head) * size + source % size
+        order = order.argsort()
+        slots, row, group, goes = (each[order].cpu().numpy() for each in (source, batch, head, target))
+        numbers = slots // size
+        firsts = numpy.concatenate([[0], numpy.flatnonzero(numpy.diff(numbers)) + 1, [len(slots)]])
+        blocks = [stowage.blocks[number] for number in numbers[firsts[:-1]].tolist()]
+        old = row
+        if any(block.rows is not None for block in blocks):
+            rows_then = numpy.array([block.rows or range(block.batch) for block in blocks])
+            old = rows_then[numpy.repeat(numpy.arange(len(blocks)), numpy.diff(firsts)), row]
+        places = (row * layout.groups + group) * self._hot.capacity + goes
+        wanted = RowsWanted((old * layout.groups + group) * size + slots % size, firsts, places)
+        out = self._hot.tensors[SLOT_ROWS].view(-1, layout.width)
+        stowage.attached.manager.read_rows([block.keys[0] for block in blocks], wanted, layout, out)
 
 
 def _rows(tensor: Tensor, slot: Tensor) -> Tensor:

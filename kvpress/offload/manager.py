@@ -6,18 +6,20 @@ manager does not hold, or a typed error that says what was lost; never anything 
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from kvpress.offload.block import Block
 from kvpress.offload.disk import DiskTier
 from kvpress.offload.errors import TierClosedError, TierCorruptError, TierError, TierFullError, TierLostError
+from kvpress.offload.held_blocks import HeldBlocks
 from kvpress.offload.host import MemoryTier
 from kvpress.offload.key import BlockKey
 from kvpress.offload.layout import BlockLayout
@@ -25,6 +27,7 @@ from kvpress.offload.ledger import TierStatistics
 from kvpress.offload.loader import Loader
 from kvpress.offload.mover import Attempt, Mover, Tier
 from kvpress.offload.options import Offload
+from kvpress.offload.slot_rows import NAME, RowLayout, RowsWanted
 from kvpress.offload.store import FileStore
 from kvpress.offload.transfer import Device, HostDevice, Transfer
 
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 THREADS = 2  # reads and writes in the background; more only compete for one disk
 
 
-class TierManager:
+class TierManager(HeldBlocks):
     """Holds blocks in the tiers that `options` names. Safe to use from several threads.
 
     Args:
@@ -57,12 +60,10 @@ class TierManager:
             tiers.append(MemoryTier("host", options.host_bytes, device.host_bytes))
         if options.disk is not None:
             tiers.append(DiskTier(options.disk, options.disk_bytes, open_store))
-        self._mover = Mover(device, Transfer(device) if transfer is None else transfer, tiers)
+        super().__init__(Mover(device, Transfer(device) if transfer is None else transfer, tiers))
         self._loader = Loader(self._mover)
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="kvpress-offload")
         self._background: set[Future[None]] = set()
-        self._process = os.getpid()
-        self._closed = False
 
     # --- storing -----------------------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ class TierManager:
             block = self._settled(key)
             if block is None:
                 return None
-            self._count(block)
+            self._count([block])
             if self._loader.usable_tier(block) != next(iter(mover.tiers)):
                 mover.until_room(lambda attempt: self._load(block, attempt), "load", key)
             name = self._loader.usable_tier(block)
@@ -178,7 +179,7 @@ class TierManager:
             if block is None:
                 return False
             block.layout.check(out)
-            self._count(block)
+            self._count([block])
             self._check_readable(block)
             source = mover.tiers[block.tiers[0]]
             buffer = block.buffers.get(source.name)
@@ -196,6 +197,72 @@ class TierManager:
             if isinstance(source, MemoryTier):
                 source.ledger.count(bytes_out=block.layout.nbytes)
             return True
+
+    def read_rows(self, keys: Sequence[BlockKey], wanted: RowsWanted, layout: RowLayout, out: Tensor) -> None:
+        """Copy the rows `wanted` of the blocks `keys` of slot rows to their places in `out [n, width]`, a contiguous CPU tensor.
+
+        Takes no room in any tier, and reads nothing else.
+
+        Raises:
+            TierLostError: a block is not held.
+            TierCorruptError, TierLostError, TierReadError: as `get` does; `out` is then undefined.
+        """
+        with self._locked() as mover:
+            pinned: list[Block] = []
+            try:
+                for key in keys:
+                    block = mover.blocks.get(key.digest)
+                    if block is None or block.busy:
+                        block = self._settled(key)
+                    if block is None or not block.owners:
+                        raise TierLostError("manager", "is not held", key)
+                    if block.failure is not None or not (block.on_disk or block.buffers):
+                        self._missing(block)
+                    block.pins += 1
+                    pinned.append(block)
+                self._count(pinned)
+                mover.moving += 1
+                try:
+                    with mover.unlocked(stalls=mover.disk):
+                        failed = self._read_rows(pinned, wanted, layout, out)
+                finally:
+                    mover.moving -= 1
+                if failed is not None:
+                    block, error = failed
+                    while block.busy:
+                        mover.lock.wait()
+                    self._loader.withdraw(block, error)
+                    self._remove_if_lost(block)
+                    raise error
+                for block in pinned:
+                    if block.buffers:  # nothing lies below the disk, whose order of use matters to nobody
+                        mover.touch(block)
+            finally:
+                for block in pinned:
+                    block.pins -= 1
+                    if not block.owners:
+                        mover.collect(block)
+                mover.changed()
+
+    def _read_rows(
+        self, blocks: Sequence[Block], wanted: RowsWanted, layout: RowLayout, out: Tensor
+    ) -> tuple[Block, TierError] | None:
+        """The block that could not be read, and why. Called without the lock, on pinned blocks, whose copies stay where they are."""
+        on_disk = []
+        for number, block in enumerate(blocks):
+            buffer = next(iter(block.buffers.values()), None)
+            if buffer is None:
+                on_disk.append(number)
+                continue
+            rows = block.layout.views(buffer)[NAME].view(-1, layout.width)
+            numbers, places = (torch.tensor(each) for each in wanted.of_block(number))
+            out[places] = rows[numbers.to(rows.device)].to(out.device)
+        if not on_disk:
+            return None
+        some = wanted if len(on_disk) == len(blocks) else wanted.some(on_disk)
+        listed = [(blocks[number].key, blocks[number].layout) for number in on_disk]
+        failed = self._mover.need_disk().read_rows(listed, some, layout, out)
+        return None if failed is None else (blocks[on_disk[failed[0]]], failed[1])
 
     def prefetch(self, keys: Iterable[BlockKey]) -> None:
         """Bring blocks near in the background, in the order given. A failure is raised by the next `get`."""
@@ -255,25 +322,7 @@ class TierManager:
         """Whether `thread` belongs to the pool."""
         return thread in self._pool._threads
 
-    # --- pins and owners ---------------------------------------------------------------------------------------
-
-    def pin(self, key: BlockKey) -> None:
-        """Keep every copy of the block where it is until `unpin`. Raises TierLostError for a block not held."""
-        with self._locked():
-            block = self._settled(key)
-            if block is None:
-                raise TierLostError("manager", "is not held", key)
-            block.pins += 1
-
-    def unpin(self, key: BlockKey) -> None:
-        """Undo one `pin`. Raises ValueError when the block is not pinned."""
-        with self._locked() as mover:
-            block = mover.blocks.get(key.digest)
-            if block is None or not block.pins:
-                raise ValueError(f"key must be pinned, got {key}")
-            block.pins -= 1
-            mover.collect(block)
-            mover.changed()
+    # --- moving and using -------------------------------------------------------------------------------------
 
     @contextmanager
     def use(self, keys: Iterable[BlockKey]) -> Iterator[list[dict[str, Tensor]]]:
@@ -300,36 +349,7 @@ class TierManager:
                 return False
             return mover.demote(block, block.tiers[0], Attempt())
 
-    def share(self, source: str, target: str) -> int:
-        """Make `target` an owner of every block of `source`, as a forked cache is; returns how many."""
-        with self._locked() as mover:
-            shared = [block for block in mover.blocks.values() if source in block.owners]
-            for block in shared:
-                block.owners.add(target)
-            return len(shared)
-
-    def drop(self, owner: str, keys: Iterable[BlockKey] | None = None) -> None:
-        """`owner` no longer relies on the blocks `keys`, or on any; a block without owners is removed."""
-        with self._locked() as mover:
-            digests = None if keys is None else {key.digest for key in keys}
-            for block in list(mover.blocks.values()):
-                if owner in block.owners and (digests is None or block.key.digest in digests):
-                    block.owners.discard(owner)
-                    mover.collect(block)
-            mover.changed()
-
     # --- facts -------------------------------------------------------------------------------------------------
-
-    def __contains__(self, key: BlockKey) -> bool:
-        with self._mover.lock:
-            block = self._mover.blocks.get(key.digest)
-            return block is not None and bool(block.owners) and bool(block.tiers)
-
-    def tiers_of(self, key: BlockKey) -> list[str]:
-        """Names of the tiers that hold a copy of the block, the nearest first."""
-        with self._locked():
-            block = self._settled(key)
-            return [] if block is None else block.tiers
 
     def statistics(self) -> dict[str, TierStatistics]:
         """Counters of each tier, the nearest first."""
@@ -376,55 +396,6 @@ class TierManager:
         raise TypeError("a TierManager cannot be pickled: it holds open files and threads")
 
     # --- inside ------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _locked(self) -> Iterator[Mover]:
-        if os.getpid() != self._process:
-            raise TierClosedError("manager", f"belongs to process {self._process}, of which this one is a fork")
-        with self._mover.lock:
-            if self._closed:
-                raise TierClosedError("manager", "is closed")
-            yield self._mover
-
-    def _settled(self, key: BlockKey) -> Block | None:
-        """The block once nobody moves it, or None when it is not held."""
-        while (block := self._mover.blocks.get(key.digest)) is not None and block.busy:
-            self._mover.lock.wait()
-        return block if block is not None and block.owners else None
-
-    @contextmanager
-    def _reading(self, block: Block) -> Iterator[None]:
-        block.pins += 1
-        self._mover.moving += 1
-        try:
-            yield
-        finally:
-            block.pins -= 1
-            self._mover.moving -= 1
-            self._mover.collect(block)
-            self._mover.changed()
-
-    def _check_readable(self, block: Block) -> None:
-        if block.failure is not None or not block.tiers:
-            self._missing(block)
-
-    def _missing(self, block: Block) -> NoReturn:
-        failure = block.failure or TierLostError("manager", "has no copy left", block.key)
-        block.failure = None
-        self._remove_if_lost(block)
-        raise failure
-
-    def _remove_if_lost(self, block: Block) -> None:
-        if not block.tiers:
-            block.owners.clear()
-            self._mover.collect(block)
-
-    def _count(self, block: Block) -> None:
-        for name, tier in self._mover.tiers.items():
-            if block.holds(name):
-                tier.ledger.count(hits=1)
-                return
-            tier.ledger.count(misses=1)
 
     def _in_background(self, keys: Iterable[BlockKey], work: Callable[[BlockKey], None]) -> None:
         with self._locked():

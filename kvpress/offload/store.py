@@ -7,15 +7,21 @@ symbolic link while the store is open therefore cannot lead a read or a write an
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy
+from torch import Tensor
+
+from kvpress.kernels.native import extension
+
 Result = TypeVar("Result")
 
 NAME = re.compile(r"[0-9a-f]{64}")
+NAME_BYTES = 65  # with the 0 that ends it
 TEMPORARY_NAME = re.compile(r"[0-9a-f]{64}\.[0-9]+\.tmp")
 PIECE = 1 << 20  # bytes a hash sees while they are still in the processor's cache
 STEPS = ("open_temporary", "write", "fsync", "rename", "fsync_directory", "open", "read", "stat", "unlink")
@@ -81,6 +87,49 @@ class FileStore:
             yield OpenFile(self, file)
         finally:
             os.close(file)
+
+    def read_rows(
+        self,
+        names: Sequence[str],
+        sizes: numpy.ndarray,
+        starts: numpy.ndarray,
+        firsts: numpy.ndarray,
+        numbers: numpy.ndarray,
+        places: numpy.ndarray,
+        seeds: numpy.ndarray,
+        out: Tensor,
+    ) -> int:
+        """Read single rows of several files into `out [n, width]` and check them, in one call of the native kernels where they are built.
+
+        Args:
+            names, sizes: of the files, and the bytes that each must have.
+            starts: bytes before the rows of each.
+            firsts: `[files + 1]`: those of file `i` are `numbers[firsts[i] : firsts[i + 1]]`.
+            numbers, places: of the rows in their files, and where they go in `out`.
+            seeds: uint64, of each file's rows: the last 8 bytes of a row are the XXH64 of the others, with its number in the seed.
+
+        Returns the number of files that were read, from the first on. What is wrong with the next one, its `open` tells. Raises OSError.
+        """
+        native = getattr(extension, "read_rows", None)
+        if native is None:
+            return 0
+        listed = numpy.frombuffer("".join(f"{checked(name)}\0" for name in names).encode(), dtype=numpy.uint8)
+        done = numpy.zeros(1, dtype=numpy.int64)
+        columns = [each.ctypes.data for each in (sizes, starts, firsts, numbers, places, seeds)]
+        width, output = out.shape[1], out.data_ptr()
+        self.step(
+            "read",
+            native,
+            self._handle,
+            listed.ctypes.data,
+            NAME_BYTES,
+            len(names),
+            *columns,
+            width,
+            output,
+            done.ctypes.data,
+        )
+        return int(done[0])
 
     def unlink(self, name: str) -> None:
         """Remove the block or temporary file `name`, or the link of that name; a missing one is no error."""

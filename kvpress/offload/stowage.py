@@ -22,6 +22,8 @@ from kvpress.offload.attached import Attached
 from kvpress.offload.errors import TierClosedError, TierFullError
 from kvpress.offload.hot_slots import HotSlots, StoredSlots
 from kvpress.offload.key import BlockKey
+from kvpress.offload.slot_rows import NAME as SLOT_ROWS
+from kvpress.offload.slot_rows import RowLayout
 from kvpress.offload.working import Reading, StoredBlock, WorkingMemory, buffer_like, read_all, shaped, shaped_bytes
 
 if TYPE_CHECKING:
@@ -41,15 +43,17 @@ class Stowage:
 
     Args:
         apart: keys and values are written apart, for a selection that reads them at different times.
+        together: they are written as slot rows, for a selection that reads single slots: all KV heads of a slot together, or each apart.
     """
 
-    def __init__(self, attached: Attached, layer: int, apart: bool = False) -> None:
+    def __init__(self, attached: Attached, layer: int, apart: bool = False, together: bool | None = None) -> None:
         self.attached = attached
         self.layer = layer
         self.blocks: list[StoredBlock] = []
         self.held = 0
         self.selecting = False
         self.apart = apart
+        self.together = together
         self._serial = 0  # of the blocks written, so that no two share a name
         self._tail: Buffers | None = None  # set aside while the table is in working memory
         self._fetched: Tensor | None = None  # the keys in working memory
@@ -150,11 +154,28 @@ class Stowage:
         if table.owned and table.spare is None and table.count >= self.attached.options.block:
             self._put_away(table)
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether decoded tokens need few slots of this layer."""
+        return self.together is not None
+
+    def make_room(self, beside: int) -> None:
+        """Hold `beside` bytes more, until the end of the forward, for what a selection is about to keep.
+
+        Raises:
+            TierFullError: there is no room.
+        """
+        self._hold_more(beside)
+
     def stored_slots(self, table: SlotTable) -> StoredSlots:
         """The slots of a table of which only some will be read."""
+        return StoredSlots(self, table)
+
+    def hot_slots(self) -> HotSlots:
+        """The near copies of this layer."""
         if self._hot is None:
             self._hot = HotSlots()
-        return StoredSlots(self, table, self._hot)
+        return self._hot
 
     @staticmethod
     def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -211,7 +232,7 @@ class Stowage:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stowage:
         attached = memo.get(id(self.attached)) or self.attached.__deepcopy__(memo)
-        copied = memo[id(self)] = Stowage(attached, self.layer, self.apart)
+        copied = memo[id(self)] = Stowage(attached, self.layer, self.apart, self.together)
         copied.blocks, copied.held, copied._serial, copied._beside = (
             list(self.blocks),
             self.held,
@@ -222,19 +243,22 @@ class Stowage:
 
     # -- what selected slots ask for -----------------------------------------------------------------------------------
 
-    def keys_from(self, table: SlotTable, first: int) -> tuple[int, Tensor]:
-        """The first slot of the block of slot `first`, and all keys from there on, in working memory until the forward ends."""
+    def keys_between(self, table: SlotTable, first: int, last: int) -> tuple[int, Tensor]:
+        """The first slot of the block of slot `first`, and the keys from there to slot `last - 1` or beyond, in working memory until the
+        next call or the end of the forward."""
         size = self.attached.options.block
         number = first // size
-        start = number * size
-        memory = self._borrow(table, table.count - start)
-        shapes, dtypes = self._shapes(table, table.count - start)
+        start, behind = number * size, -(-last // size)
+        end = table.count if last > table.base else behind * size
+        memory = self._borrow(table, end - start)
+        shapes, dtypes = self._shapes(table, end - start)
         keys = shaped(memory.buffer, shapes[:1], dtypes[:1])[0]
         readings = []
-        for place, block in enumerate(self.blocks[number:]):
+        for place, block in enumerate(self.blocks[number:behind]):
             readings += block.readings({"key": keys[:, :, place * size : (place + 1) * size]})
         read_all(self.attached.manager, readings, memory.staging)
-        keys[:, :, table.base - start :] = table.keys[:, :, : table.count - table.base]
+        if end > table.base:
+            keys[:, :, table.base - start :] = table.keys[:, :, : end - table.base]
         return start, keys
 
     def block_tensors(self, table: SlotTable, block: StoredBlock, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -246,7 +270,9 @@ class Stowage:
             for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)
         }
         for reading in block.readings({name: like[name] for name in names}):
-            if manager.tiers_of(reading.key)[:1] == ["disk"]:  # bringing it near would cost another block its place
+            if block.layout is not None or manager.tiers_of(reading.key)[:1] == [
+                "disk"
+            ]:  # bringing it near would cost another block its place
                 found = reading.staged(manager, self._borrow(table, 0, again=True).staging)
                 yield from ((name, found[name]) for name in reading.out if name in names)
                 continue
@@ -291,7 +317,9 @@ class Stowage:
             return True
         if not self.attached.keeps_near:
             return table.owned and table.count < self.attached.options.block
-        self.attached.set_aside(shaped_bytes(*self._shapes(table, self.attached.options.block)))
+        block = self._block_layout(table)
+        tail = shaped_bytes(*self._shapes(table, self.attached.options.block))
+        self.attached.set_aside(tail + (0 if block is None else block.nbytes(table.keys.shape[0])))
         size = self._near_bytes(table)
         if not table.owned:
             size = table.capacity_for(table.count) * table.bytes_per_token + self._beside
@@ -328,6 +356,10 @@ class Stowage:
         first = number * size - table.base
         tensors = {"key": table.keys[:, :, first : first + size], "value": table.values[:, :, first : first + size]}
         manager = self.attached.manager
+        layout = self._block_layout(table)
+        if layout is not None:
+            self._put_rows(layout, tensors, number)
+            return
         parts: list[tuple[tuple[str, ...], BlockKey]] = []
         for names in (("key",), ("value",)) if self.apart else (("key", "value"),):
             key = BlockKey(self.attached.name, self.layer, number, self._serial, "+".join(names))
@@ -339,6 +371,27 @@ class Stowage:
                 raise
             parts.append((names, key))
         self.blocks.append(StoredBlock(tuple(parts), table.keys.shape[0]))
+
+    def _put_rows(self, layout: RowLayout, tensors: dict[str, Tensor], number: int) -> None:
+        batch = tensors["key"].shape[0]
+        key = BlockKey(self.attached.name, self.layer, number, self._serial, SLOT_ROWS)
+        self._serial += 1
+        nbytes = layout.nbytes(batch)
+        self._hold_more(nbytes)
+        try:
+            rows = buffer_like(nbytes, torch.empty(0)).view(layout.shape(batch))
+            layout.pack(tensors, rows, key)
+            self.attached.manager.put(key, {SLOT_ROWS: rows}, self.attached.name)
+        finally:
+            self.held -= nbytes
+            self.attached.account.release(nbytes)
+        self.blocks.append(StoredBlock((((SLOT_ROWS,), key),), batch, layout=layout))
+
+    def _block_layout(self, table: SlotTable) -> RowLayout | None:
+        if self.together is None:
+            return None
+        like = {"key": table.keys, "value": table.values}
+        return RowLayout.of(like, self.attached.options.block, together=self.together)
 
     def _new_tail(self, table: SlotTable, slots: int) -> Buffers:
         """Buffers for the tail, accounted for before they exist.
@@ -391,6 +444,9 @@ class Stowage:
         """Of one block on its way, with the most batch rows that any has."""
         shapes, dtypes = self._shapes(table, self.attached.options.block)
         batch = max((block.batch for block in self.blocks), default=1)
+        layout = self._block_layout(table)
+        if layout is not None:
+            return layout.nbytes(batch)
         return shaped_bytes([(batch, *shape[1:]) for shape in shapes], dtypes)
 
     def _block_buffer(self, table: SlotTable) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -15,6 +15,7 @@ from kvpress.offload.errors import TierFullError, TierLostError
 from kvpress.offload.key import BlockKey
 from kvpress.offload.manager import TierManager
 from kvpress.offload.pages import empty_pages
+from kvpress.offload.slot_rows import NAME, RowLayout
 
 ALIGNMENT = 64  # bytes
 
@@ -27,11 +28,13 @@ class StoredBlock:
         parts: names of the tensors `[batch, kv_heads, slots, dim]` that were written together, and the key of each part.
         batch: batch rows it was written with.
         rows: which of them the batch rows of now are; None for all, in order.
+        layout: of its slot rows, where it was written as such (one part, of which any tensor can be read alone).
     """
 
     parts: tuple[tuple[tuple[str, ...], BlockKey], ...]
     batch: int
     rows: tuple[int, ...] | None = None
+    layout: RowLayout | None = None
 
     @property
     def keys(self) -> list[BlockKey]:
@@ -42,10 +45,12 @@ class StoredBlock:
         """As it looks when row `i` becomes what row `rows[i]` was."""
         old = range(self.batch) if self.rows is None else self.rows
         new = tuple(old[row] for row in rows)
-        return StoredBlock(self.parts, self.batch, None if new == tuple(range(self.batch)) else new)
+        return replace(self, rows=None if new == tuple(range(self.batch)) else new)
 
     def readings(self, out: dict[str, Tensor]) -> list[Reading]:
         """What to read to fill the tensors of `out`, by name."""
+        if self.layout is not None:
+            return [Reading(self.parts[0][1], self, out)]
         wanted = [(names, key) for names, key in self.parts if names[0] in out]
         return [Reading(key, self, {name: out[name] for name in names}) for names, key in wanted]
 
@@ -67,8 +72,13 @@ class Reading:
         Raises:
             TierError: it is lost, or cannot be read now; the tensors are then undefined.
         """
-        in_place = self.block.rows is None and (
-            manager.tiers_of(self.key)[:1] != ["disk"] or all(o.is_contiguous() and o.is_cpu for o in self.out.values())
+        in_place = (
+            self.block.rows is None
+            and self.block.layout is None
+            and (
+                manager.tiers_of(self.key)[:1] != ["disk"]
+                or all(o.is_contiguous() and o.is_cpu for o in self.out.values())
+            )
         )
         if in_place:
             try:
@@ -94,6 +104,11 @@ class Reading:
         Raises:
             TierError: as `run`.
         """
+        if (layout := self.block.layout) is not None:
+            slot_rows = shaped(staging, [layout.shape(self.block.batch)], [torch.uint8])[0]
+            if not manager.read_into(self.key, {NAME: slot_rows}):
+                raise TierLostError("manager", "is not held", self.key)
+            return layout.unpack(slot_rows)
         shapes = [(self.block.batch, *out.shape[1:]) for out in self.out.values()]
         tensors = shaped(staging, shapes, [out.dtype for out in self.out.values()])
         found = dict(zip(self.out, tensors, strict=True))

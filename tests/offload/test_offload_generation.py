@@ -19,6 +19,10 @@ NARROW = {
     "full": Full(),
     "tokenselect keep": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, positions="keep", threshold=0.5),
     "tokenselect reindex": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.5),
+    "tokenselect int8 keep": TokenSelect(
+        top_k=5, sinks=2, local=6, chunk=6, tail=2, positions="keep", threshold=0.5, index="int8"
+    ),
+    "tokenselect int8 reindex": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.5, index="int8"),
     "quest": Quest(top_k=8, page_size=4, skip_layers=1),
     "tidaldecode": TidalDecode(top_k=8, dense_layers=0),
 }
@@ -90,6 +94,7 @@ def test_everything_on_disk_gives_the_same_logits(offloaded, name, way):
     ("full", "padded_batch", 36_000, 0), ("full", "beams", 62_000, 1), ("full", "turns", 34_000, 2), ("full", "branches", 40_000, 1),
     ("tokenselect keep", "turns", 41_000, 1), ("tokenselect reindex", "padded_batch", 56_000, 1),
     ("tokenselect reindex", "beams", 84_000, 0), ("quest", "turns", 46_000, 2), ("quest", "branches", 44_000, 0),
+    ("tokenselect int8 keep", "turns", 52_000, 1), ("tokenselect int8 reindex", "beams", 95_000, 1),
     ("tidaldecode", "turns", 36_000, 0), ("tidaldecode", "padded_batch", 36_000, 1),
 ])  # fmt: skip
 def test_a_near_tier_that_is_too_small_gives_the_same_logits(offloaded, name, way, host, prefetch):

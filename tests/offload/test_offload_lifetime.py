@@ -17,6 +17,7 @@ from kvpress.testing.families import random_tokens, tiny_model
 
 GENERATIONS = 1_000 if os.environ.get("KVPRESS_TEST_EVERYTHING") == "1" else 60
 SELECTING = TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.5)
+INDEXED = TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.5, index="int8")
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,8 @@ def step(model, cache, ids):
         return model(ids, past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("policy", [Full(), SELECTING], ids=["full", "tokenselect"])
-@pytest.mark.parametrize("host", [None, 40_000])
+@pytest.mark.parametrize("policy", [Full(), SELECTING, INDEXED], ids=["full", "tokenselect", "tokenselect int8"])
+@pytest.mark.parametrize("host", [None, 44_000])
 def test_copies_share_blocks_and_go_their_own_ways(model, folder, policy, host):
     ids = random_tokens(1, 40)
     plain, first = (
@@ -101,12 +102,12 @@ def test_two_threads_with_copies_of_one_cache(model, folder):
 
 @pytest.mark.parametrize("way", ["close", "delete", "reset"])
 def test_nothing_is_left_over_many_generations(model, folder, way):
-    policies = [Full(), SELECTING, Quest(top_k=8, page_size=4, skip_layers=1), SnapKV(budget=18, window=4)]
+    policies = [Full(), SELECTING, Quest(top_k=8, page_size=4, skip_layers=1), SnapKV(budget=18, window=4), INDEXED]
     process, ids = psutil.Process(), random_tokens(1, 24)
     kept = PolicyCache(model, "full", offload=Offload(host=26_000, disk=folder, block=4)) if way == "reset" else None
     start, below = None, 0
     for number in range(GENERATIONS // 3 + 2):
-        policy = policies[number % 4]
+        policy = policies[number % 5]
         cache = kept or PolicyCache(
             model, policy, offload=Offload(disk=folder, block=4, host=None if number % 2 else "60KB")
         )
@@ -125,7 +126,7 @@ def test_nothing_is_left_over_many_generations(model, folder, way):
             assert reference() is None, "a cache lives on in a cycle"
             assert not list(folder.iterdir())
         now = (process.num_fds(), threading.active_count())
-        if number == 3:
+        if number == 4:
             start = now
     assert now[0] <= start[0] and now[1] == start[1], "file descriptors or threads are left"
     assert below > 0 or way == "reset"

@@ -26,6 +26,7 @@ from kvpress.testing.faulty_store import FaultyStore
 LAYERS = 16
 TOKENS = 128 * LAYERS  # bytes of the keys and values of one token
 SELECTING = TokenSelect(top_k=24, sinks=2, local=16, chunk=16, tail=2, threshold=0.5)
+INDEXED = TokenSelect(top_k=24, sinks=2, local=16, chunk=16, tail=2, threshold=0.5, index="int8")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,10 @@ def decode(model, cache, ids, steps, after=lambda: None):
     return logits
 
 
+# heads are so small that an int8 index takes a fifth of keys and values
 @pytest.mark.parametrize(("policy", "times"), [
-    (Full(), 4), (SELECTING, 4), (Quest(top_k=32, page_size=16, skip_layers=0), 3),  # heads are so small that page bounds are large
-], ids=["full", "tokenselect", "quest"])  # fmt: skip
+    (Full(), 4), (SELECTING, 4), (INDEXED, 3), (Quest(top_k=32, page_size=16, skip_layers=0), 4),
+], ids=["full", "tokenselect", "tokenselect int8", "quest"])  # fmt: skip
 def test_several_times_the_memory_limit(model, folder, bytes_in, policy, times):
     ids = random_tokens(1, 240)
     full = 240 * TOKENS
@@ -132,7 +134,9 @@ def right_or_error(model, cache, ids, steps, fault):
     return right, None
 
 
-POLICIES = pytest.mark.parametrize("policy", [Full(), SELECTING], ids=["full", "tokenselect"])
+POLICIES = pytest.mark.parametrize(
+    "policy", [Full(), SELECTING, INDEXED], ids=["full", "tokenselect", "tokenselect int8"]
+)
 
 
 @POLICIES

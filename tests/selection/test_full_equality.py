@@ -15,6 +15,8 @@ from kvpress.testing.generation import WAYS, Outcome
 ROOMY = {
     "tokenselect keep": TokenSelect(top_k=64, sinks=2, local=4, chunk=4, tail=3, positions="keep"),
     "tokenselect reindex": TokenSelect(top_k=64, sinks=2, local=4, chunk=4, tail=3),
+    "tokenselect int8 keep": TokenSelect(top_k=64, sinks=2, local=4, chunk=4, tail=3, positions="keep", index="int8"),
+    "tokenselect int8 reindex": TokenSelect(top_k=64, sinks=2, local=4, chunk=4, tail=3, index="int8"),
     "quest": Quest(top_k=96, page_size=4, skip_layers=0),
     "tidaldecode": TidalDecode(top_k=96, dense_layers=0),
 }
@@ -29,7 +31,7 @@ def stock(family: str, way: str) -> Outcome:
 def cases():
     for number, family in enumerate(FAMILIES):
         for place, name in enumerate(ROOMY):
-            if family == "deepseek_v3" and name == "tokenselect reindex":
+            if family == "deepseek_v3" and name.endswith("reindex"):
                 continue  # refused: its cached keys are latents
             if family == "llama":
                 yield from ((name, family, way) for way in WAYS)
@@ -80,6 +82,12 @@ def test_batch_rows_equal_each_alone_when_sets_are_narrow(feed, name):
     narrow = {
         "tokenselect keep": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, positions="keep", threshold=0.1),
         "tokenselect reindex": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.1),
+        "tokenselect int8 keep": TokenSelect(
+            top_k=5, sinks=2, local=6, chunk=6, tail=2, positions="keep", threshold=0.1, index="int8"
+        ),
+        "tokenselect int8 reindex": TokenSelect(
+            top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.1, index="int8"
+        ),
         "quest": Quest(top_k=8, page_size=4, skip_layers=0),
         "tidaldecode": TidalDecode(top_k=8, dense_layers=0),
     }[name]

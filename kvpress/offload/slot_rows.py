@@ -1,0 +1,177 @@
+"""Slot rows: the keys and values of one slot side by side, with a checksum of their own, so that single slots can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy
+import torch
+import xxhash
+from torch import Tensor
+
+from kvpress.offload.key import BlockKey
+from kvpress.offload.layout import memory_of
+
+NAME = "slot"  # of the one tensor of a block of slot rows
+CHECKSUM_BYTES = 8
+ALIGNMENT = 8  # bytes at which keys, values and checksum begin
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """One of the tensors in a row: its name, type, numbers per head, and the bytes it takes."""
+
+    name: str
+    dtype: torch.dtype
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """A block of rows `[batch, groups, slots, width]` of uint8.
+
+    Attributes:
+        groups: rows of one slot and batch row: 1 where all KV heads lie together, else the KV heads, each apart.
+        heads: KV heads in a row.
+        slots: of the block.
+        parts: what lies in a row, in order; the checksum is behind it.
+    """
+
+    groups: int
+    heads: int
+    slots: int
+    parts: tuple[RowPart, ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], slots: int, *, together: bool) -> RowLayout:
+        """For tensors `[batch, kv_heads, any slots, dim]`, all heads of a slot `together` or each apart."""
+        kv_heads = next(iter(tensors.values())).shape[1]
+        groups, heads = (1, kv_heads) if together else (kv_heads, 1)
+        parts, start = [], 0
+        for name, tensor in tensors.items():
+            stop = start + heads * tensor.shape[-1] * tensor.element_size()
+            parts.append(RowPart(name, tensor.dtype, tensor.shape[-1], start, stop))
+            start = -(-stop // ALIGNMENT) * ALIGNMENT
+        return cls(groups, heads, slots, tuple(parts))
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row."""
+        return -(-self.parts[-1].stop // ALIGNMENT) * ALIGNMENT + CHECKSUM_BYTES
+
+    def shape(self, batch: int) -> tuple[int, int, int, int]:
+        """Of the rows of a block."""
+        return batch, self.groups, self.slots, self.width
+
+    def nbytes(self, batch: int) -> int:
+        """Of a block."""
+        return prod(self.shape(batch))
+
+    def number(self, batch: int, group: int, slot: int) -> int:
+        """Of a row in its block."""
+        return (batch * self.groups + group) * self.slots + slot
+
+    def pack(self, tensors: Mapping[str, Tensor], rows: Tensor, key: BlockKey) -> None:
+        """Write `tensors [batch, kv_heads, slots, dim]` as the rows of the block `key`."""
+        rows.zero_()
+        for part in self.parts:
+            target = rows[..., part.start : part.stop].view(part.dtype)
+            source = tensors[part.name]
+            if self.groups == 1:
+                target.unflatten(-1, (self.heads, part.dim)).copy_(source.transpose(1, 2)[:, None])
+            else:
+                target.copy_(source)
+        flat, width, payload = memory_of(rows), self.width, self.width - CHECKSUM_BYTES
+        seed = seed_of(key)
+        for number in range(len(flat) // width):
+            start = number * width
+            flat[start + payload : start + width] = checksum(flat[start : start + payload], seed ^ number)
+
+    def unpack(self, rows: Tensor) -> dict[str, Tensor]:
+        """Views `[batch, kv_heads, n, dim]` of rows `[batch, groups, n, width]`."""
+        found = {}
+        for part in self.parts:
+            tensor = rows[..., part.start : part.stop].view(part.dtype)
+            if self.groups == 1:
+                tensor = tensor[:, 0].unflatten(-1, (self.heads, part.dim)).transpose(1, 2)
+            found[part.name] = tensor
+        return found
+
+    def first_damaged(
+        self, rows: memoryview, numbers: Sequence[int], places: Iterable[int], key: BlockKey
+    ) -> int | None:
+        """The first of the rows `numbers` of the block `key` that is not what was written, if one is not; they lie at `places`."""
+        width, payload, seed = self.width, self.width - CHECKSUM_BYTES, seed_of(key)
+        for number, place in zip(numbers, places, strict=True):
+            start = place * width
+            end = start + payload
+            if checksum(rows[start:end], seed ^ number) != rows[end : start + width]:
+                return number
+        return None
+
+
+class RowsWanted:
+    """Rows of several blocks, one block after the other.
+
+    Args:
+        numbers: of the rows in their blocks, int64.
+        firsts: `[blocks + 1]` int64: those of block `i` are `numbers[firsts[i] : firsts[i + 1]]`.
+        places: int64, where they go, as rows of the output; in order where None.
+    """
+
+    def __init__(self, numbers: numpy.ndarray, firsts: numpy.ndarray, places: numpy.ndarray | None = None) -> None:
+        self.numbers, self.firsts = numbers, firsts
+        self.places = numpy.arange(len(numbers)) if places is None else places
+
+    @classmethod
+    def of(cls, numbers: Sequence[Sequence[int]]) -> RowsWanted:
+        """From a list of numbers for each block."""
+        firsts = numpy.cumsum([0, *map(len, numbers)], dtype=numpy.int64)
+        return cls(numpy.array([number for some in numbers for number in some], dtype=numpy.int64), firsts)
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return int(self.firsts[-1] - self.firsts[0])
+
+    def some(self, blocks: Sequence[int]) -> RowsWanted:
+        """Those of some of the blocks."""
+        chosen = [numpy.arange(self.firsts[block], self.firsts[block + 1]) for block in blocks]
+        firsts = numpy.cumsum([0, *map(len, chosen)], dtype=numpy.int64)
+        rows = numpy.concatenate(chosen)
+        return RowsWanted(self.numbers[rows], firsts, self.places[rows])
+
+    def of_block(self, block: int) -> tuple[list[int], list[int]]:
+        """Numbers and places of one block's."""
+        mine = slice(self.firsts[block], self.firsts[block + 1])
+        return self.numbers[mine].tolist(), self.places[mine].tolist()
+
+
+def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending stretches of `numbers` as (first, how many), in their order."""
+    found: list[tuple[int, int]] = []
+    start, count = -1, 0
+    for number in numbers:
+        if number == start + count:
+            count += 1
+            continue
+        if count:
+            found.append((start, count))
+        start, count = number, 1
+    if count:
+        found.append((start, count))
+    return found
+
+
+def checksum(payload: memoryview, seed: int) -> bytes:
+    """XXH64, little endian: XXH3 is no faster for so few bytes, and the native kernels know it."""
+    return xxhash.xxh64_digest(payload, seed)[::-1]
+
+
+def seed_of(key: BlockKey) -> int:
+    """With the number of a row: it verifies in its own place of its own block only."""
+    return int(key.digest[:16], 16)
