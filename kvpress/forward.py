@@ -14,6 +14,7 @@ from kvpress.tokens import Tokens
 
 if TYPE_CHECKING:
     from kvpress.layer import PolicyLayer
+    from kvpress.steady import SteadySlots
 
 _ATTRIBUTE = "_kvpress_forward"
 
@@ -31,6 +32,7 @@ class Forward:
         tokens: set once the mask is known.
         token_ids: `[batch, rows]`, where the policy needs them.
         visible: `[batch, kv_heads, slots]` positions where some slot is empty, `None` where all hold tokens.
+        steady: the slots, where this is a decoded token that overwrote one of a steady table and attention reads the table.
         slots: keys, values and their layout as attention reads them from the table, `None` where it reads what `update` returned. Layers
             that share these keys read them too, when the table may have changed.
         weights: `[batch, heads of the keys, slots]` softmax weights of a single row, where the policy asked for them.
@@ -45,6 +47,7 @@ class Forward:
     tokens: Tokens | None = None
     visible: Tensor | None = None
     token_ids: Tensor | None = None
+    steady: SteadySlots | None = None
     slots: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None
     rotated_to: Tensor | None = None
     weights: Tensor | None = None

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kvpress.eviction import ranked, strongest, survivors
 from kvpress.forward import Forward
-from kvpress.kernels.eviction import weakest
 from kvpress.memory import held_bytes
 from kvpress.observation import AttentionArguments, Observation
 from kvpress.policies.budget import layer_budgets
@@ -127,14 +126,8 @@ class Keeper:
             table.limit = None if unlimited else int(self.budgets.max()) + self.policy.interval
         if table.spare is not None and self.policy.interval == 1:
             sinks, window = self._protected(self.budgets)
-            lengths = None if table.rows is None else table.rows.lengths
-            slot = weakest(
-                self.policy.score(observation),
-                table.positions,
-                sinks=sinks,
-                first_recent=observation.newest - window + 1,
-                lengths=lengths,
-            )
+            first_recent = observation.newest - window + 1
+            slot = table.steady.weakest.find(self.policy.score(observation), sinks, first_recent)
             table.retire(slot[..., None])
             self.evictions += 1
         else:
@@ -292,9 +285,9 @@ class Keeper:
         visible = forward.visible
         if self.expands_keys and table.rows is not None:
             visible = table.positions
-        elif not self.expands_keys and table.has_layout:
+        elif not self.expands_keys and (forward.steady is not None or table.has_layout):
             keys, _, layout = table.readable()
-            layout.pop("values_scale", None)
+            layout = {name: given for name, given in layout.items() if name != "values_scale"}
         rotation = None if self.reader is None else self.reader.rotation
         if rotation is not None and self.policy.needs_queries:  # scores are made at the tokens' own positions
             stored, layout, visible = table.dense()[0], {}, table.positions

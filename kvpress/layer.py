@@ -154,12 +154,16 @@ class PolicyLayer(CacheLayerMixin):
             raise ValueError(f"batch size must stay {len(self.seen_rows)}, the cache's, got {batch}")
         if self.stowage is not None:
             self.stowage.selecting = self._reads_some(rows)
-        new = self.table.append(key_states.detach(), value_states.detach())
+        keys = key_states.detach()
+        new = self.table.append(keys, value_states.detach())
         self.seen += rows
-        self.forward = Forward(weakref.ref(self), rows, new, key_states.detach(), self.seen_rows, token_ids=ids)
-        if self.table.has_layout and self.attended and not self.expands_keys:
-            self.forward.slots = self.table.readable()
-        if self.table.base or self.forward.slots is not None:
+        self.forward = forward = Forward(weakref.ref(self), rows, new, keys, self.seen_rows, token_ids=ids)
+        if self.attended and not self.expands_keys:
+            if not isinstance(new, slice):
+                forward.steady = self.table.steady
+            elif self.table.has_layout:
+                forward.slots = self.table.readable()
+        if self.table.base or forward.steady is not None or forward.slots is not None:
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
         if not self.attended:
@@ -289,8 +293,7 @@ class PolicyLayer(CacheLayerMixin):
         if self.ordinal == 0:
             self.clock.clear()
         tokens = self.clock.read(forward.before, forward.rows, mask, device)
-        alike = isinstance(tokens.newest, int) and forward.rows == 1
-        self.table.place(forward.new, tokens.newest if alike else tokens.positions, tokens.counts)
+        self.table.place(forward.new, tokens.positions, tokens.counts)
         forward.tokens = tokens
         if self.table.has_empty or (self.reader is not None and self.table.rows is not None):
             forward.visible = self.table.positions
@@ -322,6 +325,16 @@ class PolicyLayer(CacheLayerMixin):
                 query = self.rotation.undo(query, forward.rotated)
             whole = (keys, values) if self.expands_keys or self.table.base else self.table.views()
             return self.reader.read(self.table, forward, query, *whole, arguments)
+        if forward.steady is not None:
+            output, forward.weights = forward.steady.attention.attend(
+                query,
+                positions=forward.visible,
+                reduction=self.policy.weights_reduction,
+                scaling=arguments.scaling,
+                softcap=arguments.softcap,
+                sinks=arguments.sinks,
+            )
+            return output
         several, visible = forward.rows > 1, forward.visible
         layout: dict[str, Any] = {}
         if forward.slots is not None:

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpress.memory import allocate
+from kvpress.kernels.packing import SCALE_BYTES, pack_int8
 
+_LARGEST_HALF = torch.finfo(torch.float16).max
 KV_DTYPES = ("bfloat16", "float16", "int8")
-_LEVELS = 127
-_SCALE_BYTES = 4
 
 
 class RowFormat:
@@ -46,16 +45,15 @@ class RowFormat:
 
 
 class NarrowRows(RowFormat):
-    """Rows in a floating-point type of 16 bits; what does not fit its range becomes its largest number."""
+    """Rows in a floating-point type of 16 bits; what is beyond the range of fp16 becomes its largest number."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.name = dtype, str(dtype).removeprefix("torch.")
 
     def pack(self, rows: Tensor) -> Tensor:
         if rows.dtype != self.dtype:
-            limit = torch.finfo(self.dtype).max
-            if torch.finfo(rows.dtype).max > limit:
-                rows = rows.clamp(-limit, limit)
+            if self.dtype == torch.float16:
+                rows = rows.clamp(-_LARGEST_HALF, _LARGEST_HALF)
             rows = rows.to(self.dtype)
         return rows
 
@@ -72,27 +70,18 @@ class Int8Rows(RowFormat):
     name = "int8"
 
     def pack(self, rows: Tensor) -> Tensor:
-        """Raises ValueError for a head size that is no multiple of 4, which would leave the scale unaligned."""
-        dim = rows.shape[-1]
-        if dim % _SCALE_BYTES:
-            raise ValueError(f"kv_dtype='int8' needs head sizes that are multiples of {_SCALE_BYTES}, got {dim}")
-        wide = rows.float()
-        scale = wide.abs().amax(dim=-1, keepdim=True) / _LEVELS
-        stored = allocate((*rows.shape[:-1], dim + _SCALE_BYTES), rows, torch.int8)
-        stored[..., :dim] = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
-        stored[..., dim:].view(torch.float32).copy_(scale)
-        return stored
+        return pack_int8(rows)
 
     def unpack(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         rows, scale = self.parts(stored)
         return (rows.float() * scale[..., None]).to(dtype)
 
     def parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
-        dim = stored.shape[-1] - _SCALE_BYTES
+        dim = stored.shape[-1] - SCALE_BYTES
         return stored[..., :dim], stored[..., dim:].view(torch.float32).squeeze(-1)
 
     def row_bytes(self, dim: int, dtype: torch.dtype) -> int:
-        return dim + _SCALE_BYTES
+        return dim + SCALE_BYTES
 
 
 def row_format(kv_dtype: str | None) -> RowFormat:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,22 +9,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from kvpress.kernels.eviction import RowWriter
 from kvpress.memory import allocate, filled, grown, growth, held_bytes, take
 from kvpress.ragged import RaggedRows
 from kvpress.row_format import PackedRows, RowFormat
+from kvpress.steady import POSITION, SteadySlots
 
 if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
 
-POSITION = "position"
 _NOTHING = torch.empty(0)
-
-
-@functools.cache
-def _no_score(device: torch.device) -> Tensor:
-    """What a new token starts with, made once a device: a copy at every token would wait for it."""
-    return torch.zeros(1, 1, device=device)
 
 
 class SlotTable:
@@ -64,7 +56,7 @@ class SlotTable:
         self.spare: Tensor | None = None
         self.rows: RaggedRows | None = None
         self.limit: int | None = None  # slots that this table will use at most, where that is known
-        self._writers: tuple[RowWriter, RowWriter] | None = None  # of keys and values, of the policy's columns; steady
+        self._steady: SteadySlots | None = None
         self._owned = True  # not a model's own tensors, taken in for one forward
         self._complete = False  # known to have no empty slot; real tokens appended or exchanged do not change that
 
@@ -142,7 +134,18 @@ class SlotTable:
         """Whether keys and values must be read as `readable` says: heads are ragged, or rows packed."""
         return self.rows is not None or self.packed
 
+    @property
+    def steady(self) -> SteadySlots:
+        """How decoded tokens are written and attended to in a steady table."""
+        if self._steady is None:
+            self._steady = SteadySlots(self)
+        return self._steady
+
     def readable(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `read`, which is done once for a steady table."""
+        return self.read() if self._steady is None else self._steady.readable
+
+    def read(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Keys and values as the kernels read them, and what they need to know for it: `starts` and `lengths` of flat rows `[rows, dim]`
         where heads are ragged, scales of int8 rows."""
         keys, values, layout = self.keys, self.values, dict[str, Tensor]()
@@ -189,8 +192,8 @@ class SlotTable:
     def tensors(self) -> Iterator[Tensor | None]:
         """Every tensor held."""
         yield from (self.keys, self.values, self.spare, *self.columns.values())
-        for writer in self._writers or ():
-            yield from writer.tensors()
+        if self._steady is not None:
+            yield from self._steady.tensors()
         if self.rows is not None:
             yield from (self.rows.starts, self.rows.lengths, self.rows.outside)
 
@@ -212,7 +215,7 @@ class SlotTable:
         if self.stowage is not None:
             self.stowage.fetch(self, tokens)
         if self.spare is not None and tokens == 1:
-            self._overwrite(self.spare, keys, values)
+            self.steady.overwrite(self.spare, keys, values)
             return self.spare
         if self.spare is not None:
             self._resume_growing(self.spare, room=tokens)
@@ -226,32 +229,29 @@ class SlotTable:
             column[:, :, new] = 0
         return new
 
-    def place(self, new: slice | Tensor, positions: Tensor | int, counts: tuple[int, ...]) -> None:
+    def place(self, new: slice | Tensor, positions: Tensor, counts: tuple[int, ...]) -> None:
         """Write the positions of appended tokens.
 
         Args:
             new: what `append` returned.
-            positions: `[batch or 1, tokens]` int32, `-1` for padding, or the one position of a single token of every row.
+            positions: `[batch or 1, tokens]` int32, `-1` for padding.
             counts: real tokens among them, for each batch row.
         """
-        column = self.columns[POSITION]
         if isinstance(new, slice):
-            column[:, :, new] = positions if isinstance(positions, int) else positions[:, None]
-        elif isinstance(positions, int):
-            column.scatter_(-1, new, positions)
+            self.columns[POSITION][:, :, new] = positions[:, None]
         else:
-            column.scatter_(-1, new, positions[:, None].expand(-1, column.shape[1], -1))
+            self.steady.place(new, positions)
         if min(counts) == max(counts):
             self.held += counts[0]
         else:
             self.held += numpy.array(counts, dtype=numpy.int64)[:, None]
-        if not isinstance(positions, int) and min(counts) < positions.shape[-1]:
+        if min(counts) < positions.shape[-1]:
             self._complete = False
 
     def write_keys(self, new: slice | Tensor, keys: Tensor) -> None:
         """Put `keys [batch, kv_heads, tokens, dim]` in the place of those just appended."""
         if not isinstance(new, slice):
-            self._writer()[0].write(new, [self.form.pack(keys)])
+            self.steady.write_keys(new, keys)
         elif self._owned:
             self.keys[:, :, new.start - self.base : new.stop - self.base] = self.form.pack(keys)
         else:
@@ -308,7 +308,7 @@ class SlotTable:
             taken = column[:, :, : self.count].gather(-1, index)
             fresh[:, :, :kept] = taken if surplus is None else taken.masked_fill(surplus, nothing)
             self.columns[name] = fresh
-        self.rows, self._writers, self._owned = None, None, True
+        self.rows, self._steady, self._owned = None, None, True
         self.spare = filled((batch, kv_heads, 1), kept, keys, torch.long) if room == 1 else None
         self.count = kept + 1 if room == 1 else kept
 
@@ -378,7 +378,7 @@ class SlotTable:
         self.columns = {name: column[..., :length].index_select(0, index) for name, column in self.columns.items()}
         self.spare = None if self.spare is None else self.spare.index_select(0, index)
         self.held = self.held[rows]
-        self._writers = None
+        self._steady = None
 
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal table."""
@@ -411,7 +411,7 @@ class SlotTable:
         self.dtype, self.dims = state["dtype"], state["dims"]
         capacities = state["capacities"]
         self.rows = None if capacities is None else RaggedRows(capacities, self.keys.device)
-        self._owned, self._writers, self._complete = True, None, False
+        self._owned, self._steady, self._complete = True, None, False
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -427,22 +427,6 @@ class SlotTable:
         self.columns[POSITION] = filled(shape, -1, keys, torch.int32)
         return slice(0, tokens)
 
-    def _overwrite(self, spare: Tensor, keys: Tensor, values: Tensor) -> None:
-        kept, columns = self._writer()
-        kept.write(spare, [self.form.pack(keys), self.form.pack(values)])
-        if self.column_names:
-            columns.write(spare, [_no_score(spare.device)] * len(self.column_names))
-
-    def _writer(self) -> tuple[RowWriter, RowWriter]:
-        if self._writers is None:
-            batch, kv_heads = self.columns[POSITION].shape[:2]
-            starts = None if self.rows is None else self.rows.starts
-            self._writers = (
-                RowWriter([self.keys, self.values], (batch, kv_heads), starts),
-                RowWriter([self.columns[name] for name in self.column_names], (batch, kv_heads)),
-            )
-        return self._writers
-
     def _resume_growing(self, spare: Tensor, room: int) -> None:
         """From steady to growing: slots sorted by position, the spare one gone, `room` slots for coming tokens."""
         keys, values = self.stored()
@@ -455,7 +439,7 @@ class SlotTable:
             fresh = filled((*column.shape[:2], kept + room), 0, column, column.dtype)
             fresh[:, :, :kept] = column[:, :, : self.count].gather(-1, order)
             self.columns[name] = fresh
-        self.count, self.spare, self.rows, self._writers, self._complete = kept, None, None, None, False
+        self.count, self.spare, self.rows, self._steady, self._complete = kept, None, None, None, False
 
     def _reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots, with some to spare."""
@@ -496,4 +480,4 @@ class SlotTable:
         self.held, self._complete = counts.astype(numpy.int64), False
         self.spare = taken
         self.rows, self.count, self._owned = rows, longest, True
-        self._writers = None
+        self._steady = None

@@ -95,6 +95,13 @@ struct Rotation {
   void* output;          // [batch, heads, slots, dim], contiguous, of `kind`
 };
 
+struct Packing {
+  int64_t threads, batch, heads, slots, dim;
+  const void* source;
+  int64_t kind, batch_stride, head_stride, slot_stride;
+  int8_t* output;        // [batch, heads, slots, dim + 4], contiguous
+};
+
 struct Gather {          // one column: rows of `bytes` bytes
   int64_t threads, batch, heads, slots, kept, bytes;
   const char* source;
@@ -136,4 +143,5 @@ struct Level {  // the operations compiled for one instruction set
   int (*page_bounds)(const PageBounds&);
   int (*page_scores)(const PageScores&);
   int (*rotate)(const Rotation&);
+  int (*pack_int8)(const Packing&);
 };

@@ -8,6 +8,7 @@
 #include "vote.hpp"
 #include "pages.hpp"
 #include "rotation.hpp"
+#include "packing.hpp"
 
 extern const Level level;
-const Level level = {attention, attention_mass, head_vote, page_bounds, page_scores, rotate};
+const Level level = {attention, attention_mass, head_vote, page_bounds, page_scores, rotate, pack_int8};

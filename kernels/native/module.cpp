@@ -104,6 +104,7 @@ OPERATION(head_vote, Vote, ATTENTION, used->level->head_vote)
 OPERATION(page_bounds, PageBounds, "iiiiii" "iiiii" "iiii" "ii", used->level->page_bounds)
 OPERATION(page_scores, PageScores, "iiiiii" "iiii" "ii" "iiiiiii" "i", used->level->page_scores)
 OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "i", used->level->rotate)
+OPERATION(pack_int8, Packing, "iiiii" "iiii" "i" "i", used->level->pack_int8)
 OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)
 OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii", overwrite)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
@@ -152,6 +153,7 @@ PyMethodDef methods[] = {
     {"page_bounds", FAST(call_page_bounds), "Lowest and highest key of each page."},
     {"page_scores", FAST(call_page_scores), "Upper bounds of a query's scores over pages."},
     {"rotate", FAST(call_rotate), "Rotary position embedding."},
+    {"pack_int8", FAST(call_pack_int8), "Rows as int8 with a scale each."},
     {"gather", FAST(call_gather), "Rows of a column by slot index."},
     {"overwrite", FAST(call_overwrite), "One new row a head into a column."},
     {"weakest", FAST(call_weakest), "The slot to evict of each head."},

@@ -10,6 +10,11 @@ from kvpress.slots import POSITION, SlotTable
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 3, 4, 8
 
 
+def at(position: int) -> torch.Tensor:
+    """The position of one token of every row."""
+    return torch.tensor([[position]], dtype=torch.int32)
+
+
 def rows(tokens, start=0, dtype=torch.float32):
     """Keys and values in which every number is another."""
     serial = torch.arange(start, start + BATCH * HEADS * tokens, dtype=dtype).view(BATCH, HEADS, tokens, 1)
@@ -123,10 +128,10 @@ def test_new_tokens_start_without_a_score():
 def test_positions_of_one_token_and_of_many():
     table = filled_table(4)
     new = table.append(*rows(1))
-    table.place(new, 4, (1, 1))
+    table.place(new, at(4), (1, 1))
     assert (table.positions[:, :, 4] == 4).all() and (table.held == 5).all()
     steady = steady_table()
-    steady.place(steady.append(*rows(1)), 10, (1, 1))
+    steady.place(steady.append(*rows(1)), at(10), (1, 1))
     assert (steady.positions[:, :, 4] == 10).all() and (steady.held == 5).all()
     other = steady_table()
     other.place(other.append(*rows(1)), torch.tensor([[10], [-1]], dtype=torch.int32), (1, 0))
@@ -140,23 +145,23 @@ def test_positions_of_one_token_and_of_many():
 def test_empty_slots_are_noticed():
     full = filled_table(4)
     assert not full.has_empty
-    full.place(full.append(*rows(1)), 4, (1, 1))
+    full.place(full.append(*rows(1)), at(4), (1, 1))
     assert not full.has_empty
     full.place(full.append(*rows(1)), torch.tensor([[5], [-1]], dtype=torch.int32), (1, 0))
     assert full.has_empty
     assert filled_table(4, pads=(2, 0)).has_empty
     steady = steady_table()
     assert steady.has_empty  # the spare one, before a token comes
-    steady.place(steady.append(*rows(1)), 10, (1, 1))
+    steady.place(steady.append(*rows(1)), at(10), (1, 1))
     assert not steady.has_empty
     ragged = ragged_table()
-    ragged.place(ragged.append(*rows(1)), 10, (1, 1))
+    ragged.place(ragged.append(*rows(1)), at(10), (1, 1))
     assert not ragged.has_empty and ragged.has_layout
 
 
 def test_a_retired_token_leaves_its_slot():
     table = steady_table()
-    table.place(table.append(*rows(1)), 10, (1, 1))
+    table.place(table.append(*rows(1)), at(10), (1, 1))
     assert not table.has_empty
     slot = torch.tensor([[[0], [1], [2]], [[3], [4], [0]]])
     table.retire(slot)
@@ -189,7 +194,7 @@ def test_heads_that_keep_fewer_have_empty_slots():
 
 def test_vacated_slots_are_empty():
     table = steady_table()
-    table.place(table.append(*rows(1)), 10, (1, 1))
+    table.place(table.append(*rows(1)), at(10), (1, 1))
     assert not table.has_empty
     stays = torch.tensor([True, False, True, True, True]).expand(BATCH, HEADS, 5)
     table.vacate(stays, numpy.full((BATCH, HEADS), 4))
@@ -223,7 +228,7 @@ def test_taking_back():
     padded.drop_last(2)
     assert padded.held.tolist() == [[0] * HEADS, [4] * HEADS]
     steady = steady_table()
-    steady.place(steady.append(*rows(1)), 10, (1, 1))
+    steady.place(steady.append(*rows(1)), at(10), (1, 1))
     with pytest.raises(RuntimeError, match="cannot take back 2 tokens from a cache that has evicted since"):
         steady.drop_last(2)
     steady.drop_last(1)
@@ -245,7 +250,7 @@ def test_growing_again_from_a_steady_table():
     table = steady_table()
     table.columns["score"].copy_(table.positions)
     for position in (10, 11):
-        table.place(table.append(*rows(1, start=position * 100)), position, (1, 1))
+        table.place(table.append(*rows(1, start=position * 100)), at(position), (1, 1))
         table.columns["score"].scatter_(-1, table.spare, float(position))
         table.retire(table.positions.argmin(-1, keepdim=True))
     new = table.append(*rows(3))

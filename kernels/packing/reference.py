@@ -1,0 +1,19 @@
+"""Packing in torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEVELS, SCALE_BYTES = 127, 4
+
+
+def pack_int8(rows: Tensor) -> Tensor:
+    """See `kvpress.kernels.packing.pack_int8`."""
+    dim, wide = rows.shape[-1], rows.float()
+    scale = wide.abs().amax(dim=-1, keepdim=True) / LEVELS
+    with torch.inference_mode(False):
+        stored = torch.empty(*rows.shape[:-1], dim + SCALE_BYTES, dtype=torch.int8, device=rows.device)
+    stored[..., :dim] = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
+    stored[..., dim:].view(torch.float32).copy_(scale)
+    return stored
