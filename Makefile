@@ -19,7 +19,7 @@ REQUIREMENTS := $(wildcard requirements/*.txt)
 SOURCES := pyproject.toml setup.py $(shell find kvpress policies kernels longbench \
 	-name __init__.py -o -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: help venv demo test lint links types format docs site clean
+.PHONY: help venv demo test coverage mutation lint links types format docs site clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -44,6 +44,13 @@ demo: venv ## the pass key with every policy; ARGS=--quick for the short one
 
 test: venv ## all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+coverage: venv ## all tests, and the lines of kvpress/ and policies/ that none of them runs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+mutation: venv ## small mistakes in the slot table, budgets and masks, one at a time: the tests must notice each
+	@$(PIP) install -r requirements/mutation.txt
+	@$(BIN)/python benchmarks/mutation.py $(ARGS)
 
 lint: venv ## ruff: rules and layout
 	@$(BIN)/python -m ruff check .

@@ -85,7 +85,52 @@ PARTS = {
         ("tests/cache/test_slot_table.py", "tests/cache/test_slot_table_machine.py"),
     ),
 }
-ACCEPTED: dict[str, dict[str, str]] = {}  # part -> changed line, as `- before + after` -> why it changes nothing
+ONE_ROW = "the branch for batch rows that are alike"
+LAST_OF_TWO = "the mask is two-dimensional here"
+SIZE_ONE = "the dimension has one entry"
+SOONER = "only what is known is asked again"
+_ONES = (
+    'rest = torch.ones(mask.shape[0], arguments["kv_length"] - mask.shape[-1], dtype=torch.bool, device=mask.device)'
+)
+_SHORT = 'if mask.shape[-1] < arguments["kv_length"]:  # tokens fed without a mask of their own are real'
+_RANGE = "positions = torch.arange(before[0], before[0] + rows, dtype=torch.int32, device=device)[None]"
+_VALID = "valid = mask[:, 0, 0, -rows:].to(device)"
+_COUNTED = "counts = tuple(valid.sum(dim=-1).tolist())"
+_CUMULATED = "positions = torch.where(valid, start + valid.int().cumsum(-1, dtype=torch.int32) - 1, -1)"
+_SEEN = "seen = tuple(past + count for past, count in zip(before, counts, strict=True))"
+_MASKED = "if not isinstance(positions, int) and min(counts) < positions.shape[-1]:"
+
+
+def _accepted(*changes: tuple[str, str, str, str]) -> dict[str, str]:
+    """`(line, what, by what, why)` as `- before + after` -> why."""
+    return {f"- {line} + {line.replace(old, new, 1)}": why for line, old, new, why in changes}
+
+
+ACCEPTED = {  # part -> a survivor -> why it changes nothing
+    "masks": _accepted(
+        (_ONES, '"] - mask', '"] + mask', "what is too long is cut off in the last line"),
+        (_ONES, "] - mask.shape[-1]", "] - mask.shape[+1]", LAST_OF_TWO),
+        (_SHORT, " < ", " <= ", "nothing is appended then"),
+        (_SHORT, "[-1]", "[+1]", LAST_OF_TWO),
+        ("mask = torch.cat([mask, rest], dim=-1)", "-1", "+1", LAST_OF_TWO),
+    ),
+    "tokens": _accepted(
+        ("key = (before, rows, mask is None)", "is None", "is not None", "one of two values all the same"),
+        (_VALID, "[:, 0, 0", "[:, -1, 0", SIZE_ONE),
+        (_VALID, "[:, 0, 0", "[:, 0, -1", SIZE_ONE),
+        (_RANGE, "arange(before[0]", "arange(before[ -1]", ONE_ROW),
+        (_RANGE, ", before[0]", ", before[ -1]", ONE_ROW),
+        ("return Tokens(rows, counts, seen, positions, seen[0] - 1)", "[0]", "[ -1]", ONE_ROW),
+        ("@dataclass(frozen=True)", "True", "False", "nobody writes to it"),
+        (_SEEN, "strict=True", "strict=False", "a mask has as many rows as the batch"),
+        (_COUNTED, "dim=-1", "dim=+1", LAST_OF_TWO),
+        (_CUMULATED, "cumsum(-1", "cumsum(+1", LAST_OF_TWO),
+    ),
+    "slots": _accepted(
+        (_MASKED, " < ", " <= ", SOONER),
+        ("if counts.min() < kept:", " < ", " <= ", "no slot is surplus then"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -186,7 +231,7 @@ def run(part: Part, source: str, timeout: float) -> str:
     return "timeout"
 
 
-def mutate(name: str, only: int | None, timeout: float) -> bool:
+def mutate(name: str, only: int | None, skip: int, timeout: float) -> bool:
     """Run a part; whether nothing unexpected survived."""
     part, accepted = PARTS[name], ACCEPTED.get(name, {})
     source = (ROOT / part.path).read_text()
@@ -196,7 +241,11 @@ def mutate(name: str, only: int | None, timeout: float) -> bool:
     took = time.monotonic() - start
     counts = {"killed": 0, "timeout": 0, "survived": 0}
     argued, unexpected = set(), 0
-    for mutant in mutants(source):
+    for number, mutant in enumerate(mutants(source)):
+        if number < skip:
+            continue
+        if number % 50 == 0:
+            print(f"{name}: mutant {number}, {counts}", file=sys.stderr, flush=True)
         if only is not None and mutant.line != only:
             continue
         outcome = run(part, source=mutant.source, timeout=max(timeout, 8 * took))
@@ -207,7 +256,7 @@ def mutate(name: str, only: int | None, timeout: float) -> bool:
         unexpected += mutant.change not in accepted
         why = accepted.get(mutant.change)
         print(json.dumps({"part": name, "line": mutant.line, "survivor": mutant.change, "why": why}), flush=True)
-    stale = sorted(set(accepted) - argued) if only is None else []
+    stale = sorted(set(accepted) - argued) if only is None and not skip else []
     facts = {
         "part": name,
         "mutants": sum(counts.values()),
@@ -224,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     parser.add_argument("--line", type=int, help="only mutants of this line")
+    parser.add_argument("--skip", type=int, default=0, help="go on after so many mutants")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a mutant, at least")
     given = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -246,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from transformers import DynamicCache, LlamaForCausalLM  # noqa: F401  their modules are imported when they are first named
 
     torch.set_num_threads(1)
-    return int(not all([mutate(name, given.line, given.timeout) for name in given.parts]))
+    return int(not all([mutate(name, given.line, given.skip, given.timeout) for name in given.parts]))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class DeviceTensor(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor, device: torch.device) -> DeviceTensor:
-        made: DeviceTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: DeviceTensor = Tensor._make_wrapper_subclass(
             cls,
             held.shape,
             strides=held.stride(),
@@ -97,13 +97,16 @@ class DeviceTensor(Tensor):
         return _mapped(_plain, tree)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTensor:
-        return memo.setdefault(id(self), DeviceTensor(self.held.clone(), self.device))
+        copied = memo[id(self)] = DeviceTensor(self.held.clone(), self.device)
+        return copied
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return f"DeviceTensor({self.held!r}, device='{self.device}')"
 
     @classmethod
-    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(operator, args, kwargs or {})
 
 
@@ -113,11 +116,11 @@ class SeveralDevices(TorchDispatchMode):
     def __enter__(self) -> SeveralDevices:
         self._lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # else `torch.tensor(…, device=…)` would ask the device itself
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch._C._set_only_lift_cpu_tensors(self._lifted)
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

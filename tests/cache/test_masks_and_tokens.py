@@ -86,6 +86,16 @@ def test_positions_that_do_not_continue():
     clock.check_positions(clock.read((2,), 1, None, CPU), 9, torch.tensor([[40]]))  # a decoded token is not looked at
 
 
+def test_positions_of_the_first_row_are_looked_at():
+    tokens = read((2, 5), 3)
+    clock = TokenClock()
+    clock.check_positions(tokens, 9, torch.tensor([[2, 3, 4], [5, 6, 7]]))
+    for wrong in (7, 5):
+        clock.clear()
+        with pytest.raises(CacheStateError, match=f"and end at 4, they end at {wrong}: "):
+            clock.check_positions(tokens, 9, torch.tensor([[wrong - 2, wrong - 1, wrong], [2, 3, 4]]))
+
+
 def mask_of(mask, length, **changes):
     given = None if mask is None else torch.tensor(mask, dtype=torch.bool)
     arguments = {"kv_length": LogicalLength(length), "attention_mask": given, "config": tiny_model().config}

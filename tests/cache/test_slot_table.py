@@ -88,7 +88,7 @@ def test_room_to_grow():
     table = filled_table(10)
     assert table.capacity == 14 and table.capacity_for(14) == 14 and table.capacity_for(15) == 19
     assert table.append(*rows(4)) == slice(10, 14)
-    assert table.capacity == 14 and table.positions.shape[2] == 14
+    assert table.capacity == table.positions.shape[2] == table.columns["score"].shape[2] == 14
     table.append(*rows(1))
     assert table.capacity == 19 and table.columns["score"].shape[2] == table.columns[POSITION].shape[2] == 19
     assert not table.columns["score"].any() and not table.keys[:, :, 15:].any()
@@ -178,6 +178,18 @@ def test_a_retired_token_leaves_its_slot():
     ragged.place(ragged.append(*rows(1)), torch.tensor([[10], [-1]], dtype=torch.int32), (1, 0))
     ragged.retire(torch.zeros(BATCH, HEADS, 1, dtype=torch.long))
     assert ragged.held.tolist() == [[1, 2, 3], [4, 2, 2]]
+
+
+def test_heads_that_keep_fewer_have_empty_slots():
+    table = filled_table()
+    table.columns["score"].fill_(3)
+    counts = numpy.array([[1, 2, 3], [3, 3, 2]])
+    table.keep(torch.tensor([7, 8, 9]).expand(BATCH, HEADS, 3).contiguous(), counts, 2)
+    assert table.spare is None and table.count == 3 and table.has_empty and table.capacity == 5
+    assert table.positions.tolist() == [[[-1, -1, 9], [-1, 8, 9], [7, 8, 9]], [[7, 8, 9], [7, 8, 9], [-1, 8, 9]]]
+    assert (
+        table.policy_columns["score"][0, 0].tolist() == [0, 0, 3] and (table.policy_columns["score"][1, 1] == 3).all()
+    )
 
 
 def test_vacated_slots_are_empty():

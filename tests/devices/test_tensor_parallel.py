@@ -15,15 +15,17 @@ from kvpress import PolicyCache
 from kvpress.errors import UnsupportedModelError
 from kvpress.kernels.attention_mass.noise import gumbel, seed_from_head
 from kvpress.tensor_parallel import ALONE, HeadShards
+from kvpress.testing.tiny_checkpoint import save_tiny_checkpoint
 
 PROCESSES = 2
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two processes found."""
+    """What each of two processes found, and what they printed."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
     whole_model().save_pretrained(folder / "model")
+    save_tiny_checkpoint(folder / "tiny")
     script = Path(__file__).with_name("tensor_parallel_process.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     done = subprocess.run(
@@ -34,7 +36,8 @@ def ranks(tmp_path_factory):
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
+    return [{**each, "printed": done.stdout} for each in found]
 
 
 def joined(parts):
@@ -92,6 +95,11 @@ def test_each_process_saves_and_loads_its_own_heads(ranks):
         equal, error = rank["saved"]
         assert equal
         assert f"share [{1 - number}, 2]" in error and f"holds [{number}, 2]" in error
+
+
+def test_the_example(ranks):
+    for number in range(PROCESSES):
+        assert f"process {number}: 1 KV heads, " in ranks[0]["printed"]
 
 
 def test_one_process_alone_is_not_asked(model):
