@@ -9,17 +9,15 @@ from torch import Tensor
 
 from kvpress.memory import filled, growth
 from kvpress.policies.selection import SlotView
+from kvpress.row_format import Int8Rows
 
-LEVELS = 127  # of int8, the same on both sides of 0
+_FORM = Int8Rows()
 PIECE = 1024  # slots that are rounded at once, so that no second copy of all keys is made
 
 
 def quantise(keys: Tensor) -> tuple[Tensor, Tensor]:
     """`keys [..., dim]` as int8 and a fp32 scale `[...]` each: `codes * scale` is at most half a scale away from every number."""
-    wide = keys.float()
-    scale = wide.abs().amax(dim=-1) / LEVELS
-    codes = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round_().clamp_(-LEVELS, LEVELS)
-    return codes.to(torch.int8), scale
+    return _FORM.parts(_FORM.pack(keys))
 
 
 class KeyIndex:

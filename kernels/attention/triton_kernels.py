@@ -14,16 +14,17 @@ CONFIGS = [
     triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
     triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
     triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_N": 16}, num_warps=4, num_stages=2),
 ]
 KEY = ["GROUP", "BLOCK_M", "BLOCK_D", "BLOCK_V", "SPLIT", "CAUSAL"]
 
 
 def choices(block_m: int, block_d: int, block_v: int, full: bool, amd: bool) -> list[triton.Config]:
     """Configurations that compile without a spill on every target, best guess first; `full`: fp32 arithmetic."""
-    narrow, many_warps, short = CONFIGS
+    narrow, many_warps, short, shortest = CONFIGS
     wide = block_d + block_v > 256
     if full or (amd and wide):
-        return [short]
+        return [shortest if full and wide else short]
     if amd or (block_m <= 16 and not wide):
         return [narrow, short]
     return [many_warps] if wide else [short]
