@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -34,12 +34,17 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """The sums over the layers, and the layers. `held_bytes` of a `PolicyCache` is its `nbytes`."""
+    """The sums over the layers, and the layers. `held_bytes` of a `PolicyCache` is its `nbytes`.
+
+    Attributes:
+        tiers: with offload the bytes in each tier, the nearest first; the files of the disk tier are in none of the other figures.
+    """
 
     logical_bytes: int
     held_bytes: int
     full_bytes: int
     layers: tuple[LayerBytes, ...]
+    tiers: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -61,7 +66,8 @@ def cache_bytes(cache: Any) -> CacheBytes:
     rows = tuple(_layer_bytes(index, layer) for index, layer in enumerate(layers))
     logical, full = sum(row.logical_bytes for row in rows), sum(row.full_bytes for row in rows)
     held = cache.nbytes if isinstance(cache, PolicyCache) else sum(row.held_bytes for row in rows)
-    return CacheBytes(logical, held, full, rows)
+    tiers = cache.tiers.statistics() if isinstance(cache, PolicyCache) and cache.tiers is not None else {}
+    return CacheBytes(logical, held, full, rows, {name: found.bytes for name, found in tiers.items()})
 
 
 def _layer_bytes(index: int, layer: Any) -> LayerBytes:

@@ -85,6 +85,8 @@ class Profile:
                 written_bytes, (self.cache.held_bytes, self.cache.logical_bytes, self.cache.full_bytes)
             )
             yield f"cache: {held} held, {kept} of it keys and values that were kept; a full cache: {full}"
+            if self.cache.tiers:
+                yield "tiers: " + ", ".join(f"{written_bytes(size)} {name}" for name, size in self.cache.tiers.items())
 
 
 def _cells(phase: Phase) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,23 +90,25 @@ def test_nothing_fits_beside_the_weights() -> None:
 
 
 def test_what_takes_room() -> None:
-    base = fit(SHAPE, Candidate(STOCK), Room(memory=400_000, new_tokens=1))
+    shape, memory = replace(SHAPE, window=1 << 20), 4_000_000
+    base = fit(shape, Candidate(STOCK), Room(memory=memory, new_tokens=1))
     smaller = {
-        "more rows": Room(memory=400_000, new_tokens=1, batch=2),
-        "more new tokens": Room(memory=400_000, new_tokens=100),
-        "heavier weights": Room(memory=400_000, new_tokens=1, weights=SHAPE.weights_bytes + 50_000),
-        "more activations": Room(memory=400_000, new_tokens=1, activations=300_000),
+        "more rows": Room(memory=memory, new_tokens=1, batch=2),
+        "more new tokens": Room(memory=memory, new_tokens=100),
+        "heavier weights": Room(memory=memory, new_tokens=1, weights=SHAPE.weights_bytes + 50_000),
+        "more activations": Room(memory=memory, new_tokens=1, activations=3_800_000),
     }
-    assert base.bound_by == "memory" and base.context > 0
+    assert base.bound_by == "memory" and base.context > 768
     for reason, room in smaller.items():
-        assert fit(SHAPE, Candidate(STOCK), room).context < base.context, reason
-    assert fit(SHAPE, Candidate(STOCK), Room(memory=400_000, new_tokens=1, chunk_size=16)).context > base.context
+        assert fit(shape, Candidate(STOCK), room).context < base.context, reason
+    assert fit(shape, Candidate(STOCK), Room(memory=memory, new_tokens=1, chunk_size=16)).context > base.context
 
 
 def test_the_allowance_is_what_is_documented() -> None:
     hidden, intermediate, queries, keys_and_values = 32, 48, 32, 2 * 16
     numbers = 4 * hidden + 3 * intermediate + 2 * queries + 2 * keys_and_values
-    assert activation_bytes(SHAPE, 10) == 1.75 * (10 * numbers + 2 * 97) * 4
+    assert activation_bytes(SHAPE, 1000) == 1.75 * (1000 * numbers + 2 * 97) * 4
+    assert activation_bytes(SHAPE, 10) == activation_bytes(SHAPE, 768) < activation_bytes(SHAPE, 769)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 9, 1000])

@@ -1,6 +1,7 @@
 """`kvpress.profile` around a user's own script."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import DynamicCache
 
 import kvpress
 from kvpress import PolicyCache
+from kvpress.offload.options import Offload
 from kvpress.profiling.cache_bytes import cache_bytes
 from kvpress.profiling.cuda_snapshot import memory_history
 from kvpress.profiling.phases import PhaseRecorder
@@ -69,6 +71,20 @@ def test_phases_bytes_and_times(policy: str, options: dict[str, int]) -> None:
     )
     json.dumps(profile.to_dict())
     assert "prefill" in str(profile) and "a full cache" in str(profile)
+
+
+def test_bytes_of_each_tier_are_told(tmp_path: Path) -> None:
+    model = tiny_model()
+    offload = Offload(device="28KB", disk=str(tmp_path), block=8)
+    cache = PolicyCache(model, "full", offload=offload)
+    with kvpress.profile(model) as profile:
+        generate(model, cache)
+    assert profile.cache is not None
+    assert profile.cache.tiers == {tier.tier: tier.nbytes for tier in cache.report().tiers}
+    assert list(profile.cache.tiers) == ["device", "disk"]
+    assert 0 < profile.cache.tiers["device"] <= 28_000 and profile.cache.tiers["disk"] > 8_000
+    assert "tiers: " in str(profile) and " disk" in str(profile)
+    cache.close()
 
 
 def test_the_stock_cache_is_measured_too() -> None:
