@@ -98,7 +98,7 @@ _VALID = "valid = mask[:, 0, 0, -rows:].to(device)"
 _COUNTED = "counts = tuple(valid.sum(dim=-1).tolist())"
 _CUMULATED = "positions = torch.where(valid, start + valid.int().cumsum(-1, dtype=torch.int32) - 1, -1)"
 _SEEN = "seen = tuple(past + count for past, count in zip(before, counts, strict=True))"
-_MASKED = "if not isinstance(positions, int) and min(counts) < positions.shape[-1]:"
+_MASKED = "if min(counts) < positions.shape[-1]:"
 
 
 def _accepted(*changes: tuple[str, str, str, str]) -> dict[str, str]:
