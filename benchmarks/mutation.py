@@ -98,6 +98,7 @@ _VALID = "valid = mask[:, 0, 0, -rows:].to(device)"
 _COUNTED = "counts = tuple(valid.sum(dim=-1).tolist())"
 _CUMULATED = "positions = torch.where(valid, start + valid.int().cumsum(-1, dtype=torch.int32) - 1, -1)"
 _SEEN = "seen = tuple(past + count for past, count in zip(before, counts, strict=True))"
+_LENGTH = "length = None if self.rows is None else self.count"
 _MASKED = "if min(counts) < positions.shape[-1]:"
 
 
@@ -129,6 +130,7 @@ ACCEPTED = {  # part -> a survivor -> why it changes nothing
     "slots": _accepted(
         (_MASKED, " < ", " <= ", SOONER),
         ("if counts.min() < kept:", " < ", " <= ", "no slot is surplus then"),
+        (_LENGTH, "is None", "is not None", "columns are cut to the slots in use, or longer than those: only memory"),
     ),
 }
 
