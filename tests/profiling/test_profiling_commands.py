@@ -197,17 +197,17 @@ def test_a_model_that_is_not_there_is_exit_code_1(command: list[str], tmp_path: 
 
 
 def test_fit_tells_every_policy(checkpoint: str) -> None:
-    arguments = ["fit", "-m", checkpoint, "--memory", "1MB", "--new-tokens", "16"]
+    arguments = ["fit", "-m", checkpoint, "--memory", "2750kB", "--new-tokens", "16"]
     result = runner.invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert [fit["label"].split("@")[0] for fit in found["fits"]] == ["stock", *policy_names()]
     by_name = {fit["label"].split("@")[0]: fit for fit in found["fits"]}
     assert by_name["snapkv"]["context"] > by_name["stock"]["context"] >= by_name["full"]["context"] > 100
-    assert found["memory_bytes"] == 10**6
+    assert found["memory_bytes"] == 2_750_000
     shown = runner.invoke(app, arguments)
     assert f"{by_name['snapkv']['context']:,}" in shown.stdout
-    assert "What fits in 1 MB" in shown.stdout
+    assert "What fits in 2.75 MB" in shown.stdout
     wide = runner.invoke(app, [*arguments, "-p", "tova", "-b", "64", "--no-stock", "--chunk-size", "32", "--json"])
     assert [fit["bound_by"] for fit in json.loads(wide.stdout)["fits"]] == ["window"]
 

@@ -18,7 +18,7 @@ def test_the_figures_it_names_exist() -> None:
         model(random_tokens(1, 20))
     found = profile.to_dict()
     names = re.findall(r"^\| `cache\.(\w+)`", PAGE, re.MULTILINE)
-    assert len(names) == 4
+    assert len(names) == 5
     assert set(names) == set(found["cache"])
     for name in ("first_token_seconds", "token_milliseconds", "prefill", "decode"):
         assert f"`{name}`" in PAGE and name in found
