@@ -23,6 +23,16 @@ struct Positions {  // of one head, in either integer type
   int64_t operator[](int64_t slot) const { return narrow ? narrow[slot] : wide[slot]; }
 };
 
+static inline void copy_scales(const float* from, int64_t stride, int64_t first, int count, float* to) {
+  if (!from) return;
+  from += first * stride;
+  if (stride == 1) {
+    std::memcpy(to, from, size_t(count) * sizeof(float));
+  } else {
+    for (int i = 0; i < count; ++i, from += stride) to[i] = *from;
+  }
+}
+
 template <class T>
 struct Head {  // the entries of one (batch row, KV head)
   const Slots& slots;
@@ -64,10 +74,8 @@ struct Head {  // the entries of one (batch row, KV head)
       }
       oldest = entry;
       newest = entry + n - 1;
-      if (key_scale)
-        for (int i = 0; i < n; ++i) tile.key_scale[i] = key_scale[(entry + i) * slots.key_scale_slot];
-      if (value_scale)
-        for (int i = 0; i < n; ++i) tile.value_scale[i] = value_scale[(entry + i) * slots.value_scale_slot];
+      copy_scales(key_scale, slots.key_scale_slot, entry, n, tile.key_scale);
+      copy_scales(value_scale, slots.value_scale_slot, entry, n, tile.value_scale);
       entry += n;
     } else {
       for (; entry < end && n < TILE; ++entry) {
