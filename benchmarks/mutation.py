@@ -98,6 +98,7 @@ _VALID = "valid = mask[:, 0, 0, -rows:].to(device)"
 _COUNTED = "counts = tuple(valid.sum(dim=-1).tolist())"
 _CUMULATED = "positions = torch.where(valid, start + valid.int().cumsum(-1, dtype=torch.int32) - 1, -1)"
 _SEEN = "seen = tuple(past + count for past, count in zip(before, counts, strict=True))"
+_SIZE = "tokens = ((self.size or 0) - fixed_bytes) // bytes_per_token - spare"
 _LENGTH = "length = None if self.rows is None else self.count"
 _MASKED = "if min(counts) < positions.shape[-1]:"
 
@@ -108,6 +109,11 @@ def _accepted(*changes: tuple[str, str, str, str]) -> dict[str, str]:
 
 
 ACCEPTED = {  # part -> a survivor -> why it changes nothing
+    "budget": _accepted(
+        ("@dataclass(frozen=True)", "True", "False", "nobody writes to it"),
+        (_SIZE, "or 0", "or 1", "a size is given there"),
+        (_SIZE, "or 0", "or -1", "a size is given there"),
+    ),
     "masks": _accepted(
         (_ONES, '"] - mask', '"] + mask', "what is too long is cut off in the last line"),
         (_ONES, "] - mask.shape[-1]", "] - mask.shape[+1]", LAST_OF_TWO),

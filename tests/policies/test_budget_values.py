@@ -123,3 +123,8 @@ def test_of_a_layer():
             ValueError, match=rf"^budget must have an entry for each of 2 compressed layers, got {len(value)}$"
         ):
             layer_budgets(value, 0, 2)
+
+
+def test_a_byte_short_of_a_token_is_a_token_less():
+    assert Budget.parse("99B").resolve([1000], 10) == [8]
+    assert Budget.parse("100B").resolve([1000], 10) == [9]
