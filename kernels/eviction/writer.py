@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,10 +69,6 @@ class RowWriter:
                 strides[0] * item if shape[0] == batch else 0,
                 strides[1] * item if shape[1] == kv_heads else 0,
             )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RowWriter:
-        columns, starts = copy.deepcopy((self.columns, self.starts), memo)  # addresses are those of the copies
-        return RowWriter(columns, self.heads, starts, "native" if self._native else "reference")
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held beside the columns and `starts`."""
