@@ -40,13 +40,11 @@ class SteadyWeakest:
         Raises:
             ValueError: as `weakest`.
         """
+        alike = isinstance(sinks, int) and isinstance(first_recent, int)  # limits by head are looked up at every call
         kind = (scores.shape, scores.stride(), scores.dtype)
-        if (
-            kind != self._kind
-            or not (isinstance(sinks, int) and isinstance(first_recent, int))
-            or torch.compiler.is_compiling()
-        ):
-            self._kind = kind if self._prepare(scores) else None
+        if not alike or kind != self._kind or torch.compiler.is_compiling():
+            if alike:
+                self._kind = kind if self._prepare(scores) else None
             return weakest(scores, self.positions, sinks=sinks, first_recent=first_recent, lengths=self.lengths)
         slot = torch.empty(self._before[:2], dtype=torch.int64)
         fields.built().weakest(*self._before, scores.data_ptr(), *self._behind, sinks, first_recent, slot.data_ptr())
