@@ -2,11 +2,13 @@
 
     python benchmarks/kernels.py --tokens 32768 --threads 2
     python benchmarks/kernels.py --tokens 131072 --operations decode selected vote --flex
+    python benchmarks/kernels.py --tokens 131072 --device cuda --dtype bfloat16
 
 A case is timed only after its result has been compared with the reference in fp64, within twice the error of the reference
 in fp32 (`kvpress.testing.slots_oracle.error_budget`). Implementations take turns call by call, so that a busy machine slows
 all alike; figures are medians, `ratio` is the peer's median over ours. `read_share` is the bytes that must be read over the
-time, as a share of the read bandwidth measured in this run. With one thread the process's CPU time is taken.
+time, as a share of the read bandwidth measured in this run. With one thread the process's CPU time is taken. On a GPU, where the
+Triton kernels run, it is the device's time with its caches emptied before every call (`triton.testing.do_bench`).
 """
 
 from __future__ import annotations
@@ -55,18 +57,23 @@ def size(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
+def kernel_of(tensor: Tensor) -> str:
+    """The compiled implementation for where a tensor lies."""
+    return "triton" if tensor.is_cuda else "native"
+
+
 def quantised(slots: Tensor) -> tuple[Tensor, Tensor]:
     scale = slots.abs().amax(-1) / 127
     return (slots / scale[..., None]).round().to(torch.int8), scale
 
 
 def gate(ours: Callable[..., Any], *tensors: Tensor, **options: Any) -> Callable[[], None]:
-    """The check of a result: native against the reference in fp64."""
+    """The check of a result: the kernel of this device against the reference in fp64."""
 
     def check() -> None:
         wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
         exact, low = ours(*wide, impl="reference", **options), ours(*tensors, impl="reference", **options)
-        found = ours(*tensors, impl="native", **options)
+        found = ours(*tensors, impl=kernel_of(tensors[0]), **options)
         for triple in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, low, exact)), strict=True):
             assert_within_budget(*triple)
 
@@ -74,21 +81,24 @@ def gate(ours: Callable[..., Any], *tensors: Tensor, **options: Any) -> Callable
 
 
 def same(ours: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[], None]:
-    """The check of a result that involves no rounding: native equals the reference bit for bit."""
+    """The check of a result that involves no rounding: the kernel equals the reference bit for bit."""
 
     def check() -> None:
-        found, wanted = (ours(*arguments, impl=name, **options) for name in ("native", "reference"))
+        first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+        found, wanted = (ours(*arguments, impl=name, **options) for name in (kernel_of(first), "reference"))
         if not all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)):
             raise AssertionError("results differ")
 
     return check
 
 
-def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
+def cases(shape: str, tokens: int, prompt: int, flex: bool, dtype: torch.dtype) -> Iterator[Case]:
+    """Every operation at one shape; tensors are made on torch's default device."""
     query_heads, kv_heads, dim = SHAPES[shape]
     group, scaling = query_heads // kv_heads, dim**-0.5
-    query = torch.randn(1, query_heads, 1, dim)
-    keys, values = torch.randn(2, 1, kv_heads, tokens, dim)
+    query = torch.randn(1, query_heads, 1, dim, dtype=dtype)
+    keys, values = torch.randn(2, 1, kv_heads, tokens, dim, dtype=dtype)
+    kernel, storage = kernel_of(query), str(dtype).removeprefix("torch.")
     module = SimpleNamespace(num_key_value_groups=group, is_causal=True, training=False)
 
     def transformers_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Call:
@@ -105,16 +115,17 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
         peers["flex_attention"] = lambda: compiled(query, keys, values, scale=scaling, enable_gqa=True)
     yield Case(
         "decode",
-        {"native": lambda: attend(query, keys, values, scaling=scaling, impl="native"), **peers},
+        {kernel: lambda: attend(query, keys, values, scaling=scaling, impl=kernel), **peers},
         size(keys, values),
+        storage,
         check=gate(attend, query, keys, values, scaling=scaling),
     )
-    full = {"native fp32": lambda: attend(query, keys, values, scaling=scaling, impl="native")}
-    for kind in (torch.bfloat16, torch.float16):
+    full = {"as stored above": lambda: attend(query, keys, values, scaling=scaling, impl=kernel)}
+    for kind in {torch.bfloat16, torch.float16} - {dtype}:
         k, v = keys.to(kind), values.to(kind)
         yield Case(
             "decode",
-            {"native": lambda k=k, v=v: attend(query, k, v, scaling=scaling, impl="native"), **full},
+            {kernel: lambda k=k, v=v: attend(query, k, v, scaling=scaling, impl=kernel), **full},
             size(k, v),
             str(kind).removeprefix("torch."),
             check=gate(attend, query, k, v, scaling=scaling),
@@ -124,7 +135,7 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
     scales = {"keys_scale": ks, "values_scale": vs}
     yield Case(
         "decode",
-        {"native": lambda: attend(query, k8, v8, scaling=scaling, impl="native", **scales), **full},
+        {kernel: lambda: attend(query, k8, v8, scaling=scaling, impl=kernel, **scales), **full},
         size(k8, v8, ks, vs),
         "int8",
         check=gate(attend, query, k8, v8, scaling=scaling, **scales),
@@ -133,12 +144,10 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
     yield Case(
         "weights",
         {
-            "native": lambda: attend_with_weights(
-                query, keys, values, reduction="mean", scaling=scaling, impl="native"
-            ),
+            kernel: lambda: attend_with_weights(query, keys, values, reduction="mean", scaling=scaling, impl=kernel),
             "attention and a second pass": lambda: (
-                attend(query, keys, values, scaling=scaling, impl="native"),
-                attention_mass(query, keys, scaling=scaling, impl="native"),
+                attend(query, keys, values, scaling=scaling, impl=kernel),
+                attention_mass(query, keys, scaling=scaling, impl=kernel),
             ),
         },
         size(keys, values),
@@ -155,7 +164,7 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
     yield Case(
         "selected",
         {
-            "native": lambda: attend(query, keys, values, scaling=scaling, index=index, impl="native"),
+            kernel: lambda: attend(query, keys, values, scaling=scaling, index=index, impl=kernel),
             "transformers sdpa over all": peers["transformers sdpa"],
             "gather + sdpa": gathered,
         },
@@ -163,16 +172,16 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
         check=gate(attend, query, keys, values, scaling=scaling, index=index),
     )
 
-    chunk = torch.randn(1, query_heads, CHUNK, dim)
+    chunk = torch.randn(1, query_heads, CHUNK, dim, dtype=dtype)
     positions, seen = torch.arange(tokens)[None, None], torch.arange(tokens - CHUNK, tokens)[None]
     picked = torch.cat([chosen[chosen < tokens - CHUNK], torch.arange(tokens - CHUNK, tokens)])[None, None]
     mask = torch.arange(tokens) <= seen[0][:, None]
     yield Case(
         "chunk",
         {
-            "native": lambda: attend(
+            kernel: lambda: attend(
                 chunk, keys, values, scaling=scaling, positions=positions, query_positions=seen, index=picked,
-                impl="native",
+                impl=kernel,
             ),
             "transformers sdpa over all": transformers_sdpa(chunk, keys, values, mask[None, None]),
         },
@@ -185,63 +194,63 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
     def vote_step(k: Tensor, scale: Tensor | None) -> Call:
         def step() -> Any:
             best = top_slots(head_vote(query, k, keys_scale=scale), SELECTED)
-            return attend(query, keys, values, scaling=scaling, index=best[:, None], impl="native")
+            return attend(query, keys, values, scaling=scaling, index=best[:, None], impl=kernel)
 
         return step
 
-    for storage, k, scale in (("float32", keys, None), ("int8", k8, ks)):
+    for stored_as, k, scale in ((storage, keys, None), ("int8", k8, ks)):
         yield Case(
             "vote",
             {
-                "native vote, top-k, attention": vote_step(k, scale),
+                f"{kernel} vote, top-k, attention": vote_step(k, scale),
                 "transformers sdpa over all": peers["transformers sdpa"],
             },
             size(k, scale),
-            storage,
+            stored_as,
             check=gate(head_vote, query, k, keys_scale=scale),
         )
 
     lowest, highest = page_bounds(keys, page_size=PAGE)
     yield Case(
         "page_bounds",
-        {name: lambda name=name: page_bounds(keys, page_size=PAGE, impl=name) for name in ("native", "reference")},
+        {name: lambda name=name: page_bounds(keys, page_size=PAGE, impl=name) for name in (kernel, "reference")},
         size(keys),
         check=same(page_bounds, keys, page_size=PAGE),
     )
     yield Case(
         "page_scores",
-        {name: lambda name=name: page_scores(query, lowest, highest, impl=name) for name in ("native", "reference")},
+        {name: lambda name=name: page_scores(query, lowest, highest, impl=name) for name in (kernel, "reference")},
         size(lowest, highest),
         check=gate(page_scores, query, lowest, highest),
     )
 
-    window = torch.randn(1, query_heads, WINDOW, dim)
+    window = torch.randn(1, query_heads, WINDOW, dim, dtype=dtype)
     last = torch.arange(tokens - WINDOW, tokens)[None]
     limits = {"scaling": scaling, "positions": positions, "query_positions": last}
     yield Case(
         "mass of a window",
-        {name: lambda name=name: attention_mass(window, keys, impl=name, **limits) for name in ("native", "reference")},
+        {name: lambda name=name: attention_mass(window, keys, impl=name, **limits) for name in (kernel, "reference")},
         size(keys),
         check=gate(attention_mass, window, keys, **limits),
     )
-    rows, own = torch.randn(1, query_heads, prompt, dim), keys[:, :, :prompt]
+    rows, own = torch.randn(1, query_heads, prompt, dim, dtype=dtype), keys[:, :, :prompt]
     at = torch.arange(prompt)
     whole = {"scaling": scaling, "positions": at[None, None], "query_positions": at[None]}
     sdpa = {"sdpa prefill": lambda: attend(rows, own, own, scaling=scaling, causal=True, impl="fused")}
-    prefill = {"native": lambda: attend(rows, own, own, scaling=scaling, causal=True, impl="native"), **sdpa}
+    prefill = {kernel: lambda: attend(rows, own, own, scaling=scaling, causal=True, impl=kernel), **sdpa}
     part = (rows[:, :, :GATED], own[:, :, :GATED])  # whole prompts are too long for the reference
     first = {"scaling": scaling, "positions": at[None, None, :GATED], "query_positions": at[None, :GATED]}
     checked = gate(attend, *part, part[1], scaling=scaling, causal=True)
     yield Case("prefill", prefill, size(own, own), check=checked, notes={"rows": prompt})
     for name, noise in (("mass of a prompt", {}), ("noisy mass of a prompt", {"noise_seed": 1})):
-        ours = {"native": lambda noise=noise: attention_mass(rows, own, impl="native", **whole, **noise)}
+        ours = {kernel: lambda noise=noise: attention_mass(rows, own, impl=kernel, **whole, **noise)}
         checked = gate(attention_mass, *part, **first, **noise)
         yield Case(name, {**ours, **sdpa}, size(own), check=checked, notes={"rows": prompt})
 
     kept = torch.rand(1, kv_heads, tokens).topk(SELECTED).indices.sort().values
     yield Case(
         "compact",
-        {name: lambda name=name: compact([keys, values], kept, impl=name) for name in ("native", "reference")},
+        {name: lambda name=name: compact([keys, values], kept, impl=name) for name in (kernel, "reference")},
         size(keys, values) * SELECTED // tokens,
         check=same(compact, [keys, values], kept),
     )
@@ -250,12 +259,12 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
     turned = keys[:, :, :SELECTED]
     yield Case(
         "rotate",
-        {name: lambda name=name: rotate(turned, *tables, impl=name) for name in ("native", "reference")},
+        {name: lambda name=name: rotate(turned, *tables, impl=name) for name in (kernel, "reference")},
         size(turned),
         check=gate(rotate, turned, *tables),
     )
     few, place = keys[:, :, :SELECTED].clone(), positions[:, :, :SELECTED].expand(1, kv_heads, -1).int().contiguous()
-    scores, new = torch.rand(1, kv_heads, SELECTED), torch.randn(1, kv_heads, 1, dim)
+    scores, new = torch.rand(1, kv_heads, SELECTED), torch.randn(1, kv_heads, 1, dim, dtype=dtype)
 
     def evict(name: str) -> Call:
         writer = RowWriter([few, few], (1, kv_heads), impl=name)
@@ -269,7 +278,7 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
     limits = {"sinks": 4, "first_recent": SELECTED - 64}
     yield Case(
         "evict one slot",
-        {name: evict(name) for name in ("native", "reference")},
+        {name: evict(name) for name in (kernel, "reference")},
         size(scores, place),
         check=same(weakest, scores, place, **limits),
     )
@@ -281,15 +290,24 @@ def error(found: Tensor, query: Tensor, keys: Tensor, values: Tensor, scaling: f
     return float((found.double() - exact).abs().max() / exact.abs().max())
 
 
+def on_gpu() -> bool:
+    """Whether tensors are made on a GPU."""
+    return torch.get_default_device().type == "cuda"
+
+
 def read_bandwidth() -> float:
     """Bytes a second of summing memory far larger than the caches, best of several."""
-    memory = torch.ones(torch.get_num_threads(), 1 << 26)
+    memory = torch.ones(1 << 10 if on_gpu() else torch.get_num_threads(), 1 << 20 if on_gpu() else 1 << 26)
     seconds = timed({"sum": lambda: memory.sum(dim=1)}, 7)["sum"]
     return size(memory) / min(seconds)
 
 
 def timed(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, taking turns."""
+    """Seconds of each call, taking turns; on a GPU the median of many calls each."""
+    if on_gpu():
+        from triton.testing import do_bench
+
+        return {name: [do_bench(call, return_mode="median") / 1e3] for name, call in calls.items()}
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
@@ -310,14 +328,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--operations", nargs="*", help="only those whose name holds one of these words")
     parser.add_argument("--flex", action="store_true", help="compile flex_attention as another peer of decode")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_default_device(options.device)
     torch.manual_seed(0)
     bandwidth = read_bandwidth()
-    print(json.dumps({"read_bandwidth_gb_s": round(bandwidth / 1e9, 2), "threads": options.threads}))
+    machine = {"device": torch.cuda.get_device_name()} if on_gpu() else {"threads": options.threads}
+    print(json.dumps({"read_bandwidth_gb_s": round(bandwidth / 1e9, 2), **machine}))
     with torch.no_grad():
         for shape in options.shapes:
-            for case in cases(shape, options.tokens, options.prompt, options.flex):
+            dtype = getattr(torch, options.dtype)
+            for case in cases(shape, options.tokens, options.prompt, options.flex, dtype):
                 if options.operations and not any(word in case.operation for word in options.operations):
                     continue
                 line: dict[str, Any] = {"operation": case.operation, "shape": shape, "tokens": options.tokens}
@@ -331,7 +354,7 @@ def main() -> None:
                 ours = next(iter(seconds.values()))
                 for name, taken in seconds.items():
                     figures = {"implementation": name, "ms": round(taken * 1e3, 4), "ratio": round(taken / ours, 3)}
-                    if name.startswith("native"):
+                    if name.startswith(("native", "triton", "as stored")):
                         figures |= {
                             "gb_s": round(case.bytes / taken / 1e9, 2),
                             "read_share": round(case.bytes / taken / bandwidth, 3),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -63,26 +64,37 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
+@cache
+def _stride_names(letter: str, axes: str) -> tuple[str, ...]:
+    return tuple(f"stride_{letter}{axis}" for axis in axes)
+
+
 def strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
     """Kernel arguments `stride_<letter><axis>`: 0 where the size is 1, so that it broadcasts, and everywhere for
     `None`.
     """
+    names = _stride_names(letter, axes)
     if tensor is None:
-        return {f"stride_{letter}{axis}": 0 for axis in axes}
-    found = zip(axes, tensor.shape, tensor.stride(), strict=True)
-    return {f"stride_{letter}{axis}": 0 if size == 1 else stride for axis, size, stride in found}
+        return dict.fromkeys(names, 0)
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return dict(zip(names, [0 if size == 1 else stride for size, stride in sizes], strict=True))
 
 
 def slot_strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
     """`strides` of slots; the flat layout has neither batch nor head, for which its `starts` stand."""
     if tensor is not None and tensor.dim() == len(axes) - 2:
-        return {f"stride_{letter}{axis}": 0 for axis in axes[:2]} | strides(letter, tensor, axes[2:])
+        return strides(letter, None, axes[:2]) | strides(letter, tensor, axes[2:])
     return strides(letter, tensor, axes)
 
 
 def processors(tensor: Tensor) -> int:
     """Multiprocessors of the GPU that holds `tensor`; 1 on a CPU."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+    return _processors(tensor.device) if tensor.is_cuda else 1
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def plan_splits(tensor: Tensor, programs: int, entries: int) -> int:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kvpress.kernels.triton_blocks import FAR, LOG2E, listed_slots, query_tile, soft_capped, tile_scores
+from kvpress.kernels.triton_launch import Remembered
 from kvpress.kernels.triton_support import timed
 
 SCAN = tl.constexpr(512)  # positions looked at at once to find where a block of rows may stop
@@ -36,6 +37,7 @@ def prune(configs, _, **arguments):
     return timed(choices(*blocks, arguments["ARITHMETIC"] == tl.float32, bool(torch.version.hip)))
 
 
+@Remembered
 @triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
 @triton.jit(do_not_specialize=["rows", "entries", "splits", "stride_ih", "stride_ph", "stride_rb"])
 def attend_kernel(
@@ -187,6 +189,7 @@ def attend_kernel(
     )
 
 
+@Remembered
 @triton.jit(do_not_specialize=["total_rows", "rows", "splits"])
 def merge_kernel(
     partial_output, partial_lse, sinks, output, lse, total_rows, rows, splits,
@@ -216,6 +219,7 @@ def merge_kernel(
     tl.store(output + row * VALUE_DIM + channel, merged.to(output.dtype.element_ty), mask=channel < VALUE_DIM)
 
 
+@Remembered
 @triton.jit(do_not_specialize=["entries"])
 def weights_kernel(
     scores, lse, lengths, output, entries,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kvpress.kernels.triton_blocks import FAR, LOG2E, gumbel, listed_slots, query_tile, soft_capped, tile_scores
+from kvpress.kernels.triton_launch import Remembered
 from kvpress.kernels.triton_support import timed
 
 SCAN = tl.constexpr(512)  # positions looked at at once to find where the visible rows begin, or the visible slots end
@@ -27,6 +28,7 @@ def prune(configs, _, **arguments):
     return timed(choices(arguments["BLOCK_D"], arguments["ARITHMETIC"] == tl.float32, bool(torch.version.hip)))
 
 
+@Remembered
 @triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
 @triton.jit(do_not_specialize=["rows", "entries", "splits", "noise_base", "stride_ph", "stride_rb"])
 def lse_kernel(
@@ -131,6 +133,7 @@ def lse_kernel(
     tl.store(lse + ((part * batches + batch) * (KV_HEADS * GROUP) + query_head) * rows + row, log_sum, mask=row_held)
 
 
+@Remembered
 @triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
 @triton.jit(do_not_specialize=["rows", "entries", "noise_base", "stride_ph", "stride_rb"])
 def column_kernel(

@@ -5,7 +5,10 @@
 import triton
 import triton.language as tl
 
+from kvpress.kernels.triton_launch import Remembered
 
+
+@Remembered
 @triton.jit(do_not_specialize=["kept", "stride_ih"])
 def gather_kernel(
     source, index, output, kept,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
-from kvpress.kernels import operators
+from kvpress.kernels import operators, triton_support
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.eviction import native, reference
 
@@ -53,10 +55,21 @@ def weakest(
     if lengths is not None and lengths.shape != (shape[0], kv_heads):
         raise ValueError(f"lengths must be [batch, kv_heads] = {(shape[0], kv_heads)}, got {tuple(lengths.shape)}")
     chosen = choose(
-        "weakest slot", impl, {"native": lambda: native.refusal(scores, positions), "reference": lambda: None}
+        "weakest slot",
+        impl,
+        {
+            "native": lambda: native.refusal(scores, positions),
+            "triton": lambda: triton_support.refusal(scores, positions),
+            "reference": lambda: None,
+        },
     )
     if chosen == "native":
         return native.weakest(scores, positions, sinks, first_recent, lengths)
+    if chosen == "triton":
+        slot: Tensor = import_module("kvpress.kernels.eviction.triton").weakest(
+            scores, positions, sinks, first_recent, lengths
+        )
+        return slot
     return reference.weakest(scores, positions, sinks, first_recent, lengths)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from kvpress.kernels import triton_support
+from kvpress.kernels.dispatch import choose
 from kvpress.kernels.native import missing
 from kvpress.kernels.native import tensors as native
 
@@ -14,14 +17,14 @@ from kvpress.kernels.native import tensors as native
 class RowWriter:
     """Writes one new row per head into every column, in place: `columns[i][b, h, slot[b, h]] = rows[i][b, h]`.
 
-    On the CPU by the compiled kernel; elsewhere, and while `torch.compile` traces, by `index_copy_`.
+    On the CPU by the compiled kernel, on GPUs by Triton's; elsewhere, and while `torch.compile` traces, by `index_copy_`.
 
     Args:
         columns: contiguous, `[batch, kv_heads, slots]` or `[batch, kv_heads, slots, dim]` each; or flat, `[rows]` or
             `[rows, dim]`, with `starts`.
         starts: `[batch, kv_heads]` int64, of the flat layout.
         heads: `(batch, kv_heads)`.
-        impl: `"auto"`, `"native"` or `"reference"`.
+        impl: `"auto"`, `"native"`, `"triton"` or `"reference"`.
 
     Raises:
         ValueError: columns that are not contiguous, or an `impl` that cannot serve them.
@@ -32,17 +35,16 @@ class RowWriter:
     ) -> None:
         if not all(column.is_contiguous() for column in columns):
             raise ValueError("columns must be contiguous")
-        reason = missing or (
-            None if all(column.is_cpu for column in columns) else "native kernels read host memory only"
-        )
-        if impl not in ("auto", "native", "reference") or (impl == "native" and reason is not None):
-            raise ValueError(f"impl must be 'auto', 'native' or 'reference', and able to serve, got {impl!r}: {reason}")
         self.columns = list(columns)
         self.heads = heads
         self.starts = starts
         self._first_rows: Tensor | None = None
-        self._native = reason is None and impl != "reference"
-        self._fields = [self._field(column) for column in columns] if self._native else []
+        self._impl = choose(
+            "writing of rows",
+            impl,
+            {"native": self._native_refusal, "triton": self._triton_refusal, "reference": lambda: None},
+        )
+        self._fields = [self._field(column) for column in columns] if self._impl == "native" else []
 
     def write(self, slot: Tensor, rows: Sequence[Tensor]) -> None:
         """Write `rows`.
@@ -53,10 +55,13 @@ class RowWriter:
                 contiguous last dimension, of the column's type; sizes of 1 stand for all.
 
         Raises:
-            IndexError: a slot that does not exist; columns before it may be written.
+            IndexError: a slot that does not exist; columns before it may be written. (On GPUs a slot of -1 is passed over.)
         """
-        if not self._native or torch.compiler.is_compiling():
+        if self._impl == "reference" or torch.compiler.is_compiling():
             self._index_copy(slot, rows)
+            return
+        if self._impl == "triton":
+            import_module("kvpress.kernels.eviction.triton").write(self.columns, rows, slot, self.heads, self.starts)
             return
         overwrite, place = native.built().overwrite, slot.data_ptr()
         batch, kv_heads = self.heads
@@ -74,6 +79,14 @@ class RowWriter:
         """What is held beside the columns and `starts`."""
         if self._first_rows is not None:
             yield self._first_rows
+
+    def _native_refusal(self) -> str | None:
+        return missing or (
+            None if all(column.is_cpu for column in self.columns) else "native kernels read host memory only"
+        )
+
+    def _triton_refusal(self) -> str | None:
+        return triton_support.refusal(*self.columns) if self.columns else "there is no column"
 
     def _field(self, column: Tensor) -> tuple[int, tuple[int, ...]]:
         """Bytes of an item, and what the kernel needs to know of a column."""

@@ -5,7 +5,10 @@
 import triton
 import triton.language as tl
 
+from kvpress.kernels.triton_launch import Remembered
 
+
+@Remembered
 @triton.jit(do_not_specialize=["slots", "query_heads"])
 def vote_kernel(scores, lse, output, query_heads, slots, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
     """One program: the votes of `BLOCK_N` slots of one batch row, in steps of `BLOCK_H` query heads."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
+from kvpress.kernels import triton_support
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.packing import native, reference
 from kvpress.kernels.packing.reference import SCALE_BYTES
@@ -18,7 +21,7 @@ def pack_int8(rows: Tensor, *, impl: str = "auto") -> Tensor:
 
     Args:
         rows: `[..., dim]` of floating-point numbers, `dim` a multiple of 4, so that scales can be read in place.
-        impl: `"auto"`, `"native"` or `"reference"`.
+        impl: `"auto"` or the name of an implementation.
 
     Returns:
         `[..., dim + 4]` int8, contiguous.
@@ -30,5 +33,22 @@ def pack_int8(rows: Tensor, *, impl: str = "auto") -> Tensor:
         raise ValueError(f"int8 rows need head sizes that are multiples of {SCALE_BYTES}, got {rows.shape[-1]}")
     if torch.compiler.is_compiling():
         return reference.pack_int8(rows)
-    chosen = choose("packing", impl, {"native": lambda: native.refusal(rows), "reference": lambda: None})
-    return native.pack_int8(rows) if chosen == "native" else reference.pack_int8(rows)
+    chosen = choose(
+        "packing",
+        impl,
+        {
+            "native": lambda: native.refusal(rows),
+            "triton": lambda: triton_support.refusal(rows) or _not_rows(rows),
+            "reference": lambda: None,
+        },
+    )
+    if chosen == "native":
+        return native.pack_int8(rows)
+    if chosen == "triton":
+        packed: Tensor = import_module("kvpress.kernels.packing.triton").pack_int8(rows)
+        return packed
+    return reference.pack_int8(rows)
+
+
+def _not_rows(rows: Tensor) -> str | None:
+    return None if 2 <= rows.dim() <= 4 else f"rows must have two to four dimensions, got {rows.dim()}"

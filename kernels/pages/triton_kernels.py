@@ -5,7 +5,10 @@
 import triton
 import triton.language as tl
 
+from kvpress.kernels.triton_launch import Remembered
 
+
+@Remembered
 @triton.jit(do_not_specialize=["slots", "pages", "stride_ph"])
 def bounds_kernel(
     keys, positions, lowest, highest, slots, pages,
@@ -35,6 +38,7 @@ def bounds_kernel(
     tl.store(highest + out, high.to(highest.dtype.element_ty), mask=channel < DIM)
 
 
+@Remembered
 @triton.jit(do_not_specialize=["pages"])
 def score_kernel(
     query, lowest, highest, output, pages,

@@ -7,7 +7,10 @@ rotary_dim / 2`.
 import triton
 import triton.language as tl
 
+from kvpress.kernels.triton_launch import Remembered
 
+
+@Remembered
 @triton.jit(do_not_specialize=["slots", "stride_ch", "stride_ph"])
 def rotate_kernel(
     source, cosine, sine, output, slots, sign,

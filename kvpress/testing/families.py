@@ -127,7 +127,7 @@ def model_from(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, 
                 parameter.data += 0.2 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = None  # a random model would end wherever it meets it
     model.generation_config.pad_token_id = 0
-    made: PreTrainedModel = model.to(dtype).eval()
+    made: PreTrainedModel = model.to(torch.empty(0).device, dtype).eval()  # where tensors are made by default
     if dtype == torch.float64:
         made.set_experts_implementation("eager")  # grouped products of experts have no fp64
     return made

@@ -30,13 +30,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kvpress.kernels import triton_blocks  # noqa: E402
+from kvpress.kernels.triton_launch import Remembered  # noqa: E402
 
 SLOW = os.environ.get("KVPRESS_SLOW_TESTS") == "1"
 slow = pytest.mark.skipif(not SLOW, reason="minutes of compilation: KVPRESS_SLOW_TESTS=1 runs it")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on: its functions cannot be compiled"
 )
-OPERATIONS = ("attention", "attention_mass", "head_vote", "pages", "compaction", "rotation")
+OPERATIONS = ("attention", "attention_mass", "head_vote", "pages", "compaction", "rotation", "eviction", "packing")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Recorder:
     """Stands for a kernel: keeps what it would be launched with, and launches nothing."""
 
     def __init__(self, kernel: object, launches: list[Launch]) -> None:
-        self.kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
+        self.kernel = kernel.kernel if isinstance(kernel, Recorder | Remembered) else kernel
         self.launches = launches
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
@@ -280,7 +281,9 @@ def test_attention_mass_with_noise(monkeypatch: pytest.MonkeyPatch, name: str) -
 @pytest.mark.parametrize("name", ["sm_80", "gfx942"])
 def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from kvpress.kernels.compaction.triton import compact
+    from kvpress.kernels.eviction.triton import weakest, write
     from kvpress.kernels.head_vote.triton import head_vote
+    from kvpress.kernels.packing.triton import pack_int8
     from kvpress.kernels.pages.triton import page_bounds, page_scores
     from kvpress.kernels.rotation.triton import rotate
 
@@ -292,8 +295,13 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         page_scores(query, *page_bounds(keys, page_size=16))
         compact(keys, torch.zeros(2, 8, 32, dtype=torch.int64))
         rotate(keys, tables, tables)
+        slot = weakest(torch.zeros(2, 8, 64), torch.zeros(2, 1, 64, dtype=torch.int32), 4, 60, None)
+        write(
+            [keys, keys, torch.zeros(2, 8, 64)], [keys[:, :, :1], keys[:, :, :1], torch.zeros(1, 1)], slot, (2, 8), None
+        )
+        pack_int8(keys)
 
-    check(monkeypatch, name, call, kernels=6)
+    check(monkeypatch, name, call, kernels=9)
 
 
 @slow

@@ -15,7 +15,13 @@ import pytest
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).parent / "triton_interpreted"
-FILES = {"attention": 80, "attention_mass": 45, "selection": 15, "storage": 18}  # and the least number of tests in each
+FILES = {
+    "attention": 80,
+    "attention_mass": 45,
+    "selection": 15,
+    "storage": 18,
+    "eviction": 30,
+}  # and the least number of tests in each
 
 
 @pytest.mark.timeout(1200)

@@ -143,6 +143,8 @@ def reserved() -> Iterator[Callable[[int], Tensor]]:
     maps: list[mmap.mmap] = []
 
     def reserve(elements: int) -> Tensor:
+        if torch.empty(0).is_cuda:
+            return torch.empty(elements, dtype=torch.float16, device="cuda")
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
         maps.append(mmap.mmap(-1, 2 * elements, flags=flags))
         return torch.frombuffer(maps[-1], dtype=torch.float16)

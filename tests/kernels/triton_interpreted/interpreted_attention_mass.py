@@ -114,7 +114,7 @@ def test_noise_is_a_hash_of_the_place(generator, within_budget, oracle, rows, sp
         noise[0, head, row, slot] = noise_of(seed, head, row_places[row], key_places[slot])
     assert 0.2 < noise.mean() < 0.95 and 0.9 < noise.std() < 1.7
     mass = attention_mass(query, keys, noise_seed=seed, temperature=1.5, splits=splits, **(ABSENT | options))
-    _, _, weights = oracle(query, keys, keys, noise=torch.from_numpy(noise), temperature=1.5, **options)
+    _, _, weights = oracle(query, keys, keys, noise=torch.tensor(noise), temperature=1.5, **options)
     exact = weights.sum(2)
     within_budget(mass, exact, exact.float() * (1 + 1e-6))  # the log of a log costs a few units in the last place
     plain = attention_mass(query, keys, **(ABSENT | options))
