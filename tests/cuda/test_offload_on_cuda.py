@@ -223,4 +223,6 @@ def test_blocks_travel_on_a_stream_of_their_own(folder, monkeypatch):
     cache.close()
     torch.cuda.synchronize()
     freed = before - torch.cuda.memory_allocated()
-    assert 0 < freed <= near + 512 * 200, "device memory that nobody accounted for"  # each small tensor is rounded to 512
+    assert 0 < freed <= near + 512 * 200, (
+        "device memory that nobody accounted for"
+    )  # each small tensor is rounded to 512
