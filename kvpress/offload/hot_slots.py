@@ -248,9 +248,8 @@ class StoredSlots:
             block = self._stowage.blocks[number]
             old = rows if block.rows is None else torch.tensor(block.rows, device=rows.device)[rows]
             for name, tensor in self._stowage.block_tensors(self._table, block, names):
-                self._hot.tensors[name][rows, some, goes] = tensor[
-                    old.to(tensor.device), some, inside.to(tensor.device)
-                ].to(self.device)
+                item = (each if isinstance(each, slice) else each.to(tensor.device) for each in (old, some, inside))
+                self._hot.tensors[name][rows, some, goes] = tensor[tuple(item)].to(self.device)
 
     @property
     def _end_of_read(self) -> int:

@@ -166,6 +166,12 @@ class TierManager(HeldBlocks):
                 self._remove_if_lost(block)
                 raise
 
+    def is_near(self, key: BlockKey) -> bool:
+        """Whether the computation can read a copy of the block where it lies."""
+        with self._locked():
+            block = self._settled(key)
+            return block is not None and self._loader.usable_tier(block) is not None
+
     def read_into(self, key: BlockKey, out: Mapping[str, Tensor]) -> bool:
         """Copy the block into the caller's tensors, straight from the tier it lies in; False for a miss.
 

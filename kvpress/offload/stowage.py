@@ -270,9 +270,8 @@ class Stowage:
             for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)
         }
         for reading in block.readings({name: like[name] for name in names}):
-            if block.layout is not None or manager.tiers_of(reading.key)[:1] == [
-                "disk"
-            ]:  # bringing it near would cost another block its place
+            # bringing it near would cost another block its place
+            if block.layout is not None or not manager.is_near(reading.key):
                 found = reading.staged(manager, self._borrow(table, 0, again=True).staging)
                 yield from ((name, found[name]) for name in reading.out if name in names)
                 continue

@@ -130,3 +130,22 @@ class FakeDevice:
     def _poison(self, buffer: Tensor) -> None:
         self.poisoned += 1
         buffer.fill_(POISON)
+
+
+class LaggingCopies(FakeDevice):
+    """A device whose computation is the program itself, as torch runs it in host memory, and whose copies run only when waited for.
+
+    A whole model can run on it: what the offload does for a device that does not compute in host memory is then tested with real layers.
+    """
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """Run `work` now."""
+        work()
+
+    def record_compute(self) -> FakeEvent:
+        event = FakeEvent("compute")
+        event.fired = True
+        return event
+
+    def compute_waits(self, event: FakeEvent) -> None:
+        self.host_waits(event)
