@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpress.kernels.attention import triton_kernels
 from kvpress.kernels.triton_blocks import FULL, arithmetic, precision
-from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, strides
+from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, stride_unit, strides
 
 WEIGHTS_BLOCK = 256  # entries whose weights a program reduces
 
@@ -76,7 +76,7 @@ def attend(
         entries = keys.shape[2]
     longest = entries if index is not None or starts is None else keys.shape[0] // max(1, batch * kv_heads)
 
-    kind = arithmetic(query, keys, values)
+    kind, unit = arithmetic(query, keys, values), stride_unit(keys, values)
     full = kind == FULL
     block_d, block_v = max(16, power_of_two(dim)), max(16, power_of_two(value_dim))
     chunk_d = min(block_d, 64) if full and block_d + block_v > 256 else block_d
@@ -104,7 +104,8 @@ def attend(
             index=index, sinks=None if parts > 1 else sinks, cosine=cosine, sine=sine,
             output=part_output, lse=part_lse, scores_out=scores,
             scaling=scaling, softcap=softcap, rows=rows, entries=entries, splits=parts,
-            **strides("q", query, "bhrd"), **slot_strides("k", keys, "bhsd"), **slot_strides("v", values, "bhsd"),
+            **strides("q", query, "bhrd"),
+            **slot_strides("k", keys, "bhsd", unit), **slot_strides("v", values, "bhsd", unit), UNIT=unit,
             **slot_strides("x", keys_scale, "bhs"), **slot_strides("y", values_scale, "bhs"),
             **strides("p", positions, "bhs"), **strides("i", index, "bhs"), **strides("r", query_positions, "br"),
             ROTARY=0 if cosine is None else cosine.shape[-1], BY_ENTRY=rotate_by == "entry",

@@ -11,30 +11,66 @@ from kvpress.kernels.triton_launch import Remembered
 from kvpress.kernels.triton_support import timed
 
 SCAN = tl.constexpr(512)  # positions looked at at once to find where a block of rows may stop
-CONFIGS = [
-    triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
-    triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_N": 16}, num_warps=4, num_stages=2),
-]
-KEY = ["GROUP", "BLOCK_M", "BLOCK_D", "BLOCK_V", "SPLIT", "CAUSAL"]
+DEEP = triton.Config({"BLOCK_N": 128}, num_warps=4, num_stages=3)
+AHEAD = triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=3)
+NARROW = triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=2)
+MANY_WARPS = triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=2)
+BROAD = triton.Config({"BLOCK_N": 128}, num_warps=8, num_stages=2)
+SHORT = triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2)
+SHORTEST = triton.Config({"BLOCK_N": 16}, num_warps=4, num_stages=2)
+CONFIGS = [DEEP, AHEAD, NARROW, MANY_WARPS, BROAD, SHORT, SHORTEST]
+KEY = ["GROUP", "BLOCK_M", "BLOCK_D", "BLOCK_V", "SPLIT", "CAUSAL", "ROTARY", "UNIT"]
 
 
-def choices(block_m: int, block_d: int, block_v: int, full: bool, amd: bool) -> list[triton.Config]:
-    """Configurations that compile without a spill on every target, best guess first; `full`: fp32 arithmetic."""
-    narrow, many_warps, short, shortest = CONFIGS
+def choices(
+    block_m: int,
+    block_d: int,
+    block_v: int,
+    *,
+    full: bool,
+    amd: bool,
+    hopper: bool,
+    item: int,
+    rotates: bool,
+    listed: bool,
+) -> list[triton.Config]:
+    """Configurations that compile without a spill, best guess first.
+
+    Args:
+        full: fp32 arithmetic.
+        amd, hopper: an AMD GPU; an NVIDIA GPU of compute capability 9 or later. Neither: an earlier one of NVIDIA's.
+        item: bytes of a stored number.
+        rotates: keys are turned as they are read.
+        listed: slots are read by an index list.
+    """
     wide = block_d + block_v > 256
     if full or (amd and wide):
-        return [shortest if full and wide else short]
-    if amd or (block_m <= 16 and not wide):
-        return [narrow, short]
-    return [many_warps] if wide else [short]
+        return [SHORTEST if full and wide else SHORT]
+    if amd:
+        return [NARROW, SHORT]
+    if wide:
+        return [MANY_WARPS]
+    if block_m > 16:
+        return [NARROW, SHORT] if hopper and item == 2 and not (rotates or listed) else [SHORT]
+    if rotates:
+        return [NARROW, SHORT]
+    return [DEEP, NARROW, SHORT] if item == 2 else [AHEAD, BROAD, NARROW]
+
+
+def situation(arguments, amd, hopper):
+    """The arguments of `choices` for a launch."""
+    return dict(
+        block_m=arguments["BLOCK_M"], block_d=arguments["BLOCK_D"], block_v=arguments["BLOCK_V"],
+        full=arguments["ARITHMETIC"] == tl.float32, amd=amd, hopper=hopper, item=arguments["keys"].element_size(),
+        rotates=arguments["ROTARY"] > 0, listed=arguments["index"] is not None,
+    )  # fmt: skip
 
 
 def prune(configs, _, **arguments):
     """What the autotuner is to time: nothing in the interpreter, where the first choice is taken."""
-    blocks = (arguments["BLOCK_M"], arguments["BLOCK_D"], arguments["BLOCK_V"])
-    return timed(choices(*blocks, arguments["ARITHMETIC"] == tl.float32, bool(torch.version.hip)))
+    amd = bool(torch.version.hip)
+    hopper = not amd and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    return timed(choices(**situation(arguments, amd, hopper)))
 
 
 @Remembered
@@ -53,13 +89,13 @@ def attend_kernel(
     stride_ib, stride_ih, stride_is,
     stride_rb, stride_rr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    ROTARY: tl.constexpr, BY_ENTRY: tl.constexpr,
+    ROTARY: tl.constexpr, BY_ENTRY: tl.constexpr, UNIT: tl.constexpr,
     CAUSAL: tl.constexpr, SPLIT: tl.constexpr, SKIP: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK_M` of the rows of the query heads of one KV head, packed as `row * GROUP + head`, and one
-    split of its slots.
+    split of its slots. Strides of keys and values but for their channels are in units of `UNIT` elements.
     """
     part = tl.program_id(2)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
@@ -90,15 +126,15 @@ def attend_kernel(
     if RAGGED:
         first_slot = tl.load(starts + batch * KV_HEADS + head).to(tl.int64)
         length = tl.load(lengths + batch * KV_HEADS + head).to(tl.int32)
-        keys += first_slot * stride_ks
-        values += first_slot * stride_vs
+        keys += first_slot * stride_ks * UNIT
+        values += first_slot * stride_vs * UNIT
         if keys_scale is not None:
             keys_scale += first_slot * stride_xs
         if values_scale is not None:
             values_scale += first_slot * stride_ys
     else:
-        keys += batch * stride_kb + head * stride_kh
-        values += batch * stride_vb + head * stride_vh
+        keys += (batch * stride_kb + head * stride_kh) * UNIT
+        values += (batch * stride_vb + head * stride_vh) * UNIT
         if keys_scale is not None:
             keys_scale += batch * stride_xb + head * stride_xh
         if values_scale is not None:
@@ -134,7 +170,7 @@ def attend_kernel(
             visible = visible & (position[None, :] <= row_position[:, None])
         place = entry if BY_ENTRY else position
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd,
+            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, row_held, held, stride_qd, stride_kd,
             place, cosine, sine, ROTARY, DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
         scores = scores * scaling
@@ -155,13 +191,12 @@ def attend_kernel(
         fade = tl.exp2((highest - anchor) * LOG2E)
         total = total * fade + tl.sum(weights, axis=1)
         value = tl.load(
-            values + slot[:, None] * stride_vs + value_channel[None, :].to(tl.int64) * stride_vd,
+            values + slot[:, None] * stride_vs * UNIT + value_channel[None, :].to(tl.int64) * stride_vd,
             mask=held[:, None] & (value_channel[None, :] < VALUE_DIM),
             other=0,
         )
-        if values_scale is not None:
-            scale = tl.load(values_scale + slot * stride_ys, mask=held, other=0.0)
-            value = value.to(tl.float32) * scale[:, None]
+        if values_scale is not None:  # into the weights: there are fewer of them than numbers in the rows
+            weights = weights * tl.load(values_scale + slot * stride_ys, mask=held, other=0.0)[None, :]
         weighted = weighted * fade[:, None]
         weighted = tl.dot(weights.to(ARITHMETIC), value.to(ARITHMETIC), weighted, input_precision=PRECISION)
         highest = peak

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpress.kernels.attention_mass import triton_kernels
 from kvpress.kernels.triton_blocks import FULL, arithmetic, precision
-from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, strides
+from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, stride_unit, strides
 
 LOW = 0xFFFFFFFF
 
@@ -137,7 +137,7 @@ def _shared(
     # without positions in the dense layout every row sees every slot, and the rows' positions serve the noise alone
     causal = query_positions is not None and (positions is not None or starts is not None)
     kv_heads = starts.shape[1] if starts is not None else keys.shape[1]
-    kind = arithmetic(query, keys)
+    kind, unit = arithmetic(query, keys), stride_unit(keys)
     block_d = max(16, power_of_two(query.shape[-1]))
     return dict(
         query=query, keys=keys, keys_scale=keys_scale, positions=positions, query_positions=query_positions,
@@ -145,9 +145,9 @@ def _shared(
         lengths=None if lengths is None else lengths.contiguous(),
         scaling=scaling, softcap=softcap, noise_base=None if noise_seed is None else noise_base(noise_seed),
         coolness=1.0 / temperature, rows=query.shape[2], entries=slots,
-        **strides("q", query, "bhrd"), **slot_strides("k", keys, "bhsd"), **slot_strides("x", keys_scale, "bhs"),
+        **strides("q", query, "bhrd"), **slot_strides("k", keys, "bhsd", unit), **slot_strides("x", keys_scale, "bhs"),
         **strides("p", positions, "bhs"), **strides("r", query_positions, "br"),
-        KV_HEADS=kv_heads, GROUP=query.shape[1] // kv_heads, DIM=query.shape[-1], CAUSAL=causal,
+        KV_HEADS=kv_heads, GROUP=query.shape[1] // kv_heads, DIM=query.shape[-1], UNIT=unit, CAUSAL=causal,
         ARITHMETIC=kind, PRECISION=precision(),
         BLOCK_D=block_d, CHUNK_D=min(block_d, 64) if kind == FULL and block_d > 128 else block_d,
     )  # fmt: skip

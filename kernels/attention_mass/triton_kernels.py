@@ -11,21 +11,29 @@ from kvpress.kernels.triton_launch import Remembered
 from kvpress.kernels.triton_support import timed
 
 SCAN = tl.constexpr(512)  # positions looked at at once to find where the visible rows begin, or the visible slots end
-CONFIGS = [
-    triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
-]
-KEY = ["GROUP", "BLOCK_M", "BLOCK_D", "CAUSAL"]
+DEEP = triton.Config({"BLOCK_N": 128}, num_warps=4, num_stages=3)
+AHEAD = triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=3)
+NARROW = triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=2)
+SHORT = triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2)
+CONFIGS = [DEEP, AHEAD, NARROW, SHORT]
+KEY = ["GROUP", "BLOCK_M", "BLOCK_D", "CAUSAL", "UNIT"]
 
 
-def choices(block_d: int, full: bool, amd: bool) -> list[triton.Config]:
-    """Configurations that compile without a spill on every target, best guess first; `full`: fp32 arithmetic."""
-    return [CONFIGS[1]] if full or (amd and block_d > 128) else list(CONFIGS)
+def choices(block_m: int, block_d: int, full: bool, amd: bool) -> list[triton.Config]:
+    """Configurations that compile without a spill, best guess first; `full`: fp32 arithmetic."""
+    if full or (amd and block_d > 128):
+        return [SHORT]
+    if amd:
+        return [NARROW, SHORT]
+    if block_m <= 16 and block_d <= 128:
+        return [DEEP, NARROW]
+    return [AHEAD, NARROW]
 
 
 def prune(configs, _, **arguments):
     """What the autotuner is to time: nothing in the interpreter, where the first choice is taken."""
-    return timed(choices(arguments["BLOCK_D"], arguments["ARITHMETIC"] == tl.float32, bool(torch.version.hip)))
+    blocks = arguments["BLOCK_M"], arguments["BLOCK_D"]
+    return timed(choices(*blocks, arguments["ARITHMETIC"] == tl.float32, bool(torch.version.hip)))
 
 
 @Remembered
@@ -39,13 +47,14 @@ def lse_kernel(
     stride_xb, stride_xh, stride_xs,
     stride_pb, stride_ph, stride_ps,
     stride_rb, stride_rr,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr,
     ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK_M` packed rows (`row * GROUP + head`) of one KV head over one split of its slots.
 
-    A single row also stores its scores, so that the column sums need not read the keys again.
+    A single row also stores its scores, so that the column sums need not read the keys again. Strides of keys but for their channels are in
+    units of `UNIT` elements.
     """
     part = tl.program_id(2)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
@@ -73,11 +82,11 @@ def lse_kernel(
     if RAGGED:
         first_slot = tl.load(starts + batch * KV_HEADS + head).to(tl.int64)
         length = tl.load(lengths + batch * KV_HEADS + head).to(tl.int32)
-        keys += first_slot * stride_ks
+        keys += first_slot * stride_ks * UNIT
         if keys_scale is not None:
             keys_scale += first_slot * stride_xs
     else:
-        keys += batch * stride_kb + head * stride_kh
+        keys += (batch * stride_kb + head * stride_kh) * UNIT
         if keys_scale is not None:
             keys_scale += batch * stride_xb + head * stride_xh
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
@@ -102,7 +111,7 @@ def lse_kernel(
         if CAUSAL:
             visible = visible & (position[None, :] <= row_position[:, None])
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
+            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
             DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
         scores = scores * scaling
@@ -144,7 +153,7 @@ def column_kernel(
     stride_xb, stride_xh, stride_xs,
     stride_pb, stride_ph, stride_ps,
     stride_rb, stride_rr,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr,
     ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -164,11 +173,11 @@ def column_kernel(
     if RAGGED:
         first_slot = tl.load(starts + batch * KV_HEADS + head).to(tl.int64)
         length = tl.load(lengths + batch * KV_HEADS + head).to(tl.int32)
-        keys += first_slot * stride_ks
+        keys += first_slot * stride_ks * UNIT
         if keys_scale is not None:
             keys_scale += first_slot * stride_xs
     else:
-        keys += batch * stride_kb + head * stride_kh
+        keys += (batch * stride_kb + head * stride_kh) * UNIT
         if keys_scale is not None:
             keys_scale += batch * stride_xb + head * stride_xh
     entry = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -201,7 +210,7 @@ def column_kernel(
         if CAUSAL:
             visible = visible & (position[None, :] <= row_place.to(tl.int32)[:, None])
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
+            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
             DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
         scores = scores * scaling

@@ -161,8 +161,8 @@ def configurations(launch: Launch, device: Device) -> list[triton.Config]:
     full, amd = arguments["ARITHMETIC"] == tl.float32, device.target.backend == "hip"
     module = importlib.import_module(launch.function.__module__)
     if "BLOCK_V" in arguments:
-        return module.choices(arguments["BLOCK_M"], arguments["BLOCK_D"], arguments["BLOCK_V"], full, amd)
-    return module.choices(arguments["BLOCK_D"], full, amd)
+        return module.choices(**module.situation(arguments, amd, not amd and device.target.arch >= 90))
+    return module.choices(arguments["BLOCK_M"], arguments["BLOCK_D"], full, amd)
 
 
 def compiled(launch: Launch, config: triton.Config, device: Device) -> Usage:
@@ -208,7 +208,9 @@ def attention(
     from kvpress.kernels.attention.triton import attend
 
     query = torch.zeros(2, 32, rows, dim, dtype=kind)
-    slots = torch.zeros(2, 8, 64, dim, dtype=storage or kind)
+    slots = torch.zeros(2, 8, 64, dim + 4 * (storage == torch.int8), dtype=storage or kind)[
+        ..., :dim
+    ]  # int8 rows are packed
     arguments = dict.fromkeys(("positions", "query_positions", "starts", "lengths", "index", "softcap", "sinks"))
     if rows > 1:
         arguments |= {"positions": torch.zeros(2, 1, 64).long(), "query_positions": torch.zeros(1, rows).long()}
