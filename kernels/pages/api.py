@@ -109,3 +109,47 @@ def page_scores(query: Tensor, lowest: Tensor, highest: Tensor, *, impl: str = "
     if chosen == "native":
         return native.page_scores(query, lowest, highest)
     return reference.page_scores(query, lowest, highest)
+
+
+def page_slots(
+    scores: Tensor,
+    count: int,
+    *,
+    kv_heads: int,
+    page_size: int,
+    slots: int,
+    first: Tensor | None = None,
+    newest: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The slots of the `count` pages of highest score of each KV head, that of the newest token always among them.
+
+    Args:
+        scores: `[batch, query_heads, pages]`, of `page_scores`; the largest of a KV head's query heads counts. A page where one of them is
+            NaN, or all are `-inf`, is taken last, and has no slots. Of equal pages the later is taken.
+        count: pages; of fewer all are taken.
+        page_size: slots a page.
+        slots: how many there are.
+        first: `[batch, 1, 1]` int64 slot at which page 0 of each row begins. `None`: 0.
+        newest: `[batch, kv_heads or 1, 1]` int64 slot of the newest token, counted from `first`. `None`: the last slot.
+        impl: `"auto"` or the name of an implementation.
+
+    Returns:
+        `[batch, kv_heads, min(count, pages) * page_size]` int64, ascending but for `-1` where there is no slot.
+
+    Raises:
+        ValueError: shapes that do not fit, a `count` or `page_size` below 1, an unknown `impl`, or an explicit one that cannot serve.
+    """
+    if scores.dim() != 3 or scores.shape[1] % kv_heads:
+        raise ValueError(f"scores must be [batch, a multiple of {kv_heads} heads, pages], got {tuple(scores.shape)}")
+    if count < 1 or page_size < 1:
+        raise ValueError(f"count and page_size must be at least 1, got {count} and {page_size}")
+    batch, _, pages = scores.shape
+    if first is not None and first.shape != (batch, 1, 1):
+        raise ValueError(f"first must be [{batch}, 1, 1], got {tuple(first.shape)}")
+    if newest is not None and newest.shape not in ((batch, kv_heads, 1), (batch, 1, 1)):
+        raise ValueError(f"newest must be [{batch}, {kv_heads} or 1, 1], got {tuple(newest.shape)}")
+    chosen = choose("slots of pages", impl, {"native": lambda: native.scores_refusal(scores), "reference": lambda: None})
+    return (native if chosen == "native" else reference).page_slots(
+        scores, min(count, pages), kv_heads, page_size, slots, first, newest
+    )

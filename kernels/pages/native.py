@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpress.kernels.choosing.native import scores_refusal
 from kvpress.kernels.native import tensors as native
+
+__all__ = ["page_bounds", "page_scores", "page_slots", "refusal", "scores_refusal"]
 
 
 def refusal(query: Tensor, *bounds: Tensor) -> str | None:
@@ -69,3 +72,36 @@ def page_scores(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
         scores.data_ptr(),
     )
     return scores
+
+
+def page_slots(
+    scores: Tensor,
+    count: int,
+    kv_heads: int,
+    page_size: int,
+    slots: int,
+    first: Tensor | None,
+    newest: Tensor | None,
+) -> Tensor:
+    """See `kvpress.kernels.pages.page_slots`."""
+    scores = scores if scores.is_contiguous() else scores.contiguous()
+    batch, query_heads, pages = scores.shape
+    index = torch.empty(batch, kv_heads, count * page_size, dtype=torch.int64)
+    if first is not None:
+        first = native.as_int64(first).contiguous()
+    if newest is not None:
+        newest = native.as_int64(newest.expand(batch, kv_heads, 1)).contiguous()
+    native.built().page_slots(
+        batch,
+        query_heads,
+        kv_heads,
+        pages,
+        count,
+        page_size,
+        slots,
+        scores.data_ptr(),
+        0 if first is None else first.data_ptr(),
+        0 if newest is None else newest.data_ptr(),
+        index.data_ptr(),
+    )
+    return index
