@@ -76,9 +76,10 @@ def main() -> None:
     }
     parts = {"sinks": budget // 8, "local": budget // 4, "chunk": budget // 4, "top_k": budget - budget // 8 - budget // 4}
     selections: dict[str, Any] = {
-        "tokenselect": PolicyCache(model, TokenSelect(**parts)),
-        "tokenselect, positions kept": PolicyCache(model, TokenSelect(**parts, positions="keep")),
-        "tokenselect, never reused": PolicyCache(model, TokenSelect(**parts, positions="keep", threshold=2)),
+        "tokenselect, reused": PolicyCache(model, TokenSelect(**parts, threshold=-1)),
+        "tokenselect, anew": PolicyCache(model, TokenSelect(**parts, threshold=2)),
+        "tokenselect, positions kept, reused": PolicyCache(model, TokenSelect(**parts, positions="keep", threshold=-1)),
+        "tokenselect, positions kept, anew": PolicyCache(model, TokenSelect(**parts, positions="keep", threshold=2)),
         "quest": PolicyCache(model, Quest(top_k=budget)),
         "tidaldecode": PolicyCache(model, TidalDecode(top_k=budget)),
     }

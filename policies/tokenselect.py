@@ -163,27 +163,27 @@ class VoteSelector(Selector):
             self.index.follow(view)
         if not view.decoding:
             return assemble(view, self._vote(view, view.query.mean(dim=2))[0], policy.sinks, policy.local)
-        if view.ordered and view.heads.size == 1 and (again := self._reuse(view)) is not None:
+        in_order = view.ordered and view.heads.size == 1
+        if in_order and (again := self._reuse(view)) is not None:
             self.hits += 1
             return again
         query = view.query[:, :, 0]
         flat = query.flatten(1)
         positions = view.positions if not view.shared else view.positions[:, :1]
-        if self.query is not None and self.live is not None:
+        same = None  # rows that use their selection again
+        if self.query is not None and self.live is not None and not (in_order and flat.shape[0] == 1):
             cosine = cosine_of_all_heads(view.heads, flat.double(), self.query.double())
             same = (cosine >= policy.threshold - ROUNDING) & self.live
             if bool(same.all()):
                 self.hits += 1
                 return assemble(view, self._still_there(positions), policy.sinks, policy.local)
-        else:
-            same = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
         self.misses += 1
         chosen, live = self._vote(view, query)
-        if self.query is not None and bool(same.any()):  # rows that hit keep their selection
+        if self.query is not None and same is not None and bool(same.any()):
             chosen = torch.where(same[:, None, None], self._still_there(positions), chosen)
             flat, live = torch.where(same[:, None], self.query, flat), live | same
         self.query, self.chosen, self.live = flat.clone(), chosen, live  # the rows may be a view of the model's own
-        self.chosen_positions = positions.gather(-1, chosen.clamp(min=0))
+        self.chosen_positions = chosen.int() if view.ordered else positions.gather(-1, chosen.clamp(min=0))
         return assemble(view, chosen, policy.sinks, policy.local)
 
     def _reuse(self, view: SlotView) -> Tensor | None:
@@ -216,8 +216,7 @@ class VoteSelector(Selector):
         policy, kv_heads = self.policy, view.keys.shape[1]
         batch, heads, dim = query.shape
         if view.rotation is not None:
-            distance = torch.full((1, 1, 1), policy.local, device=query.device)
-            query = view.rotation.rotate(query[:, :, None], distance).squeeze(2)
+            query = view.rotation.rotate_last(query[:, :, None], policy.local + 1).squeeze(2)
         if policy.group == "mod":  # the order of heads in a sum is free: those of a KV head come together
             query = query.view(batch, -1, kv_heads, dim).transpose(1, 2).reshape(batch, heads, dim)
         if view.ordered:  # slot and position are the same number: candidates are a range
@@ -246,7 +245,7 @@ class VoteSelector(Selector):
             positions = None if positions is None else positions.reshape(batch * kv_heads, 1, -1)
             scales = None if scales is None else scales.reshape(batch * kv_heads, 1, -1)
         votes = head_vote(query[:, :, None], keys, positions=positions, keys_scale=scales)
-        votes = votes.nan_to_num(0.0).view(batch, -1, keys.shape[2])
+        votes = votes.nan_to_num_(0.0).view(batch, -1, keys.shape[2])
         return view.heads.sum(votes) if view.shared else votes
 
 
