@@ -89,8 +89,11 @@ def main() -> None:
 
     def step(cache: Any, attention: Callable[..., Any]) -> None:
         query, keys, values = tokens
+        position_ids = torch.tensor([[cache.get_seq_length()]])
         for index, module in enumerate(layers):
-            attention(module, query, *cache.update(keys, values, index), None, scaling=SCALING)
+            attention(
+                module, query, *cache.update(keys, values, index), None, scaling=SCALING, position_ids=position_ids
+            )
 
     with torch.no_grad():
         prompt = torch.randint(0, 64, (1, 4 * given.slots))

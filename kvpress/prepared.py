@@ -50,6 +50,7 @@ class PreparedSlots:
         self.weakest = SteadyWeakest(table.columns[POSITION], None if table.rows is None else table.rows.lengths)
         self._position_column = table.columns[POSITION]
         self._same: Tensor | None = None
+        self._number = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Of a copied table there is none yet: addresses are those of the original."""
@@ -58,7 +59,10 @@ class PreparedSlots:
         """`number` for every head, `[batch, kv_heads, 1]`, until the next call."""
         if self._same is None:
             self._same = filled((*self._position_column.shape[:2], 1), number, self._position_column, torch.long)
-        return self._same.fill_(number)
+        elif number != self._number:
+            self._same.fill_(number)
+        self._number = number
+        return self._same
 
     def overwrite(self, slot: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put a token `[batch, kv_heads, 1, dim]` in `slot [batch, kv_heads, 1]`, with scores of 0."""

@@ -180,8 +180,7 @@ class Reader:
             entries = rows.keys.shape[2] if index is None else index.shape[-1]
             tables = self.rotation.tables(rows.query, entries)
             if tables is not None:
-                query = self.rotation.rotate_last(rows.query, entries)
-                return _attend_slots(rows, index, arguments, query=query, rotation=tables)
+                return _attend_slots(rows, index, arguments, rotation=tables)
         return self._attend_reindexed(rows, index, padded, arguments)
 
     def _make_room(self, table: SlotTable, keys: Any) -> None:
@@ -305,23 +304,20 @@ def _gathered(
     return keys.index_select(2, slot), values.index_select(2, slot), chosen
 
 
-def _attend_slots(
-    rows: Rows, index: Tensor | None, arguments: AttentionArguments, query: Tensor, **options: Any
-) -> Tensor:
+def _attend_slots(rows: Rows, index: Tensor | None, arguments: AttentionArguments, **options: Any) -> Tensor:
     """A single row over the slots of `index`.
 
     Args:
-        query: `[batch, query_heads, 1, dim]`.
-        options: `positions`, or the tables `rotation` by which keys are turned to their places in the list as they are read.
+        options: `positions`, or the tables `rotation` by which keys and row are turned to their places in the list as they are read.
     """
     options |= {
         "index": index, "scaling": arguments.scaling, "softcap": arguments.softcap, "sinks": arguments.sinks
     }  # fmt: skip
     if rows.prepared is not None:
-        return rows.prepared.attention.attend(query, rows.keys.shape[2], **options)[0]
+        return rows.prepared.attention.attend(rows.query, rows.keys.shape[2], **options)[0]
     (keys, keys_scale), (values, values_scale) = parts(rows.keys), parts(rows.values)
     served = attend if options.get("rotation") is None else attend_turned
-    return served(query, keys, values, keys_scale=keys_scale, values_scale=values_scale, **options)[0]
+    return served(rows.query, keys, values, keys_scale=keys_scale, values_scale=values_scale, **options)[0]
 
 
 def _attend_kept(rows: Rows, index: Tensor | None, padded: bool, arguments: AttentionArguments) -> Tensor:
@@ -330,7 +326,7 @@ def _attend_kept(rows: Rows, index: Tensor | None, padded: bool, arguments: Atte
     masked = padded or (index is not None and several)
     positions = rows.positions if masked else None
     if not several:
-        return _attend_slots(rows, index, arguments, query=rows.query, positions=positions)
+        return _attend_slots(rows, index, arguments, positions=positions)
     (keys, keys_scale), (values, values_scale) = parts(rows.keys), parts(rows.values)
     output, _ = attend(
         rows.query,

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvpress.errors import UnsupportedModelError
 from kvpress.kernels.rotation import rotate as turn
+from kvpress.kernels.rotation.prepared import PreparedRotation
 
 TABLE = 4096  # positions of the first table; a longer one has a power of two of them
 TABLES = 4  # held at a time
@@ -49,9 +50,7 @@ class Rotation:
         parameters = getattr(config, "rope_parameters", None) or {}
         self._follows_length = parameters.get("rope_type") in ("dynamic", "longrope")
         self._trained = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
-        self._seen: dict[
-            torch.device, tuple[Tensor, Tensor, Tensor]
-        ] = {}  # position ids of this forward, their cosines and sines
+        self._seen: dict[torch.device, tuple[Tensor, PreparedRotation]] = {}  # position ids of this forward, and the way back
         self._halves = False  # whether cosines are given once for both halves of a head
         self._by_kernel = False  # whether the rotation is the one that `kvpress.kernels.rotation` knows
         self._reindexed = (
@@ -71,23 +70,26 @@ class Rotation:
     def undo(self, rotated: Tensor, position_ids: Tensor) -> Tensor:
         """What `rotated [batch, heads, tokens, dim]` was before the model rotated it to `position_ids [batch or 1, tokens]`."""
         kind, device = torch.promote_types(rotated.dtype, torch.float32), rotated.device
-        ids, cos, sin = self._seen.get(device, (None, rotated, rotated))
-        if ids is not position_ids or cos.dtype != kind:
-            found = self._as_seen(rotated.to(kind), position_ids.to(device), **self._arguments)
-            # a model on several devices has one rotary module for all
-            cos, sin = self._inverse(*(table.to(device) for table in found))
-            self._seen[device] = (position_ids, cos, sin)
+        ids, back = self._seen.get(device, (None, None))
+        if back is None or ids is not position_ids or back.cosine.dtype != kind:
+            back = self._way_back(rotated.to(kind), position_ids)
+            self._seen[device] = (position_ids, back)
         if self._by_kernel:
-            return turn(rotated, cos, sin, inverse=True)
-        cos, sin = cos.expand(rotated.shape[0], -1, -1), sin.expand(rotated.shape[0], -1, -1)
+            return back.rotate(rotated)
+        cos, sin = (table.expand(rotated.shape[0], -1, -1) for table in (back.cosine, back.sine))
         return self._rotate(rotated.to(kind), cos, -sin).to(rotated.dtype)
 
-    def _inverse(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines by which `undo` turns back, without the factor that a rotation and its inverse leave."""
+    def _way_back(self, like: Tensor, position_ids: Tensor) -> PreparedRotation:
+        """What turns back by `position_ids`, without the factor that a rotation and its inverse leave."""
+        found = self._as_seen(like, position_ids.to(like.device), **self._arguments)
+        # a model on several devices has one rotary module for all
+        cos, sin = (table.to(like.device) for table in found)
         # the module may scale (YaRN), and does so again later; in fp64 its fp32 cosines are not quite on the unit circle
         scale = cos.square() + sin.square()
         cos, sin = cos / scale, sin / scale
-        return (self._both(cos)[:, None], self._both(sin)[:, None]) if self._by_kernel else (cos, sin)
+        if self._by_kernel:
+            cos, sin = self._both(cos)[:, None], self._both(sin)[:, None]
+        return PreparedRotation(cos, sin, inverse=True)
 
     def _both(self, table: Tensor) -> Tensor:
         """Cosines or sines for both halves of a head."""

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvpress.kernels.pages import page_bounds, page_scores, page_slots
-from kvpress.memory import allocate, growth
+from kvpress.kernels.pages import choose_pages, page_bounds
+from kvpress.memory import GROWTH, allocate
 from kvpress.policies.base import check_integer
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
 
@@ -82,7 +82,7 @@ class PageSelector(Selector):
         if not self.narrows(keys.shape[2]) or (self.low is not None and self.low.shape[2] >= pages):
             return held
         batch, heads, _, dim = keys.shape
-        fresh: int = 2 * batch * heads * (pages + growth(pages)) * dim * keys.dtype.itemsize
+        fresh: int = 2 * batch * heads * (pages + pages // GROWTH) * dim * keys.dtype.itemsize
         return held + fresh  # old bounds and new ones for a moment
 
     def narrows(self, slots: int) -> bool:
@@ -94,20 +94,22 @@ class PageSelector(Selector):
         if self.skip or not view.decoding or view.keys.shape[2] <= self.policy.top_k:
             return None
         self.misses += 1
-        low, high = self._follow(view)
-        size, slots = self.policy.page_size, view.keys.shape[2]
-        return page_slots(
-            page_scores(view.query, low, high),
-            self.policy.top_k // size,
-            kv_heads=low.shape[1],
-            page_size=size,
-            slots=slots,
+        key = self._follow(view)
+        low, high = self.bounds()
+        return choose_pages(
+            view.query,
+            low,
+            high,
+            self.policy.top_k // self.policy.page_size,
+            page_size=self.policy.page_size,
+            slots=view.keys.shape[2],
+            key=key,
             first=None if _begins_at_once(view) else first_tokens(view),
             newest=view.new if isinstance(view.new, Tensor) else None,
         )
 
-    def _follow(self, view: SlotView) -> tuple[Tensor, Tensor]:
-        """`bounds`, once they include the slots of `view`."""
+    def _follow(self, view: SlotView) -> Tensor | None:
+        """Bring the bounds up to the slots of `view`; what is left to do is to take the key that is returned into the last page."""
         slots, size = view.keys.shape[2], self.policy.page_size
         if self.low is not None and self.high is not None and isinstance(view.new, Tensor) and self.covered == slots:
             heads, dim = view.keys.shape[1], view.keys.shape[-1]
@@ -121,7 +123,9 @@ class PageSelector(Selector):
             self.low.scatter_(2, page, low)
             self.high.scatter_(2, page, high)
         elif self.low is not None and view.ordered and slots == self.covered + 1:
-            self._widen(view.keys[:, :, slots - 1 : slots], self.covered // size)
+            self._with_room(self.covered // size + 1, self.low)
+            self.covered = slots
+            return view.keys[:, :, slots - 1 : slots]
         elif self.low is None or self.covered != slots:
             first = 0
             if self.low is not None:  # from the first page that was not full, in whichever row
@@ -131,7 +135,7 @@ class PageSelector(Selector):
             whole_low, whole_high = self._with_room(first + low.shape[2], low)
             whole_low[:, :, first : self.pages], whole_high[:, :, first : self.pages] = low, high
         self.covered = slots
-        return self.bounds()
+        return None
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest keys of the pages that have bounds: `[batch, kv_heads, pages, dim]` each."""
@@ -139,21 +143,10 @@ class PageSelector(Selector):
             raise RuntimeError("pages have no bounds")
         return self.low[:, :, : self.pages], self.high[:, :, : self.pages]
 
-    def _widen(self, key: Tensor, page: int) -> None:
-        """Take the key `[batch, kv_heads, 1, dim]` of one more token into the bounds of `page`, which it may begin."""
-        begins = page == self.pages
-        low, high = (bound[:, :, page : page + 1] for bound in self._with_room(page + 1, key))
-        if begins:
-            low.copy_(key)
-            high.copy_(key)
-        else:
-            torch.minimum(low, key, out=low)
-            torch.maximum(high, key, out=high)
-
     def _with_room(self, pages: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers of both bounds, from now on with `pages` pages; `like [batch, kv_heads, …, dim]` has the sizes of a row."""
         if self.low is None or self.high is None or self.low.shape[2] < pages:
-            shape = (*like.shape[:2], pages + growth(pages), like.shape[-1])
+            shape = (*like.shape[:2], pages + pages // GROWTH, like.shape[-1])
             bounds = []
             for old in (self.low, self.high):
                 fresh = allocate(shape, like)

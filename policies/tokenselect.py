@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from kvpress.kernels.choosing import reused_slots
-from kvpress.kernels.choosing.reference import between_ends
+from kvpress.kernels.choosing import listed_slots, reused_slots
 from kvpress.kernels.head_vote import head_vote
 from kvpress.policies.base import check_choice, check_integer
 from kvpress.policies.key_index import KeyIndex
@@ -265,7 +264,7 @@ def candidate_slots(view: SlotView, sinks: int, local: int) -> Tensor:
 def assemble(view: SlotView, chosen: Tensor, sinks: int, local: int) -> Tensor:
     """Sinks, chosen slots and local window: `[batch, kv_heads or 1, n]`, ascending by position where slots are ordered."""
     if view.ordered:
-        return between_ends(chosen, sinks, local, int(view.newest) + 1)
+        return listed_slots(chosen, sinks=sinks, local=local, slots=int(view.newest) + 1)
     positions = view.positions if chosen.shape[1] > 1 or not view.shared else view.positions[:, :1]
     always = (positions >= 0) & (positions <= view.newest) & ((positions < sinks) | (positions > view.newest - local))
     ends = always.int().topk(min(sinks + local, positions.shape[-1]), dim=-1)

@@ -31,10 +31,11 @@ def attend_turned(
     values_scale: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend` of a single row to dense slots, where the key of entry `i` of the list is first rotated to position `i`.
+    """`attend` of a single row to dense slots, where the key of entry `i` of the list is first rotated to position `i`, and the row to the
+    last of these positions.
 
     Args:
-        query: `[batch, query_heads, 1, dim]`, rotated.
+        query: `[batch, query_heads, 1, dim]`, not rotated.
         rotation: cosines and sines, `[places, rotary_dim]` each with its two halves alike, a row for each entry at least: channel `d` is
             turned with channel `d + rotary_dim / 2` (`kvpress.kernels.rotation`).
         keys, values, scaling, positions, index, softcap, sinks, keys_scale, values_scale: as of `attend`. Without `index` the entries are
@@ -73,6 +74,8 @@ def attend_turned(
                 "apart": lambda: None,
             },
         )
+    if chosen != "native":
+        query = rotate(query, *(table[None, None, max(entries - 1, 0) : entries] for table in rotation)) if entries else query
     if chosen == "apart":
         keys, values = scale_slots(keys, keys_scale).to(query.dtype), scale_slots(values, values_scale).to(query.dtype)
         if index is not None:

@@ -99,10 +99,28 @@ def reused_slots(
         raise ValueError(
             f"live and chosen must be [{batch}] and [{batch}, kv_heads or 1, n], got {tuple(live.shape)} and {tuple(chosen.shape)}"
         )
-    if sinks < 0 or local < 0 or sinks + local > slots:
-        raise ValueError(f"sinks and local must fit into {slots} slots, got {sinks} and {local}")
+    _check_ends(sinks, local, slots)
     given = (query, former, live, chosen)
     name = choose(
         "a selection used again", impl, {"native": lambda: native.reuse_refusal(*given), "reference": lambda: None}
     )
     return (native if name == "native" else reference).reused_slots(*given, threshold, sinks, local, slots)
+
+
+def listed_slots(chosen: Tensor, *, sinks: int, local: int, slots: int, impl: str = "auto") -> Tensor:
+    """The first `sinks` slots, `chosen [batch, kv_heads or 1, n]` int64, and the last `local` of `slots`: `[batch, kv_heads or 1, sinks + n +
+    local]` int64.
+
+    Raises:
+        ValueError: ends that do not fit, an unknown `impl`, or an explicit one that cannot serve.
+    """
+    _check_ends(sinks, local, slots)
+    name = choose(
+        "a list of slots", impl, {"native": lambda: native.list_refusal(chosen), "reference": lambda: None}
+    )
+    return (native if name == "native" else reference).listed_slots(chosen, sinks, local, slots)
+
+
+def _check_ends(sinks: int, local: int, slots: int) -> None:
+    if sinks < 0 or local < 0 or sinks + local > slots:
+        raise ValueError(f"sinks and local must fit into {slots} slots, got {sinks} and {local}")

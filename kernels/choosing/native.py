@@ -40,6 +40,14 @@ def reuse_refusal(query: Tensor, former: Tensor, live: Tensor, chosen: Tensor) -
     return None
 
 
+def list_refusal(chosen: Tensor) -> str | None:
+    """Why no native kernel can list these slots, or `None`."""
+    if missing is not None or torch.compiler.is_compiling():
+        return missing or NO_OPERATOR
+    fits = chosen.is_cpu and chosen.dtype == torch.int64 and chosen.is_contiguous()
+    return None if fits else "native kernels list contiguous int64 slots in host memory"
+
+
 def best_slots(scores: Tensor, count: int) -> Tensor:
     """See `kvpress.kernels.choosing.best_slots`."""
     shape = scores.shape
@@ -97,18 +105,12 @@ def reused_slots(
 ) -> Tensor | None:
     """See `kvpress.kernels.choosing.reused_slots`."""
     batch, heads, _, dim = query.shape
-    _, lists, top_k = chosen.shape
-    index = torch.empty(batch, lists, sinks + top_k + local, dtype=torch.int64)
     strides = query.stride()
+    index, listed = _list(chosen, sinks, local, slots)
     serves: bool = native.built().reused_slots(
         batch,
         heads,
         dim,
-        lists,
-        sinks,
-        top_k,
-        local,
-        slots,
         threshold,
         query.data_ptr(),
         native.FLOATS[query.dtype],
@@ -116,7 +118,20 @@ def reused_slots(
         strides[1],
         former.data_ptr(),
         live.data_ptr(),
-        chosen.data_ptr(),
-        index.data_ptr(),
+        *listed,
     )
     return index if serves else None
+
+
+def listed_slots(chosen: Tensor, sinks: int, local: int, slots: int) -> Tensor:
+    """See `kvpress.kernels.choosing.listed_slots`."""
+    index, listed = _list(chosen, sinks, local, slots)
+    native.built().listed_slots(*listed)
+    return index
+
+
+def _list(chosen: Tensor, sinks: int, local: int, slots: int) -> tuple[Tensor, tuple[int, ...]]:
+    """An index of sinks, chosen slots and the last ones, and the fields by which it is filled."""
+    batch, lists, top_k = chosen.shape
+    index = torch.empty(batch, lists, sinks + top_k + local, dtype=torch.int64)
+    return index, (batch * lists, sinks, top_k, local, slots, chosen.data_ptr(), index.data_ptr())

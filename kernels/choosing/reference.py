@@ -44,11 +44,11 @@ def reused_slots(
     cosine = cosine_similarity(query.flatten(1).double(), former.double(), dim=-1)
     if not bool(((cosine >= threshold) & live).all()):
         return None
-    return between_ends(chosen, sinks, local, slots)
+    return listed_slots(chosen, sinks, local, slots)
 
 
-def between_ends(chosen: Tensor, sinks: int, local: int, slots: int) -> Tensor:
-    """Sinks, `chosen [batch, kv_heads or 1, n]` and the last `local` of `slots` slots."""
+def listed_slots(chosen: Tensor, sinks: int, local: int, slots: int) -> Tensor:
+    """See `kvpress.kernels.choosing.listed_slots`."""
     first = torch.arange(sinks, device=chosen.device).expand(*chosen.shape[:2], -1)
     window = torch.arange(slots - local, slots, device=chosen.device).expand(*chosen.shape[:2], -1)
     return torch.cat([first, chosen, window], dim=-1)

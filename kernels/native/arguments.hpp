@@ -152,15 +152,30 @@ struct PageSlots {
   int64_t* index;              // [batch, kv_heads, count * page_size]
 };
 
+struct ChoosePages {
+  PageScores scores;           // its `scores` and those of `slots` are scratch
+  PageSlots slots;
+  void* low;                   // the bounds once more, to write to
+  void* high;
+  const void* key;             // of the newest token, of the bounds' kind, or null: nothing to widen
+  int64_t key_batch, key_head;
+  int64_t page, begins;        // that it widens; whether it is the first of that page
+};
+
+struct ListedSlots {           // sinks, chosen slots and the last ones
+  int64_t lists, sinks, top_k, local, slots;
+  const int64_t* chosen;       // [lists, top_k], contiguous
+  int64_t* index;              // [lists, sinks + top_k + local]
+};
+
 struct ReusedSlots {
-  int64_t batch, query_heads, dim, lists, sinks, top_k, local, slots;
+  int64_t batch, query_heads, dim;
   double threshold;
   const void* query;
   int64_t kind, query_batch, query_head;
   const void* former;          // [batch, query_heads, dim], contiguous, of `kind`
   const uint8_t* live;         // [batch]
-  const int64_t* chosen;       // [batch, lists, top_k], contiguous
-  int64_t* index;              // [batch, lists, sinks + top_k + local], written where the selection serves once more
+  ListedSlots listed;          // written where the selection serves once more
 };
 
 enum Status : int { OK = 0, OUT_OF_MEMORY = 1, INDEX_OUT_OF_RANGE = 2, FLAT_OUT_OF_RANGE = 3 };
@@ -172,6 +187,7 @@ struct Level {  // the operations compiled for one instruction set
   int (*group_products)(const Vote&);
   int (*page_bounds)(const PageBounds&);
   int (*page_scores)(const PageScores&);
+  int (*choose_pages)(const ChoosePages&);
   int (*rotate)(const Rotation&);
   int (*pack_int8)(const Packing&);
 };

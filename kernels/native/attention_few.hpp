@@ -185,6 +185,7 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
   const int quads = int((queries + 3) / 4);
   const Head<T> head(s, a.kv_heads, b, h);
   load_queries(a, b, h, 0, a.rows, few.query);
+  if (a.cosine && head.entries) turn_queries(a, head.entries, few.query);
   for (int q = 0; q < quads * 4; ++q) {
     few.maximum[q] = -INFINITY;
     few.sum[q] = 0;

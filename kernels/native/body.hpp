@@ -9,8 +9,9 @@
 #include "vote.hpp"
 #include "products.hpp"
 #include "pages.hpp"
+#include "choose_pages.hpp"
 #include "rotation.hpp"
 #include "packing.hpp"
 
 extern const Level level;
-const Level level = {attention, attention_mass, head_vote, group_products, page_bounds, page_scores, rotate, pack_int8};
+const Level level = {attention, attention_mass, head_vote, group_products, page_bounds, page_scores, choose_pages, rotate, pack_int8};

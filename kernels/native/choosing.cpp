@@ -152,16 +152,21 @@ int page_slots(const PageSlots& o) {
   return OK;
 }
 
+int listed_slots(const ListedSlots& l) {
+  const int64_t total = l.sinks + l.top_k + l.local;
+  for (int64_t i = 0; i < l.lists; ++i) {
+    int64_t* to = l.index + i * total;
+    for (int64_t k = 0; k < l.sinks; ++k) *to++ = k;
+    std::memcpy(to, l.chosen + i * l.top_k, sizeof(int64_t) * size_t(l.top_k));
+    to += l.top_k;
+    for (int64_t k = 0; k < l.local; ++k) *to++ = l.slots - l.local + k;
+  }
+  return OK;
+}
+
 bool reused_slots(const ReusedSlots& r) {
   for (int64_t b = 0; b < r.batch; ++b)
     if (!r.live[b] || !(cosine_of(r, b) >= r.threshold)) return false;
-  const int64_t total = r.sinks + r.top_k + r.local;
-  for (int64_t i = 0; i < r.batch * r.lists; ++i) {
-    int64_t* to = r.index + i * total;
-    for (int64_t k = 0; k < r.sinks; ++k) *to++ = k;
-    std::memcpy(to, r.chosen + i * r.top_k, sizeof(int64_t) * size_t(r.top_k));
-    to += r.top_k;
-    for (int64_t k = 0; k < r.local; ++k) *to++ = r.slots - r.local + k;
-  }
+  listed_slots(r.listed);
   return true;
 }

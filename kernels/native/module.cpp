@@ -105,13 +105,17 @@ OPERATION(attention_mass, Mass, ATTENTION "dii" "ii", used->level->attention_mas
 OPERATION(head_vote, Vote, ATTENTION, used->level->head_vote)
 OPERATION(group_products, Vote, ATTENTION, used->level->group_products)
 OPERATION(page_bounds, PageBounds, "iiiiii" "iiiii" "iiii" "ii", used->level->page_bounds)
-OPERATION(page_scores, PageScores, "iiiiii" "iiii" "ii" "iiiiiii" "i", used->level->page_scores)
+#define PAGE_SCORES "iiiiii" "iiii" "ii" "iiiiiii" "i"
+#define PAGE_SLOTS "iiiiiii" "iii" "i"
+OPERATION(page_scores, PageScores, PAGE_SCORES, used->level->page_scores)
+OPERATION(choose_pages, ChoosePages, PAGE_SCORES PAGE_SLOTS "ii" "iii" "ii", used->level->choose_pages)
 OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "i", used->level->rotate)
 OPERATION(pack_int8, Packing, "iiiii" "iiii" "i" "i", used->level->pack_int8)
 OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)
 OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii", overwrite)
 OPERATION(best_slots, BestSlots, "iiii" "ii" "i", best_slots)
-OPERATION(page_slots, PageSlots, "iiiiiii" "iii" "i", page_slots)
+OPERATION(listed_slots, ListedSlots, "iiiii" "ii", listed_slots)
+OPERATION(page_slots, PageSlots, PAGE_SLOTS, page_slots)
 OPERATION(read_rows, ReadRows, "iiiiiiiiiiiii", read_rows)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
 
@@ -151,7 +155,7 @@ PyObject* use_level(PyObject*, PyObject* name) {
 
 // Whether the selection serves once more: True or False.
 PyObject* call_reused_slots(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr char fields[] = "iiiiiiii" "d" "iiii" "iii" "i";
+  constexpr char fields[] = "iii" "d" "iiii" "ii" "iiiii" "ii";
   static_assert(sizeof(fields) - 1 == sizeof(ReusedSlots) / 8, "one letter a field of ReusedSlots");
   ReusedSlots arguments;
   if (!parse(args, count, fields, &arguments)) return nullptr;
@@ -188,12 +192,14 @@ PyMethodDef methods[] = {
     {"group_products", FAST(call_group_products), "Largest dot product of each slot over the query heads of its KV head."},
     {"page_bounds", FAST(call_page_bounds), "Lowest and highest key of each page."},
     {"page_scores", FAST(call_page_scores), "Upper bounds of a query's scores over pages."},
+    {"choose_pages", FAST(call_choose_pages), "A key taken into its page, and the slots of the best pages."},
     {"rotate", FAST(call_rotate), "Rotary position embedding."},
     {"pack_int8", FAST(call_pack_int8), "Rows as int8 with a scale each."},
     {"gather", FAST(call_gather), "Rows of a column by slot index."},
     {"overwrite", FAST(call_overwrite), "One new row a head into a column."},
     {"best_slots", FAST(call_best_slots), "The slots of highest score of each row."},
     {"page_slots", FAST(call_page_slots), "The slots of the best pages of each head."},
+    {"listed_slots", FAST(call_listed_slots), "Sinks, chosen slots and the last ones."},
     {"reused_slots", FAST(call_reused_slots), "A selection used once more, if the query has hardly turned."},
     {"read_rows", FAST(call_read_rows), "Rows of files of equal rows."},
     {"weakest", FAST(call_weakest), "The slot to evict of each head."},

@@ -54,3 +54,10 @@ def page_slots(
     best = best.masked_fill(bound.gather(-1, best) == -torch.inf, slots)  # past the end: no slot
     index = (best[..., None] * page_size + torch.arange(page_size, device=best.device)).flatten(-2) + offset
     return index.masked_fill(index >= slots, -1)
+
+
+def widen_last_page(lowest: Tensor, highest: Tensor, key: Tensor, begins: bool) -> None:
+    """Take `key [batch, kv_heads, 1, dim]` into the last page of the bounds, in place; `begins`: as its first."""
+    low, high = lowest[:, :, -1:], highest[:, :, -1:]
+    low.copy_(key if begins else torch.minimum(low, key))
+    high.copy_(key if begins else torch.maximum(high, key))
