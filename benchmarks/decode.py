@@ -5,7 +5,8 @@
 The model has the shape of SmolLM2-135M with random weights (time does not depend on them); contexts are filled with random keys and
 values. Stock and ours take turns token by token, so that a busy machine slows both; figures are medians and their ratio. With
 one thread the process's own CPU time is taken, which a busy machine disturbs less.
-`share_of_limit` compares with the stock cache of 256 tokens, stepped in the same turns: no cache is faster than the rest of the model.
+A selection reads keys and values where they lie among those of the whole context; `reused` is the share of its selections that were an earlier
+one used again. `share_of_limit` compares with the stock cache of 256 tokens, stepped in the same turns: no cache is faster than the rest of the model.
 A cache whose logits must equal the stock's is checked first, and its times are not printed when they differ.
 `kvpress bench` does the same with a model of one's own.
 """
@@ -13,15 +14,17 @@ A cache whose logits must equal the stock's is checked first, and its times are 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
 from kvpress import PolicyCache
-from kvpress.policies import Full, SnapKV, StreamingLLM
+from kvpress.policies import Full, Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect
+from kvpress.policies.base import Policy
 from kvpress.profiling.turns import decode_seconds, logits_difference, random_cache, ratios
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -44,27 +47,55 @@ def smollm2_shape(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def all_policies(budget: int) -> dict[str, Policy]:
+    """Policies that keep or attend to `budget` tokens, and the one that keeps all."""
+    parts = {"sinks": budget // 8, "local": budget // 4, "chunk": budget // 4, "top_k": budget - budget // 8 - budget // 4}
+    return {
+        "full": Full(),
+        "streaming_llm": StreamingLLM(budget=budget),
+        "snapkv": SnapKV(budget=budget),
+        "tokenselect": TokenSelect(**parts),
+        "tokenselect, positions kept": TokenSelect(**parts, positions="keep"),
+        "tokenselect, never reused": TokenSelect(**parts, positions="keep", threshold=2),
+        "quest": Quest(top_k=budget),
+        "tidaldecode": TidalDecode(top_k=budget),
+    }
+
+
+def reused_share(cache: PolicyCache) -> float:
+    """Of the selections of all layers and tokens, those that reused an earlier one."""
+    selectors = [layer.selector for layer in cache.policy_layers if layer.selector is not None]
+    hits, misses = sum(each.hits for each in selectors), sum(each.misses for each in selectors)
+    return hits / max(hits + misses, 1)
+
+
 def measure(
-    model: LlamaForCausalLM, tokens: int, budget: int, steps: int, emit: Callable[[dict[str, object]], None]
+    model: LlamaForCausalLM,
+    tokens: int,
+    budget: int,
+    steps: int,
+    emit: Callable[[dict[str, object]], None],
+    only: Collection[str] = (),
 ) -> None:
     """Emit one row per cache at one context."""
-    policies = {"full": Full(), "streaming_llm": StreamingLLM(budget=budget), "snapkv": SnapKV(budget=budget)}
+    policies = {name: policy for name, policy in all_policies(budget).items() if not only or name in only}
     stock = random_cache(model, tokens)
     caches: dict[str, Cache] = {"stock": stock, "stock_short": random_cache(model, SHORT)}
-    for name, policy in policies.items():
-        caches[name] = PolicyCache.from_cache(model, policy, stock)
-    found = ratios(decode_seconds(model, caches, torch.tensor([[7]]), steps))
+    ours: dict[str, PolicyCache] = {name: PolicyCache.from_cache(model, policies[name], stock) for name in policies}
+    found = ratios(decode_seconds(model, caches | ours, torch.tensor([[7]]), steps))
     limit = found["stock_short"]["token_milliseconds"]
     for name, figures in found.items():
         row: dict[str, object] = {
             "cache": name,
             "context": SHORT if name == "stock_short" else tokens,
-            "budget": budget if name in ("streaming_llm", "snapkv") else None,
+            "budget": None if name in ("stock", "stock_short", "full") else budget,
             "ms_per_token": round(figures["token_milliseconds"], 2),
             "speedup": round(figures["speedup"], 3),
             "share_of_limit": round(figures["token_milliseconds"] / limit, 3),
             "steps": steps,
         }
+        if name in ours and ours[name].policies.selection is not None:
+            row["reused"] = round(reused_share(ours[name]), 3)
         emit(row)
 
 
@@ -75,6 +106,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[], choices=list(all_policies(1024)), help="of the policies, these")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = smollm2_shape(arguments.layers)
@@ -89,7 +121,8 @@ def main() -> None:
         if not agree:
             raise SystemExit("logits differ: no figure is printed")
         for tokens in arguments.contexts:
-            measure(model, tokens, arguments.budget, arguments.steps, lambda row: print(json.dumps(row), flush=True))
+            emit = functools.partial(print, flush=True)
+            measure(model, tokens, arguments.budget, arguments.steps, lambda row: emit(json.dumps(row)), arguments.only)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,14 @@
     python benchmarks/overhead.py --slots 64
 
 Every layer of a model with many thin layers gets a token's keys and values and attends to about `--slots` slots, as a model would call it,
-with one thread. `microseconds` is the CPU time of `update` and attention per layer (the median over the steps, caches taking turns),
-`kernel` that of the compiled attention kernel alone over as many slots, `bookkeeping` the difference. `stock` is `DynamicCache` with
-transformers' sdpa path, whose arithmetic cannot be told apart.
+with one thread. Selections choose them from four times as many.
+
+- `microseconds`: CPU time of a layer and token, from the call of `update` to the return of attention: tokens are appended, slots selected,
+  attended to, observed and evicted there. The median over the steps, caches taking turns.
+- `kernel`: that of the compiled attention kernel alone, over as many slots.
+- `bookkeeping`: `microseconds - kernel`, the overhead per layer and token. For selections it includes the arithmetic of choosing.
+
+`stock` is `DynamicCache` with transformers' sdpa path, whose arithmetic cannot be told apart.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from kvpress import PolicyCache
 from kvpress.attention import attention_forward
 from kvpress.kernels.native import missing
 from kvpress.kernels.native import tensors as native
-from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
+from kvpress.policies import H2O, Full, Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect
 
 LAYERS, HEADS, KV_HEADS, DIM = 30, 9, 3, 64  # of SmolLM2-135M
 SCALING = DIM**-0.5
@@ -69,23 +74,37 @@ def main() -> None:
         "h2o": PolicyCache(model, H2O(budget=budget)),
         "streaming_llm, int8": PolicyCache(model, StreamingLLM(budget=budget), kv_dtype="int8"),
     }
+    parts = {"sinks": budget // 8, "local": budget // 4, "chunk": budget // 4, "top_k": budget - budget // 8 - budget // 4}
+    selections: dict[str, Any] = {
+        "tokenselect, reused": PolicyCache(model, TokenSelect(**parts, threshold=-1)),
+        "tokenselect, anew": PolicyCache(model, TokenSelect(**parts, threshold=2)),
+        "tokenselect, positions kept, reused": PolicyCache(model, TokenSelect(**parts, positions="keep", threshold=-1)),
+        "tokenselect, positions kept, anew": PolicyCache(model, TokenSelect(**parts, positions="keep", threshold=2)),
+        "quest": PolicyCache(model, Quest(top_k=budget)),
+        "tidaldecode": PolicyCache(model, TidalDecode(top_k=budget)),
+    }
     steps: dict[str, Callable[[], None]] = {}
     layers = [layer.self_attn for layer in model.model.layers]
     tokens = [torch.randn(1, heads, 1, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
 
     def step(cache: Any, attention: Callable[..., Any]) -> None:
         query, keys, values = tokens
+        position_ids = torch.tensor([[cache.get_seq_length()]])
         for index, module in enumerate(layers):
-            attention(module, query, *cache.update(keys, values, index), None, scaling=SCALING)
+            attention(
+                module, query, *cache.update(keys, values, index), None, scaling=SCALING, position_ids=position_ids
+            )
 
     with torch.no_grad():
-        prompt = torch.randint(0, 64, (1, given.slots + 8))
+        prompt = torch.randint(0, 64, (1, 4 * given.slots))
         for cache in caches.values():
+            model(prompt[:, : given.slots + 8], past_key_values=cache)
+        for cache in selections.values():
             model(prompt, past_key_values=cache)
         for index in range(LAYERS):
             stock.update(torch.randn(1, KV_HEADS, given.slots, DIM), torch.randn(1, KV_HEADS, given.slots, DIM), index)
         steps["stock"] = lambda: step(stock, sdpa_attention_forward)
-        for name, cache in caches.items():
+        for name, cache in (caches | selections).items():
             steps[name] = lambda cache=cache: step(cache, attention_forward)
         found: dict[str, list[int]] = {name: [] for name in steps}
         for turn in range(WARM_UP + given.steps):

@@ -14,12 +14,12 @@ from kvpress.tokens import Tokens
 
 if TYPE_CHECKING:
     from kvpress.layer import PolicyLayer
-    from kvpress.steady import SteadySlots
+    from kvpress.prepared import PreparedSlots
 
 _ATTRIBUTE = "_kvpress_forward"
 
 
-@dataclass
+@dataclass(slots=True, weakref_slot=True)
 class Forward:
     """One forward through one layer, from `update` to the end of its attention.
 
@@ -32,9 +32,11 @@ class Forward:
         tokens: set once the mask is known.
         token_ids: `[batch, rows]`, where the policy needs them.
         visible: `[batch, kv_heads, slots]` positions where some slot is empty, `None` where all hold tokens.
-        steady: the slots, where this is a decoded token that overwrote one of a steady table and attention reads the table.
-        slots: keys, values and their layout as attention reads them from the table, `None` where it reads what `update` returned. Layers
-            that share these keys read them too, when the table may have changed.
+        prepared: the slots, where this is a decoded token and attention reads the table with prepared calls. Layers that share these keys
+            read them too, when the table may have changed.
+        count: of a dense table the slots in use then.
+        slots: keys, values and their layout as attention reads them from the table without such calls, `None` where it reads what `update`
+            returned.
         weights: `[batch, heads of the keys, slots]` softmax weights of a single row, where the policy asked for them.
         rotated_to: where positions are re-indexed, those to which the model rotated.
     """
@@ -47,7 +49,8 @@ class Forward:
     tokens: Tokens | None = None
     visible: Tensor | None = None
     token_ids: Tensor | None = None
-    steady: SteadySlots | None = None
+    prepared: PreparedSlots | None = None
+    count: int = 0
     slots: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None
     rotated_to: Tensor | None = None
     weights: Tensor | None = None

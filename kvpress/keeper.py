@@ -285,7 +285,7 @@ class Keeper:
         visible = forward.visible
         if self.expands_keys and table.rows is not None:
             visible = table.positions
-        elif not self.expands_keys and (forward.steady is not None or table.has_layout):
+        elif not self.expands_keys and (forward.prepared is not None or table.has_layout):
             keys, _, layout = table.readable()
             layout = {name: given for name, given in layout.items() if name != "values_scale"}
         rotation = None if self.reader is None else self.reader.rotation

@@ -159,11 +159,11 @@ class PolicyLayer(CacheLayerMixin):
         self.seen += rows
         self.forward = forward = Forward(weakref.ref(self), rows, new, keys, self.seen_rows, token_ids=ids)
         if self.attended and not self.expands_keys:
-            if not isinstance(new, slice):
-                forward.steady = self.table.steady
-            elif self.table.has_layout:
+            if rows == 1:
+                forward.prepared, forward.count = self.table.prepared, self.table.count
+            if forward.prepared is None and self.table.has_layout:
                 forward.slots = self.table.readable()
-        if self.table.base or forward.steady is not None or forward.slots is not None:
+        if self.table.base or forward.prepared is not None or forward.slots is not None:
             return key_states, value_states  # attention reads the table itself
         keys, values = self.table.dense()
         if not self.attended:
@@ -325,9 +325,10 @@ class PolicyLayer(CacheLayerMixin):
                 query = self.rotation.undo(query, forward.rotated)
             whole = (keys, values) if self.expands_keys or self.table.base else self.table.views()
             return self.reader.read(self.table, forward, query, *whole, arguments)
-        if forward.steady is not None:
-            output, forward.weights = forward.steady.attention.attend(
+        if forward.prepared is not None:
+            output, forward.weights = forward.prepared.attention.attend(
                 query,
+                forward.count,
                 positions=forward.visible,
                 reduction=self.policy.weights_reduction,
                 scaling=arguments.scaling,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpress.forward import Forward
 from kvpress.kernels.attention import attend
+from kvpress.kernels.attention.turned import attend_turned
 from kvpress.kernels.scores import select_slots
 from kvpress.observation import AttentionArguments
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
@@ -19,6 +20,7 @@ from kvpress.row_format import part, parts, unpacked
 from kvpress.tensor_parallel import ALONE, HeadShards
 
 if TYPE_CHECKING:
+    from kvpress.prepared import PreparedSlots
     from kvpress.slots import SlotTable
 
 
@@ -35,6 +37,7 @@ class Rows:
         row_positions: `[batch or 1, rows]`.
         newest: position of the last row: an int where all batch rows are alike, else `[batch, 1, 1]`.
         new: slots of the rows' own tokens.
+        prepared: of a decoded token the table's slots, where there are prepared calls to read them.
     """
 
     query: Tensor
@@ -44,6 +47,7 @@ class Rows:
     row_positions: Tensor
     newest: int | Tensor
     new: slice | Tensor
+    prepared: PreparedSlots | None = None
 
     def block(self, first: int, last: int, end: int) -> Rows:
         """Rows `first … last - 1`, which see at most the first `end` slots."""
@@ -99,7 +103,8 @@ class Reader:
         if forward.rows == 1 or (self.policy is not None and self.policy.selects_for_prompts):
             self._make_room(table, keys)
         tokens = forward.placed
-        rows = Rows(query, keys, values, table.positions, tokens.positions, tokens.newest, forward.new)
+        prepared = None if forward.prepared is None else table.prepared
+        rows = Rows(query, keys, values, table.positions, tokens.positions, tokens.newest, forward.new, prepared)
         padded = forward.visible is not None
         if forward.rows == 1 or not tokens.padded or self.policy is None or not self.policy.selects_for_prompts:
             return self._read(rows, padded, arguments)
@@ -144,13 +149,14 @@ class Reader:
         for first, last in self.policy.blocks(count) if self.policy is not None and several else [(0, count)]:
             end = slots - count + last if several else slots
             block = rows.block(first, last, end)
+            ordered = not padded and isinstance(block.newest, int) and end == block.newest + 1
             view = SlotView(
                 query=block.query,
                 keys=block.keys,
                 positions=block.positions,
                 newest=block.newest,
                 scaling=arguments.scaling,
-                ordered=not padded and isinstance(block.newest, int) and end == block.newest + 1,
+                ordered=ordered,
                 ascending=isinstance(block.new, slice),
                 decoding=not several,
                 new=block.new,
@@ -159,10 +165,23 @@ class Reader:
                 heads=self.heads,
             )
             index = None if self.selector is None else self.selector.select(view)
-            attend_block = _attend_kept if self.rotation is None else self._attend_reindexed
-            outputs.append(attend_block(block, index, padded, arguments))
+            outputs.append(self._attend(block, index, padded, ordered, arguments))
             self._last = (block.positions, index)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _attend(
+        self, rows: Rows, index: Tensor | None, padded: bool, ordered: bool, arguments: AttentionArguments
+    ) -> Tensor:
+        """Rows over the slots of `index`."""
+        if self.rotation is None:
+            return _attend_kept(rows, index, padded, arguments)
+        complete = index is None or (self.selector is not None and self.selector.complete_lists)
+        if ordered and complete and rows.query.shape[2] == 1:
+            entries = rows.keys.shape[2] if index is None else index.shape[-1]
+            tables = self.rotation.tables(rows.query, entries)
+            if tables is not None:
+                return _attend_slots(rows, index, arguments, rotation=tables)
+        return self._attend_reindexed(rows, index, padded, arguments)
 
     def _make_room(self, table: SlotTable, keys: Any) -> None:
         """With offload: for what the selection will keep, before it exists."""
@@ -186,6 +205,7 @@ class Reader:
             raise RuntimeError("the slots of this table do not lie in the tiers")
         tokens, padded, stored = forward.placed, forward.visible is not None, table.stowage.stored_slots(table)
         positions, newest = table.positions, tokens.newest
+        ordered = not padded and isinstance(newest, int) and table.count == newest + 1
         self._make_room(table, stored)
         index = self.selector.select(
             SlotView(
@@ -194,7 +214,7 @@ class Reader:
                 positions=positions,
                 newest=newest,
                 scaling=arguments.scaling,
-                ordered=not padded and isinstance(newest, int) and table.count == newest + 1,
+                ordered=ordered,
                 ascending=True,
                 decoding=True,
                 new=forward.new,
@@ -211,7 +231,8 @@ class Reader:
         chosen = positions.gather(-1, whole.clamp(min=0)).masked_fill(whole < 0, -1)
         rows = Rows(query, keys, values, chosen, tokens.positions, newest, forward.new)
         if self.rotation is not None:
-            return self._attend_reindexed(rows, None, padded, arguments)
+            in_order = ordered and self.selector.complete_lists
+            return self._attend(rows, None, padded, in_order, arguments)
         listed = torch.arange(index.shape[-1], device=index.device).expand_as(index).masked_fill(index < 0, -1)
         return _attend_kept(rows, listed, padded, arguments)
 
@@ -283,11 +304,29 @@ def _gathered(
     return keys.index_select(2, slot), values.index_select(2, slot), chosen
 
 
+def _attend_slots(rows: Rows, index: Tensor | None, arguments: AttentionArguments, **options: Any) -> Tensor:
+    """A single row over the slots of `index`.
+
+    Args:
+        options: `positions`, or the tables `rotation` by which keys and row are turned to their places in the list as they are read.
+    """
+    options |= {
+        "index": index, "scaling": arguments.scaling, "softcap": arguments.softcap, "sinks": arguments.sinks
+    }  # fmt: skip
+    if rows.prepared is not None:
+        return rows.prepared.attention.attend(rows.query, rows.keys.shape[2], **options)[0]
+    (keys, keys_scale), (values, values_scale) = parts(rows.keys), parts(rows.values)
+    served = attend if options.get("rotation") is None else attend_turned
+    return served(rows.query, keys, values, keys_scale=keys_scale, values_scale=values_scale, **options)[0]
+
+
 def _attend_kept(rows: Rows, index: Tensor | None, padded: bool, arguments: AttentionArguments) -> Tensor:
     """Keys as the model rotated them."""
     several = rows.query.shape[2] > 1
     masked = padded or (index is not None and several)
-    layout: dict[str, Any] = {"causal": True} if several and not masked else {}
+    positions = rows.positions if masked else None
+    if not several:
+        return _attend_slots(rows, index, arguments, positions=positions)
     (keys, keys_scale), (values, values_scale) = parts(rows.keys), parts(rows.values)
     output, _ = attend(
         rows.query,
@@ -296,12 +335,12 @@ def _attend_kept(rows: Rows, index: Tensor | None, padded: bool, arguments: Atte
         keys_scale=keys_scale,
         values_scale=values_scale,
         index=index,
-        positions=rows.positions if masked else None,
-        query_positions=rows.row_positions if masked and several else None,
+        causal=not masked,
+        positions=positions,
+        query_positions=rows.row_positions if masked else None,
         scaling=arguments.scaling,
         softcap=arguments.softcap,
         sinks=arguments.sinks,
-        **layout,
     )
     return output
 

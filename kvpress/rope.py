@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvpress.errors import UnsupportedModelError
 from kvpress.kernels.rotation import rotate as turn
+from kvpress.kernels.rotation.prepared import PreparedRotation
 
 TABLE = 4096  # positions of the first table; a longer one has a power of two of them
 TABLES = 4  # held at a time
@@ -49,9 +50,7 @@ class Rotation:
         parameters = getattr(config, "rope_parameters", None) or {}
         self._follows_length = parameters.get("rope_type") in ("dynamic", "longrope")
         self._trained = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
-        self._seen: dict[
-            torch.device, tuple[Tensor, Tensor, Tensor]
-        ] = {}  # position ids of this forward, their cosines and sines
+        self._seen: dict[torch.device, tuple[Tensor, PreparedRotation]] = {}  # position ids of this forward, and the way back
         self._halves = False  # whether cosines are given once for both halves of a head
         self._by_kernel = False  # whether the rotation is the one that `kvpress.kernels.rotation` knows
         self._reindexed = (
@@ -70,31 +69,46 @@ class Rotation:
 
     def undo(self, rotated: Tensor, position_ids: Tensor) -> Tensor:
         """What `rotated [batch, heads, tokens, dim]` was before the model rotated it to `position_ids [batch or 1, tokens]`."""
-        wide = rotated.to(torch.promote_types(rotated.dtype, torch.float32))
-        device = rotated.device
-        ids, cos, sin = self._seen.get(device, (None, wide, wide))
-        if ids is not position_ids or cos.dtype != wide.dtype:
-            found = self._as_seen(wide, position_ids.to(device), **self._arguments)
-            cos, sin = (table.to(device) for table in found)  # a model on several devices has one rotary module for all
-            self._seen[device] = (position_ids, cos, sin)
+        kind, device = torch.promote_types(rotated.dtype, torch.float32), rotated.device
+        ids, back = self._seen.get(device, (None, None))
+        if back is None or ids is not position_ids or back.cosine.dtype != kind:
+            back = self._way_back(rotated.to(kind), position_ids)
+            self._seen[device] = (position_ids, back)
         if self._by_kernel:
-            turned = turn(wide, self._both(cos)[:, None], self._both(sin)[:, None], inverse=True)
-            return self._rescale(turned, cos, sin).to(rotated.dtype)
-        cos, sin = cos.expand(rotated.shape[0], -1, -1), sin.expand(rotated.shape[0], -1, -1)
-        return self._rescale(self._rotate(wide, cos, -sin), cos, sin).to(rotated.dtype)
+            return back.rotate(rotated)
+        cos, sin = (table.expand(rotated.shape[0], -1, -1) for table in (back.cosine, back.sine))
+        return self._rotate(rotated.to(kind), cos, -sin).to(rotated.dtype)
+
+    def _way_back(self, like: Tensor, position_ids: Tensor) -> PreparedRotation:
+        """What turns back by `position_ids`, without the factor that a rotation and its inverse leave."""
+        found = self._as_seen(like, position_ids.to(like.device), **self._arguments)
+        # a model on several devices has one rotary module for all
+        cos, sin = (table.to(like.device) for table in found)
+        # the module may scale (YaRN), and does so again later; in fp64 its fp32 cosines are not quite on the unit circle
+        scale = cos.square() + sin.square()
+        cos, sin = cos / scale, sin / scale
+        if self._by_kernel:
+            cos, sin = self._both(cos)[:, None], self._both(sin)[:, None]
+        return PreparedRotation(cos, sin, inverse=True)
 
     def _both(self, table: Tensor) -> Tensor:
         """Cosines or sines for both halves of a head."""
         return torch.cat([table, table], dim=-1) if self._halves else table
 
-    def _rescale(self, plain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Without the factor that a rotation and its inverse leave."""
-        # the module may scale (YaRN), and does so again later; in fp64 its fp32 cosines are not quite on the unit circle
-        scale = self._both(cos.square() + sin.square()).unsqueeze(1)
-        width = scale.shape[-1]
-        if width == plain.shape[-1]:
-            return plain / scale
-        return torch.cat([plain[..., :width] / scale, plain[..., width:]], dim=-1)
+    def tables(self, like: Tensor, places: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines `[at least places, rotary_dim]` by which `kvpress.kernels` turn rows of the type of `like`; `None` where this
+        rotation is none that they know."""
+        if not self._by_kernel:
+            return None
+        return self._table(like, places)
+
+    def rotate_last(self, plain: Tensor, places: int) -> Tensor:
+        """`plain [batch, heads, 1, dim]` rotated to the last of `places` positions."""
+        if not self._by_kernel:
+            last = torch.full((plain.shape[0], 1, 1), places - 1, device=plain.device)
+            return self.rotate(plain, last)
+        cos, sin = self._table(plain, places)
+        return turn(plain, cos[None, None, places - 1 : places], sin[None, None, places - 1 : places])
 
     def rotate(self, plain: Tensor, positions: Tensor) -> Tensor:
         """`plain [batch, heads, tokens, dim]` rotated to `positions [batch, heads or 1, tokens]`; negative ones count as 0."""
@@ -104,7 +118,7 @@ class Rotation:
         positions = positions.clamp(min=0).long()
         cos, sin = self._table(plain, int(positions.max()) + 1)
         if self._by_kernel:
-            return turn(plain, self._both(cos), self._both(sin), positions=positions)
+            return turn(plain, cos, sin, positions=positions)
         cos, sin = cos[positions], sin[positions]
         wide = plain.to(cos.dtype)
         if positions.shape[1] == 1:
@@ -114,7 +128,7 @@ class Rotation:
         return turned.view(batch, heads, tokens, dim).to(plain.dtype)
 
     def _table(self, like: Tensor, needed: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions 0 … at least `needed - 1`, `[positions, width]` each."""
+        """Cosines and sines of positions 0 … at least `needed - 1`, `[positions, width]` each; for the kernels of both halves."""
         if self._follows_length:  # frequencies as for a text of just this length
             size = needed if needed > self._trained else min(TABLE, self._trained)
         else:
@@ -128,7 +142,10 @@ class Rotation:
             cos, sin = module(probe, torch.arange(size, device=like.device)[None], **self._arguments)
             if len(self._tables) >= TABLES:
                 self._tables.clear()
-            table = self._tables[key] = (cos[0].to(like.device), sin[0].to(like.device))
+            cos, sin = cos[0].to(like.device), sin[0].to(like.device)
+            if self._by_kernel:
+                cos, sin = self._both(cos), self._both(sin)
+            table = self._tables[key] = (cos, sin)
         return table
 
     def _rotate(self, plain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -162,6 +179,7 @@ class Rotation:
                 continue
             try:
                 self._seen.clear()
+                self._tables.clear()
                 plain = self.undo(keys.double(), ids)
                 again = self.rotate(plain, ids[:, None]) - keys.double()
             except (RuntimeError, ValueError):  # cosines of another width than this trial takes

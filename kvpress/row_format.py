@@ -39,6 +39,15 @@ class RowFormat:
         """What the kernels read, without a copy: rows `[..., dim]`, and a scale `[...]` for int8 ones."""
         return stored, None
 
+    def readable(
+        self, keys: Tensor, values: Tensor, layout: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Stored keys and values as the kernels read them, and `layout` with the scales of int8 ones."""
+        (keys, keys_scale), (values, values_scale) = self.parts(keys), self.parts(values)
+        if keys_scale is not None and values_scale is not None:
+            layout = layout | {"keys_scale": keys_scale, "values_scale": values_scale}
+        return keys, values, layout
+
     def row_bytes(self, dim: int, dtype: torch.dtype) -> int:
         """Bytes of one stored row of `dim` numbers that came as `dtype`."""
         return dim * dtype.itemsize

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvpress.memory import allocate, filled, grown, growth, held_bytes, take
+from kvpress.prepared import POSITION, PreparedSlots
 from kvpress.ragged import RaggedRows
 from kvpress.row_format import PackedRows, RowFormat
-from kvpress.steady import POSITION, SteadySlots
 
 if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
@@ -56,7 +56,7 @@ class SlotTable:
         self.spare: Tensor | None = None
         self.rows: RaggedRows | None = None
         self.limit: int | None = None  # slots that this table will use at most, where that is known
-        self._steady: SteadySlots | None = None
+        self._prepared: PreparedSlots | None = None
         self._owned = True  # not a model's own tensors, taken in for one forward
         self._complete = False  # known to have no empty slot; real tokens appended or exchanged do not change that
 
@@ -135,29 +135,27 @@ class SlotTable:
         return self.rows is not None or self.packed
 
     @property
-    def steady(self) -> SteadySlots:
-        """How decoded tokens are written and attended to in a steady table."""
-        if self._steady is None:
-            self._steady = SteadySlots(self)
-        return self._steady
+    def prepared(self) -> PreparedSlots | None:
+        """How decoded tokens are written and attended to, where keys and values lie in buffers that stay where they are."""
+        if self._prepared is None and self._owned and (self.spare is not None or self.stowage is None):
+            self._prepared = PreparedSlots(self)
+        return self._prepared
+
+    @property
+    def steady(self) -> PreparedSlots:
+        """As `prepared`, of a steady table."""
+        prepared = self.prepared
+        if prepared is None:
+            raise RuntimeError("this table is not steady")
+        return prepared
 
     def readable(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `read`, which is done once for a steady table."""
-        return self.read() if self._steady is None else self._steady.readable
-
-    def read(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Keys and values as the kernels read them, and what they need to know for it: `starts` and `lengths` of flat rows `[rows, dim]`
-        where heads are ragged, scales of int8 rows."""
-        keys, values, layout = self.keys, self.values, dict[str, Tensor]()
-        if self.rows is None:
-            keys, values = self.stored()
-        else:
-            layout = {"starts": self.rows.starts, "lengths": self.rows.lengths}
-        if self.packed:
-            (keys, keys_scale), (values, values_scale) = self.form.parts(keys), self.form.parts(values)
-            if keys_scale is not None and values_scale is not None:
-                layout |= {"keys_scale": keys_scale, "values_scale": values_scale}
-        return keys, values, layout
+        """Keys and values of the slots in use as the kernels read them, and what they need to know for it: `starts` and `lengths` of flat
+        rows `[rows, dim]` where heads are ragged, scales of int8 rows."""
+        if self.spare is not None:
+            return self.steady.whole
+        keys, values = self.stored()
+        return self.form.readable(keys, values, {}) if self.packed else (keys, values, {})
 
     def _kv_bytes(self, form: RowFormat) -> int:
         if self.is_empty:
@@ -192,8 +190,8 @@ class SlotTable:
     def tensors(self) -> Iterator[Tensor | None]:
         """Every tensor held."""
         yield from (self.keys, self.values, self.spare, *self.columns.values())
-        if self._steady is not None:
-            yield from self._steady.tensors()
+        if self._prepared is not None:
+            yield from self._prepared.tensors()
         if self.rows is not None:
             yield from (self.rows.starts, self.rows.lengths, self.rows.outside)
 
@@ -221,10 +219,13 @@ class SlotTable:
             self._resume_growing(self.spare, room=tokens)
         first = self.count
         self._reserve(first + tokens)
-        place = slice(first - self.base, first - self.base + tokens)
-        self.keys[:, :, place], self.values[:, :, place] = self.form.pack(keys), self.form.pack(values)
         self.count += tokens
         new = slice(first, self.count)
+        if tokens == 1 and keys.dtype == self.dtype and (prepared := self.prepared) is not None:
+            prepared.overwrite(prepared.same_slot(first), keys, values)
+            return new
+        place = slice(first - self.base, first - self.base + tokens)
+        self.keys[:, :, place], self.values[:, :, place] = self.form.pack(keys), self.form.pack(values)
         for column in self.columns.values():
             column[:, :, new] = 0
         return new
@@ -237,10 +238,12 @@ class SlotTable:
             positions: `[batch or 1, tokens]` int32, `-1` for padding.
             counts: real tokens among them, for each batch row.
         """
-        if isinstance(new, slice):
-            self.columns[POSITION][:, :, new] = positions[:, None]
-        else:
+        if isinstance(new, Tensor):
             self.steady.place(new, positions)
+        elif positions.shape[1] == 1 and self._prepared is not None:
+            self._prepared.place(self._prepared.same_slot(new.start), positions)
+        else:
+            self.columns[POSITION][:, :, new] = positions[:, None]
         if min(counts) == max(counts):
             self.held += counts[0]
         else:
@@ -250,8 +253,10 @@ class SlotTable:
 
     def write_keys(self, new: slice | Tensor, keys: Tensor) -> None:
         """Put `keys [batch, kv_heads, tokens, dim]` in the place of those just appended."""
-        if not isinstance(new, slice):
+        if isinstance(new, Tensor):
             self.steady.write_keys(new, keys)
+        elif keys.shape[2] == 1 and self._prepared is not None:
+            self._prepared.write_keys(self._prepared.same_slot(new.start), keys)
         elif self._owned:
             self.keys[:, :, new.start - self.base : new.stop - self.base] = self.form.pack(keys)
         else:
@@ -284,6 +289,7 @@ class SlotTable:
     def lie(self, keys: Tensor, values: Tensor, base: int) -> None:
         """From now on slots from `base` on lie at the beginning of these buffers, earlier ones elsewhere."""
         self.keys, self.values, self.base, self._owned = keys, values, base, True
+        self._prepared = None
 
     def keep(self, index: Tensor, counts: numpy.ndarray, room: int) -> None:
         """Drop all but the slots `index [batch, kv_heads, n]`, in that order, and free the memory of the rest.
@@ -308,7 +314,7 @@ class SlotTable:
             taken = column[:, :, : self.count].gather(-1, index)
             fresh[:, :, :kept] = taken if surplus is None else taken.masked_fill(surplus, nothing)
             self.columns[name] = fresh
-        self.rows, self._steady, self._owned = None, None, True
+        self.rows, self._prepared, self._owned = None, None, True
         self.spare = filled((batch, kv_heads, 1), kept, keys, torch.long) if room == 1 else None
         self.count = kept + 1 if room == 1 else kept
 
@@ -378,7 +384,7 @@ class SlotTable:
         self.columns = {name: column[..., :length].index_select(0, index) for name, column in self.columns.items()}
         self.spare = None if self.spare is None else self.spare.index_select(0, index)
         self.held = self.held[rows]
-        self._steady = None
+        self._prepared = None
 
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal table."""
@@ -411,7 +417,7 @@ class SlotTable:
         self.dtype, self.dims = state["dtype"], state["dims"]
         capacities = state["capacities"]
         self.rows = None if capacities is None else RaggedRows(capacities, self.keys.device)
-        self._owned, self._steady, self._complete = True, None, False
+        self._owned, self._prepared, self._complete = True, None, False
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -439,7 +445,7 @@ class SlotTable:
             fresh = filled((*column.shape[:2], kept + room), 0, column, column.dtype)
             fresh[:, :, :kept] = column[:, :, : self.count].gather(-1, order)
             self.columns[name] = fresh
-        self.count, self.spare, self.rows, self._steady, self._complete = kept, None, None, None, False
+        self.count, self.spare, self.rows, self._prepared, self._complete = kept, None, None, None, False
 
     def _reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots, with some to spare."""
@@ -449,8 +455,10 @@ class SlotTable:
             make = allocate if self.stowage is None else self.stowage.allocate
             self.keys = grown(self._pack(self.keys), held, roomy - self.base, make)
             self.values = grown(self._pack(self.values), held, roomy - self.base, make)
+            self._prepared = None
         if not self._owned or self.columns[POSITION].shape[2] < capacity:
             self.columns = {name: grown(column, self.count, roomy) for name, column in self.columns.items()}
+            self._prepared = None
         self._owned = True
 
     def _pack(self, rows: Tensor) -> Tensor:
@@ -480,4 +488,4 @@ class SlotTable:
         self.held, self._complete = counts.astype(numpy.int64), False
         self.spare = taken
         self.rows, self.count, self._owned = rows, longest, True
-        self._steady = None
+        self._prepared = None

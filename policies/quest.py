@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvpress.kernels.pages import page_bounds, page_scores
+from kvpress.kernels.pages import choose_pages, page_bounds
+from kvpress.memory import GROWTH, allocate
 from kvpress.policies.base import check_integer
-from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
+from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,14 @@ class PageSelector(Selector):
         self.skip = skip
         self.has_index = not skip
         self.hits = self.misses = 0
-        self.low: Tensor | None = None  # [batch, kv_heads, pages, dim]; a page without tokens has low above high
+        self.low: Tensor | None = None  # [batch, kv_heads, room, dim]; a page without tokens has low above high
         self.high: Tensor | None = None
+        self.pages = 0  # that have bounds
         self.covered = 0  # slots whose keys the bounds include
 
     def rearrange(self) -> None:
         self.low = self.high = None
-        self.covered = 0
+        self.pages = self.covered = 0
 
     def vacate(self) -> None:
         self.rearrange()
@@ -80,7 +82,7 @@ class PageSelector(Selector):
         if not self.narrows(keys.shape[2]) or (self.low is not None and self.low.shape[2] >= pages):
             return held
         batch, heads, _, dim = keys.shape
-        fresh: int = 2 * batch * heads * pages * dim * keys.dtype.itemsize
+        fresh: int = 2 * batch * heads * (pages + pages // GROWTH) * dim * keys.dtype.itemsize
         return held + fresh  # old bounds and new ones for a moment
 
     def narrows(self, slots: int) -> bool:
@@ -92,22 +94,22 @@ class PageSelector(Selector):
         if self.skip or not view.decoding or view.keys.shape[2] <= self.policy.top_k:
             return None
         self.misses += 1
-        low, high = self._bounds(view)
-        size, slots = self.policy.page_size, view.keys.shape[2]
-        bound = (
-            page_scores(view.query, low, high).reshape(*low.shape[:2], -1, low.shape[2]).amax(dim=2)
-        )  # [batch, kv_heads, pages]
-        bound = bound.masked_fill(bound.isnan(), -torch.inf)
-        offset = first_tokens(view)
-        newest = view.new if isinstance(view.new, Tensor) else slots - 1 - offset
-        newest = newest.expand(*bound.shape[:2], 1)
-        bound = bound.scatter(-1, newest // size, torch.inf)
-        pages = best_slots(bound, self.policy.top_k // size)
-        pages = pages.masked_fill(bound.gather(-1, pages) == -torch.inf, slots)  # past the end: no slot
-        index = (pages[..., None] * size + torch.arange(size, device=pages.device)).flatten(-2) + offset
-        return index.masked_fill(index >= slots, -1)
+        key = self._follow(view)
+        low, high = self.bounds()
+        return choose_pages(
+            view.query,
+            low,
+            high,
+            self.policy.top_k // self.policy.page_size,
+            page_size=self.policy.page_size,
+            slots=view.keys.shape[2],
+            key=key,
+            first=None if _begins_at_once(view) else first_tokens(view),
+            newest=view.new if isinstance(view.new, Tensor) else None,
+        )
 
-    def _bounds(self, view: SlotView) -> tuple[Tensor, Tensor]:
+    def _follow(self, view: SlotView) -> Tensor | None:
+        """Bring the bounds up to the slots of `view`; what is left to do is to take the key that is returned into the last page."""
         slots, size = view.keys.shape[2], self.policy.page_size
         if self.low is not None and self.high is not None and isinstance(view.new, Tensor) and self.covered == slots:
             heads, dim = view.keys.shape[1], view.keys.shape[-1]
@@ -120,29 +122,50 @@ class PageSelector(Selector):
             page = page[..., None].expand(-1, -1, -1, dim)
             self.low.scatter_(2, page, low)
             self.high.scatter_(2, page, high)
-        elif self.low is None or self.high is None or self.covered != slots:
+        elif self.low is not None and view.ordered and slots == self.covered + 1:
+            self._with_room(self.covered // size + 1, self.low)
+            self.covered = slots
+            return view.keys[:, :, slots - 1 : slots]
+        elif self.low is None or self.covered != slots:
             first = 0
             if self.low is not None:  # from the first page that was not full, in whichever row
                 first = max(self.covered - int(first_tokens(view).max()), 0) // size
             keys, positions = _from_first_token(view, first * size)
             low, high = page_bounds(keys, page_size=size, positions=positions)
-            if self.low is None or self.high is None:
-                self.low, self.high = low, high
-            else:
-                known = self.low.shape[2] - first  # pages that a new token widens; a page it begins comes behind them
-                self.low[:, :, first:], self.high[:, :, first:] = low[:, :, :known], high[:, :, :known]
-                if low.shape[2] > known:
-                    self.low = torch.cat([self.low, low[:, :, known:]], dim=2)
-                    self.high = torch.cat([self.high, high[:, :, known:]], dim=2)
-            self.covered = slots
+            whole_low, whole_high = self._with_room(first + low.shape[2], low)
+            whole_low[:, :, first : self.pages], whole_high[:, :, first : self.pages] = low, high
+        self.covered = slots
+        return None
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest keys of the pages that have bounds: `[batch, kv_heads, pages, dim]` each."""
         if self.low is None or self.high is None:
             raise RuntimeError("pages have no bounds")
+        return self.low[:, :, : self.pages], self.high[:, :, : self.pages]
+
+    def _with_room(self, pages: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers of both bounds, from now on with `pages` pages; `like [batch, kv_heads, …, dim]` has the sizes of a row."""
+        if self.low is None or self.high is None or self.low.shape[2] < pages:
+            shape = (*like.shape[:2], pages + pages // GROWTH, like.shape[-1])
+            bounds = []
+            for old in (self.low, self.high):
+                fresh = allocate(shape, like)
+                if old is not None:
+                    fresh[:, :, : self.pages] = old[:, :, : self.pages]
+                bounds.append(fresh)
+            self.low, self.high = bounds
+        self.pages = pages
         return self.low, self.high
+
+
+def _begins_at_once(view: SlotView) -> bool:
+    """Whether page 0 begins at slot 0 in every row."""
+    return isinstance(view.new, Tensor) or view.ordered
 
 
 def first_tokens(view: SlotView) -> Tensor:
     """`[batch, 1, 1]` slot of the first token of each row: pages are counted from there, so that padding does not shift them."""
-    if isinstance(view.new, Tensor) or view.ordered:
+    if _begins_at_once(view):
         return torch.zeros(view.keys.shape[0], 1, 1, dtype=torch.long, device=view.keys.device)
     return (view.positions[:, :1] >= 0).int().argmax(dim=-1, keepdim=True)
 
@@ -150,7 +173,7 @@ def first_tokens(view: SlotView) -> Tensor:
 def _from_first_token(view: SlotView, first: int) -> tuple[Tensor, Tensor]:
     """Keys and positions from slot `first` after each row's first token; positions are `-1` past the last slot."""
     keys, positions = view.keys, view.positions
-    if isinstance(view.new, Tensor) or view.ordered:
+    if _begins_at_once(view):
         return keys[:, :, first:], positions[:, :, first:]
     batch, heads, slots, dim = keys.shape
     index = first_tokens(view) + torch.arange(first, slots, device=keys.device)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from kvpress.kernels.choosing import best_slots as best_of_rows
 from kvpress.policies.base import Policy
 from kvpress.rope import Rotation
 from kvpress.tensor_parallel import ALONE, HeadShards
@@ -19,18 +20,11 @@ def best_slots(scores: Tensor, count: int, positions: Tensor | None = None) -> T
         scores: without NaN; fewer than `count` slots are all returned.
         positions: like `scores`, where slots are in no order; the result then ascends by position.
     """
-    count = min(count, scores.shape[-1])
     order = None
     if positions is not None:
         order = positions.expand_as(scores).argsort(dim=-1)
         scores = scores.gather(-1, order)
-    least = scores.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    taken = scores >= least
-    if int(taken.sum()) > count * (scores.numel() // scores.shape[-1]):
-        above, ties = scores > least, scores == least
-        wanted = count - above.sum(dim=-1, keepdim=True)
-        taken = above | (ties & (ties.flip(-1).cumsum(dim=-1).flip(-1) <= wanted))
-    chosen = taken.nonzero()[:, -1].view(*scores.shape[:-1], count)
+    chosen = best_of_rows(scores, count)
     return chosen if order is None else order.gather(-1, chosen)
 
 
@@ -74,6 +68,7 @@ class Selector:
     hits = 0  # decode steps that reused an earlier selection
     misses = 0  # selections made
     has_index = False  # chooses by tensors of its own: old keys are read only where they are selected
+    complete_lists = False  # where slots are ordered, its lists of a decoded token ascend and have no -1
     one_set = False  # one set serves all KV heads, where they keep the same tokens
 
     def select(self, view: SlotView) -> Tensor | None:

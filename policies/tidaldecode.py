@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvpress.kernels.scores import accumulator_type
+from kvpress.kernels.choosing import largest_products
 from kvpress.policies.base import check_integer
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
+from kvpress.row_format import parts
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,15 @@ class TidalSelector(Selector):
                 chosen[view.query.device] = next(iter(chosen.values())).to(view.query.device)
             return chosen[view.query.device]
         self.misses += 1
-        slots = largest_products(view, self.top_k)
+        slots = slots_of_largest_products(view, self.top_k)
         self.shared["tidaldecode"] = {slots.device: slots}
         return None
 
 
-def largest_products(view: SlotView, top_k: int) -> Tensor:
+def slots_of_largest_products(view: SlotView, top_k: int) -> Tensor:
     """The slots of the `top_k` largest dot products of each KV head: `[batch, heads of the keys, top_k]`, `-1` where there are fewer."""
-    batch, _, _, dim = view.query.shape
-    kind = accumulator_type(view.query)
-    grouped = view.query.to(kind).view(batch, view.keys.shape[1], -1, dim)
-    products = torch.matmul(grouped, view.keys[:, :, :].to(kind).transpose(-1, -2)).amax(dim=2)
+    keys, scales = parts(view.keys)
+    products = largest_products(view.query, keys, positions=view.positions, keys_scale=scales)
     positions = view.positions.expand(-1, products.shape[1], -1)  # a model that expands keys has more heads of them
-    products = products.nan_to_num(-torch.inf).masked_fill(positions < 0, -torch.inf)
     best = best_slots(products, top_k, None if view.ascending else positions)
     return best.masked_fill(positions.gather(-1, best) < 0, -1)

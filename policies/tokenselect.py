@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from kvpress.kernels.choosing import listed_slots, reused_slots
 from kvpress.kernels.head_vote import head_vote
 from kvpress.policies.base import check_choice, check_integer
 from kvpress.policies.key_index import KeyIndex
@@ -96,6 +97,7 @@ class VoteSelector(Selector):
     """Votes, and the Selection Cache of one layer: the query that selected last, what it selected, and where that stood."""
 
     one_set = True
+    complete_lists = True
 
     def __init__(self, policy: TokenSelect) -> None:
         self.policy = policy
@@ -158,27 +160,45 @@ class VoteSelector(Selector):
             return None
         if self.index is not None:
             self.index.follow(view)
-        query = view.query.mean(dim=2)
         if not view.decoding:
-            return assemble(view, self._vote(view, query)[0], policy.sinks, policy.local)
+            return assemble(view, self._vote(view, view.query.mean(dim=2))[0], policy.sinks, policy.local)
+        in_order = view.ordered and view.heads.size == 1
+        if in_order and (again := self._reuse(view)) is not None:
+            self.hits += 1
+            return again
+        query = view.query[:, :, 0]
         flat = query.flatten(1)
         positions = view.positions if not view.shared else view.positions[:, :1]
-        if self.query is not None and self.live is not None:
+        same = None  # rows that use their selection again
+        if self.query is not None and self.live is not None and not (in_order and flat.shape[0] == 1):
             cosine = cosine_of_all_heads(view.heads, flat.double(), self.query.double())
             same = (cosine >= policy.threshold - ROUNDING) & self.live
             if bool(same.all()):
                 self.hits += 1
                 return assemble(view, self._still_there(positions), policy.sinks, policy.local)
-        else:
-            same = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
         self.misses += 1
         chosen, live = self._vote(view, query)
-        if self.query is not None and bool(same.any()):  # rows that hit keep their selection
+        if self.query is not None and same is not None and bool(same.any()):
             chosen = torch.where(same[:, None, None], self._still_there(positions), chosen)
             flat, live = torch.where(same[:, None], self.query, flat), live | same
-        self.query, self.chosen, self.live = flat, chosen, live
-        self.chosen_positions = positions.gather(-1, chosen.clamp(min=0))
+        self.query, self.chosen, self.live = flat.clone(), chosen, live  # the rows may be a view of the model's own
+        self.chosen_positions = chosen.int() if view.ordered else positions.gather(-1, chosen.clamp(min=0))
         return assemble(view, chosen, policy.sinks, policy.local)
+
+    def _reuse(self, view: SlotView) -> Tensor | None:
+        """The former selection among slots that are in order, where each of a chosen token stays its own."""
+        if self.query is None or self.live is None or self.chosen is None:
+            return None
+        return reused_slots(
+            view.query,
+            self.query,
+            self.live,
+            self.chosen,
+            threshold=self.policy.threshold - ROUNDING,
+            sinks=self.policy.sinks,
+            local=self.policy.local,
+            slots=view.keys.shape[2],
+        )
 
     def _choose_anew(self) -> None:
         self.query = self.chosen = self.chosen_positions = self.live = None
@@ -195,8 +215,7 @@ class VoteSelector(Selector):
         policy, kv_heads = self.policy, view.keys.shape[1]
         batch, heads, dim = query.shape
         if view.rotation is not None:
-            distance = torch.full((1, 1, 1), policy.local, device=query.device)
-            query = view.rotation.rotate(query[:, :, None], distance).squeeze(2)
+            query = view.rotation.rotate_last(query[:, :, None], policy.local + 1).squeeze(2)
         if policy.group == "mod":  # the order of heads in a sum is free: those of a KV head come together
             query = query.view(batch, -1, kv_heads, dim).transpose(1, 2).reshape(batch, heads, dim)
         if view.ordered:  # slot and position are the same number: candidates are a range
@@ -225,7 +244,7 @@ class VoteSelector(Selector):
             positions = None if positions is None else positions.reshape(batch * kv_heads, 1, -1)
             scales = None if scales is None else scales.reshape(batch * kv_heads, 1, -1)
         votes = head_vote(query[:, :, None], keys, positions=positions, keys_scale=scales)
-        votes = votes.nan_to_num(0.0).view(batch, -1, keys.shape[2])
+        votes = votes.nan_to_num_(0.0).view(batch, -1, keys.shape[2])
         return view.heads.sum(votes) if view.shared else votes
 
 
@@ -245,10 +264,7 @@ def candidate_slots(view: SlotView, sinks: int, local: int) -> Tensor:
 def assemble(view: SlotView, chosen: Tensor, sinks: int, local: int) -> Tensor:
     """Sinks, chosen slots and local window: `[batch, kv_heads or 1, n]`, ascending by position where slots are ordered."""
     if view.ordered:
-        last = int(view.newest) + 1
-        first = torch.arange(sinks, device=chosen.device).expand(*chosen.shape[:2], -1)
-        window = torch.arange(last - local, last, device=chosen.device).expand(*chosen.shape[:2], -1)
-        return torch.cat([first, chosen, window], dim=-1)
+        return listed_slots(chosen, sinks=sinks, local=local, slots=int(view.newest) + 1)
     positions = view.positions if chosen.shape[1] > 1 or not view.shared else view.positions[:, :1]
     always = (positions >= 0) & (positions <= view.newest) & ((positions < sinks) | (positions > view.newest - local))
     ends = always.int().topk(min(sinks + local, positions.shape[-1]), dim=-1)

@@ -11,8 +11,17 @@ REDUCTIONS = {"sum": 1, "mean": 2, "max": 3}
 WEIGHTS_GROUP = 16  # query heads a KV head whose weights can be returned
 
 
-def refusal(query: Tensor, keys: Tensor, values: Tensor, kv_heads: int, *, weights: bool = False) -> str | None:
-    """Why this implementation cannot serve, or `None`."""
+def refusal(
+    query: Tensor, keys: Tensor, values: Tensor, kv_heads: int, *, weights: bool = False, turned: bool = False
+) -> str | None:
+    """Why this implementation cannot serve, or `None`.
+
+    Args:
+        weights: the weights are to be returned.
+        turned: keys are to be turned as they are read.
+    """
+    if turned and query.shape[1] // kv_heads * query.shape[2] > WEIGHTS_GROUP:
+        return f"native attention turns keys for up to {WEIGHTS_GROUP} queries a KV head"
     if weights and query.shape[1] // kv_heads > WEIGHTS_GROUP:
         return f"native attention returns weights for groups up to {WEIGHTS_GROUP}, not {query.shape[1] // kv_heads}"
     return native.refusal(query, keys, values)
@@ -36,9 +45,10 @@ def attend(
     keys_scale: Tensor | None,
     values_scale: Tensor | None,
     weights: str | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `kvpress.kernels.attention.attend`; the third value is that of `attend_with_weights` where `weights` asks for
-    it."""
+    it. With `rotation` as `attend_turned`."""
     batch, query_heads, rows, _ = query.shape
     output = torch.empty(batch, query_heads, rows, values.shape[-1], dtype=query.dtype)
     lse = torch.empty(batch, query_heads, rows, dtype=torch.float32)
@@ -72,6 +82,7 @@ def attend(
         weights=0 if reduced is None else reduced.data_ptr(),
         reduction=0 if weights is None else REDUCTIONS[weights],
         entries=entries,
+        rotation=rotation,
     )
     native.built().attention(*fields)
     del owners

@@ -51,8 +51,8 @@ class RowWriter:
 
         Args:
             slot: `[batch, kv_heads, 1]` int64, contiguous.
-            rows: for the first of the columns, or all: `[batch, kv_heads]`, or `[batch, kv_heads, 1, dim]` with a
-                contiguous last dimension, of the column's type; sizes of 1 stand for all.
+            rows: for the first of the columns, or all: `[batch, kv_heads]`, or `[batch, kv_heads, 1, dim]`, of the
+                column's type; sizes of 1 stand for all.
 
         Raises:
             IndexError: a slot that does not exist; columns before it may be written. (On GPUs a slot of -1 is passed over.)
@@ -67,6 +67,9 @@ class RowWriter:
         batch, kv_heads = self.heads
         for (item, fields), row in zip(self._fields, rows, strict=False):
             strides, shape = row.stride(), row.shape
+            if len(shape) == 4 and strides[3] != 1:
+                row = row.contiguous()  # noqa: PLW2901
+                strides = row.stride()
             overwrite(
                 *fields,
                 place,

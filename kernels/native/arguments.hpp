@@ -43,6 +43,9 @@ struct Attention {
   int64_t causal;                                    // not 0: the rows are the last slots, in order; no positions are given
   double scaling, softcap;                           // softcap 0: none
   const float* sinks;
+  const float* cosine;                               // keys are turned by their entry as they are read, or null
+  const float* sine;
+  int64_t rotary, table_rows, table_row;             // channels turned; rows of both tables, and their stride
   void* output;                                      // [batch, query_heads, rows, value_dim], contiguous, of query_kind
   float* lse;                                        // [batch, query_heads, rows], contiguous, or null
   float* weights;                                    // [batch, kv_heads, entries], contiguous, or null (rows == 1 only)
@@ -59,7 +62,7 @@ struct Mass {
 };
 
 struct Vote {
-  Attention attention;   // one row; weights: the votes [batch, weights_entries]; no output
+  Attention attention;   // one row; weights: the votes [batch, weights_entries], or the products [batch, kv_heads, weights_entries]; no output
 };
 
 struct PageBounds {
@@ -134,14 +137,57 @@ struct Weakest {
   int64_t* slot;               // [batch, heads]
 };
 
+struct BestSlots {
+  int64_t threads, rows, size, count;
+  const float* scores;
+  int64_t stride;              // between rows
+  int64_t* slots;              // [rows, count]
+};
+
+struct PageSlots {
+  int64_t batch, query_heads, kv_heads, pages, count, page_size, slots;
+  const float* scores;         // [batch, query_heads, pages], contiguous
+  const int64_t* first;        // [batch] slot at which page 0 begins, or null: 0
+  const int64_t* newest;       // [batch, kv_heads] slot of the newest token, counted from there, or null: the last slot
+  int64_t* index;              // [batch, kv_heads, count * page_size]
+};
+
+struct ChoosePages {
+  PageScores scores;           // its `scores` and those of `slots` are scratch
+  PageSlots slots;
+  void* low;                   // the bounds once more, to write to
+  void* high;
+  const void* key;             // of the newest token, of the bounds' kind, or null: nothing to widen
+  int64_t key_batch, key_head;
+  int64_t page, begins;        // that it widens; whether it is the first of that page
+};
+
+struct ListedSlots {           // sinks, chosen slots and the last ones
+  int64_t lists, sinks, top_k, local, slots;
+  const int64_t* chosen;       // [lists, top_k], contiguous
+  int64_t* index;              // [lists, sinks + top_k + local]
+};
+
+struct ReusedSlots {
+  int64_t batch, query_heads, dim;
+  double threshold;
+  const void* query;
+  int64_t kind, query_batch, query_head;
+  const void* former;          // [batch, query_heads, dim], contiguous, of `kind`
+  const uint8_t* live;         // [batch]
+  ListedSlots listed;          // written where the selection serves once more
+};
+
 enum Status : int { OK = 0, OUT_OF_MEMORY = 1, INDEX_OUT_OF_RANGE = 2, FLAT_OUT_OF_RANGE = 3 };
 
 struct Level {  // the operations compiled for one instruction set
   int (*attention)(const Attention&);
   int (*attention_mass)(const Mass&);
   int (*head_vote)(const Vote&);
+  int (*group_products)(const Vote&);
   int (*page_bounds)(const PageBounds&);
   int (*page_scores)(const PageScores&);
+  int (*choose_pages)(const ChoosePages&);
   int (*rotate)(const Rotation&);
   int (*pack_int8)(const Packing&);
 };

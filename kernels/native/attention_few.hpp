@@ -13,6 +13,7 @@ struct Few {  // scratch of one thread, and the state of the head it is at
   float scores[QUADS * (TILE + 8) * 4];
   float accumulator[FEW * MAX_DIM];     // [query][value_dim]
   float maximum[FEW], sum[FEW];
+  float turned[TILE * MAX_DIM];         // keys of a tile, where they are turned as they are read
 };
 
 // scores[slot][0..3] = query rows 0..3 . key
@@ -184,6 +185,7 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
   const int quads = int((queries + 3) / 4);
   const Head<T> head(s, a.kv_heads, b, h);
   load_queries(a, b, h, 0, a.rows, few.query);
+  if (a.cosine && head.entries) turn_queries(a, head.entries, few.query);
   for (int q = 0; q < quads * 4; ++q) {
     few.maximum[q] = -INFINITY;
     few.sum[q] = 0;
@@ -201,14 +203,18 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
   Tile tiles[2];
   int64_t entry = head.collect(tiles[0], begin, end, limit);
   for (int turn = 0; tiles[turn].count; turn ^= 1) {
-    const Tile& tile = tiles[turn];
+    Tile& tile = tiles[turn];
     Tile& next = tiles[turn ^ 1];
     entry = head.collect(next, entry, end, limit);
     const bool mask = seen_until && tile.newest > earliest;
+    if (a.cosine) turn_keys<T>(a, tile, few.turned);
     for (int quad = 0; quad < quads; ++quad) {
       float* scores = few.scores + quad * (TILE + 8) * 4;
       const int here = int(queries - quad * 4 < 4 ? queries - quad * 4 : 4);
-      score_queries<T>(here, few.query + quad * 4 * s.dim, s.dim, tile, scores);
+      if (a.cosine)
+        score_queries<float>(here, few.query + quad * 4 * s.dim, s.dim, tile, scores);
+      else
+        score_queries<T>(here, few.query + quad * 4 * s.dim, s.dim, tile, scores);
       if (s.key_scale)
         for (int t = 0; t < tile.count; ++t)
           for (int q = 0; q < 4; ++q) scores[t * 4 + q] *= tile.key_scale[t];

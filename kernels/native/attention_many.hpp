@@ -221,6 +221,8 @@ struct Prepared {
   explicit Prepared(const Attention& given) : a(given), made(given.batch * given.rows) {
     const Slots& s = a.slots;
     status = made.data ? check_slots(s, a.batch, a.kv_heads) : OUT_OF_MEMORY;
+    const bool turned = a.cosine != nullptr;
+    if (turned && !status && (s.starts || (s.index ? s.index_count : s.slots) > a.table_rows)) status = INDEX_OUT_OF_RANGE;
     if (status || s.positions || !(a.causal || a.query_positions)) return;
     if (!a.causal && !s.starts && !s.index) {
       a.query_positions = nullptr;

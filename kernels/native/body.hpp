@@ -2,13 +2,16 @@
 #include "vector.hpp"
 #include "common.hpp"
 #include "slots.hpp"
+#include "turned.hpp"
 #include "attention_few.hpp"
 #include "attention_many.hpp"
 #include "mass.hpp"
 #include "vote.hpp"
+#include "products.hpp"
 #include "pages.hpp"
+#include "choose_pages.hpp"
 #include "rotation.hpp"
 #include "packing.hpp"
 
 extern const Level level;
-const Level level = {attention, attention_mass, head_vote, page_bounds, page_scores, rotate, pack_int8};
+const Level level = {attention, attention_mass, head_vote, group_products, page_bounds, page_scores, choose_pages, rotate, pack_int8};

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "arguments.hpp"
+#include "choosing.hpp"
 #include "columns.hpp"
 #include "files.hpp"
 
@@ -97,17 +98,24 @@ PyObject* call(PyObject* const* args, Py_ssize_t count, const char* fields, int 
 
 #define SLOTS "iiiiiiiiiiiiiiiiiiiiiiiiiiiiiii"
 static_assert(sizeof(SLOTS) - 1 == sizeof(Slots) / 8, "one letter a field of Slots");
-#define ATTENTION "iiiii" "iiiii" SLOTS "iii" "dd" "iiii" "ii"
+#define ATTENTION "iiiii" "iiiii" SLOTS "iii" "dd" "i" "iiiii" "iii" "ii"
 
 OPERATION(attention, Attention, ATTENTION, used->level->attention)
 OPERATION(attention_mass, Mass, ATTENTION "dii" "ii", used->level->attention_mass)
 OPERATION(head_vote, Vote, ATTENTION, used->level->head_vote)
+OPERATION(group_products, Vote, ATTENTION, used->level->group_products)
 OPERATION(page_bounds, PageBounds, "iiiiii" "iiiii" "iiii" "ii", used->level->page_bounds)
-OPERATION(page_scores, PageScores, "iiiiii" "iiii" "ii" "iiiiiii" "i", used->level->page_scores)
+#define PAGE_SCORES "iiiiii" "iiii" "ii" "iiiiiii" "i"
+#define PAGE_SLOTS "iiiiiii" "iii" "i"
+OPERATION(page_scores, PageScores, PAGE_SCORES, used->level->page_scores)
+OPERATION(choose_pages, ChoosePages, PAGE_SCORES PAGE_SLOTS "ii" "iii" "ii", used->level->choose_pages)
 OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "i", used->level->rotate)
 OPERATION(pack_int8, Packing, "iiiii" "iiii" "i" "i", used->level->pack_int8)
 OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)
 OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii", overwrite)
+OPERATION(best_slots, BestSlots, "iiii" "ii" "i", best_slots)
+OPERATION(listed_slots, ListedSlots, "iiiii" "ii", listed_slots)
+OPERATION(page_slots, PageSlots, PAGE_SLOTS, page_slots)
 OPERATION(read_rows, ReadRows, "iiiiiiiiiiiii", read_rows)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
 
@@ -145,19 +153,54 @@ PyObject* use_level(PyObject*, PyObject* name) {
   Py_RETURN_NONE;
 }
 
+// Whether the selection serves once more: True or False.
+PyObject* call_reused_slots(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr char fields[] = "iii" "d" "iiii" "ii" "iiiii" "ii";
+  static_assert(sizeof(fields) - 1 == sizeof(ReusedSlots) / 8, "one letter a field of ReusedSlots");
+  ReusedSlots arguments;
+  if (!parse(args, count, fields, &arguments)) return nullptr;
+  return PyBool_FromLong(reused_slots(arguments));
+}
+
+// As `attention`, from a buffer that holds the struct: a caller that calls again and again changes what differs in it.
+PyObject* call_attention_again(PyObject*, PyObject* fields) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(fields, &view, PyBUF_SIMPLE)) return nullptr;
+  Attention arguments;
+  const bool fits = view.len == Py_ssize_t(sizeof arguments);
+  if (fits) std::memcpy(&arguments, view.buf, sizeof arguments);
+  PyBuffer_Release(&view);
+  if (!fits) {
+    PyErr_Format(PyExc_TypeError, "expected a buffer of %zd bytes", Py_ssize_t(sizeof arguments));
+    return nullptr;
+  }
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = used->level->attention(arguments);
+  Py_END_ALLOW_THREADS
+  return finish(status);
+}
+
 #define FAST(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(function)), METH_FASTCALL
 
 PyMethodDef methods[] = {
     // the order of the arguments is that of the structs in arguments.hpp
     {"attention", FAST(call_attention), "Attention over slots."},
+    {"attention_again", call_attention_again, METH_O, "Attention over slots, its fields in a buffer."},
     {"attention_mass", FAST(call_attention_mass), "Column sums of attention weights."},
     {"head_vote", FAST(call_head_vote), "Softmax weights summed over all query heads."},
+    {"group_products", FAST(call_group_products), "Largest dot product of each slot over the query heads of its KV head."},
     {"page_bounds", FAST(call_page_bounds), "Lowest and highest key of each page."},
     {"page_scores", FAST(call_page_scores), "Upper bounds of a query's scores over pages."},
+    {"choose_pages", FAST(call_choose_pages), "A key taken into its page, and the slots of the best pages."},
     {"rotate", FAST(call_rotate), "Rotary position embedding."},
     {"pack_int8", FAST(call_pack_int8), "Rows as int8 with a scale each."},
     {"gather", FAST(call_gather), "Rows of a column by slot index."},
     {"overwrite", FAST(call_overwrite), "One new row a head into a column."},
+    {"best_slots", FAST(call_best_slots), "The slots of highest score of each row."},
+    {"page_slots", FAST(call_page_slots), "The slots of the best pages of each head."},
+    {"listed_slots", FAST(call_listed_slots), "Sinks, chosen slots and the last ones."},
+    {"reused_slots", FAST(call_reused_slots), "A selection used once more, if the query has hardly turned."},
     {"read_rows", FAST(call_read_rows), "Rows of files of equal rows."},
     {"weakest", FAST(call_weakest), "The slot to evict of each head."},
     {"levels", get_levels, METH_NOARGS, "The instruction sets this machine can run, best first."},

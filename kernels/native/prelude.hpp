@@ -15,6 +15,7 @@
 #endif
 
 #include "arguments.hpp"
+#include "choosing.hpp"
 
 static inline int thread_number() {
 #if defined(_OPENMP)

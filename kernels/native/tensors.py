@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from array import array
 from typing import Any
 
 import torch
@@ -14,6 +16,23 @@ INTEGERS = (torch.int32, torch.int64)
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_DIM = 512
 NO_SCALES = (0,) * 8
+NO_ROTATION = (0,) * 5
+# the fields of `Attention` in `arguments.hpp`, in their order
+ATTENTION = (
+    "threads", "batch", "query_heads", "kv_heads", "rows",
+    "query", "query_kind", "query_batch", "query_head", "query_row",
+    "keys", "values", "kind", "dim", "value_dim", "slots",
+    "key_batch", "key_head", "key_slot", "value_batch", "value_head", "value_slot",
+    "key_scale", "value_scale", "key_scale_batch", "key_scale_head", "key_scale_slot",
+    "value_scale_batch", "value_scale_head", "value_scale_slot",
+    "positions", "position_bytes", "position_batch", "position_head",
+    "starts", "lengths", "flat_rows", "index", "index_batch", "index_head", "index_count",
+    "query_positions", "query_position_batch", "causal", "scaling", "softcap", "sinks",
+    "cosine", "sine", "rotary", "table_rows", "table_row",
+    "output", "lse", "weights", "weights_reduction", "weights_entries",
+)  # fmt: skip
+PLACE = {name: place for place, name in enumerate(ATTENTION)}
+_PACKED = struct.Struct("=" + "".join("d" if name in ("scaling", "softcap") else "q" for name in ATTENTION))
 EMPTY = 8  # the address of an empty list, never read: torch gives 0, which would mean "no list given"
 
 
@@ -160,6 +179,7 @@ def attention_fields(
     weights: int,
     reduction: int,
     entries: int,
+    rotation: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[tuple[float, ...], list[Tensor]]:
     """The fields of `Attention`, and the tensors to keep until the call returns; results are given by address."""
     batch, query_heads, rows, _ = query.shape
@@ -176,6 +196,11 @@ def attention_fields(
         sinks = as_floats(sinks)
         owners.append(sinks)
         sink_pointer = sinks.data_ptr()
+    turned = NO_ROTATION
+    if rotation is not None:
+        cosine, sine = (as_floats(table) for table in rotation)
+        owners += [cosine, sine]
+        turned = (cosine.data_ptr(), sine.data_ptr(), cosine.shape[1], cosine.shape[0], cosine.stride(0))
     strides = query.stride()
     fields = (
         torch.get_num_threads(),
@@ -194,6 +219,7 @@ def attention_fields(
         scaling,
         softcap or 0.0,
         sink_pointer,
+        *turned,
         output,
         lse,
         weights,
@@ -201,3 +227,8 @@ def attention_fields(
         entries,
     )
     return fields, owners
+
+
+def packed(fields: tuple[float, ...]) -> array[int]:
+    """The fields of `Attention` in a buffer for `attention_again`; integers and addresses in it may be changed, by `PLACE`."""
+    return array("q", _PACKED.pack(*fields))

@@ -1,5 +1,5 @@
 """Pages of slots: bounds of their keys, and the bounds these give on a query's scores."""
 
-from kvpress.kernels.pages.api import page_bounds, page_scores
+from kvpress.kernels.pages.api import choose_pages, page_bounds, page_scores, page_slots
 
-__all__ = ["page_bounds", "page_scores"]
+__all__ = ["choose_pages", "page_bounds", "page_scores", "page_slots"]

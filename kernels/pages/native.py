@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpress.kernels.choosing.native import scores_refusal
 from kvpress.kernels.native import tensors as native
+
+__all__ = ["page_bounds", "page_scores", "page_slots", "refusal", "scores_refusal"]
 
 
 def refusal(query: Tensor, *bounds: Tensor) -> str | None:
@@ -14,6 +17,13 @@ def refusal(query: Tensor, *bounds: Tensor) -> str | None:
     return native.refusal(query, first, last) or (
         "native pages take fp32, bf16 and fp16, not int8" if first.dtype not in native.FLOATS else None
     )
+
+
+def choice_refusal(query: Tensor, lowest: Tensor, highest: Tensor, key: Tensor | None) -> str | None:
+    """Why `choose_pages` cannot be served in one call, or `None`."""
+    if torch.compiler.is_compiling() or (key is not None and key.stride()[-1] != 1):
+        return "native kernels need a contiguous last dimension, and cannot be traced"
+    return refusal(query, lowest, highest)
 
 
 def page_bounds(keys: Tensor, page_size: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -48,10 +58,17 @@ def page_bounds(keys: Tensor, page_size: int, positions: Tensor | None) -> tuple
 
 def page_scores(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """See `kvpress.kernels.pages.page_scores`."""
+    batch, query_heads, pages = query.shape[0], query.shape[1], lowest.shape[2]
+    scores = torch.empty(batch, query_heads, pages, dtype=torch.float32)
+    native.built().page_scores(*_score_fields(query, lowest, highest), scores.data_ptr())
+    return scores
+
+
+def _score_fields(query: Tensor, lowest: Tensor, highest: Tensor) -> tuple[int, ...]:
+    """The fields of `PageScores` but for the scores."""
     batch, query_heads, _, dim = query.shape
     kv_heads, pages = lowest.shape[1:3]
-    scores = torch.empty(batch, query_heads, pages, dtype=torch.float32)
-    native.built().page_scores(
+    return (
         torch.get_num_threads(),
         batch,
         query_heads,
@@ -66,6 +83,77 @@ def page_scores(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
         native.FLOATS[lowest.dtype],
         *lowest.stride()[:3],
         *highest.stride()[:3],
-        scores.data_ptr(),
     )
-    return scores
+
+
+def page_slots(
+    scores: Tensor,
+    count: int,
+    kv_heads: int,
+    page_size: int,
+    slots: int,
+    first: Tensor | None,
+    newest: Tensor | None,
+) -> Tensor:
+    """See `kvpress.kernels.pages.page_slots`."""
+    scores = scores if scores.is_contiguous() else scores.contiguous()
+    batch, query_heads, pages = scores.shape
+    index, places, owners = _places(batch, kv_heads, count, page_size, first, newest)
+    native.built().page_slots(
+        batch, query_heads, kv_heads, pages, count, page_size, slots, scores.data_ptr(), *places, index.data_ptr()
+    )
+    del owners
+    return index
+
+
+def choose_pages(
+    query: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    count: int,
+    page_size: int,
+    slots: int,
+    key: Tensor | None,
+    first: Tensor | None,
+    newest: Tensor | None,
+) -> Tensor:
+    """See `kvpress.kernels.pages.choose_pages`."""
+    batch, kv_heads, pages, _ = lowest.shape
+    index, places, owners = _places(batch, kv_heads, count, page_size, first, newest)
+    widening = (0, 0, 0) if key is None else (key.data_ptr(), *key.stride()[:2])
+    native.built().choose_pages(
+        *_score_fields(query, lowest, highest),
+        0,
+        batch,
+        query.shape[1],
+        kv_heads,
+        pages,
+        count,
+        page_size,
+        slots,
+        0,
+        *places,
+        index.data_ptr(),
+        lowest.data_ptr(),
+        highest.data_ptr(),
+        *widening,
+        pages - 1,
+        int((slots - 1) % page_size == 0),
+    )
+    del owners
+    return index
+
+
+def _places(
+    batch: int, kv_heads: int, count: int, page_size: int, first: Tensor | None, newest: Tensor | None
+) -> tuple[Tensor, tuple[int, int], list[Tensor]]:
+    """An index to fill, the addresses of `first` and `newest`, and the tensors that own them."""
+    index = torch.empty(batch, kv_heads, count * page_size, dtype=torch.int64)
+    if first is None and newest is None:
+        return index, (0, 0), []
+    owners = [
+        None if given is None else native.as_int64(given.expand(batch, heads, 1)).contiguous()
+        for given, heads in ((first, 1), (newest, kv_heads))
+    ]
+    addresses = [0 if owner is None else owner.data_ptr() for owner in owners]
+    return index, (addresses[0], addresses[1]), [owner for owner in owners if owner is not None]

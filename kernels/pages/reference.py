@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvpress.kernels.choosing.reference import best_slots
 from kvpress.kernels.scores import accumulator_type
 
 
@@ -31,3 +32,32 @@ def page_scores(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     bounds = [bound.to(kind).masked_fill(empty[..., None], 0)[:, :, None] for bound in (lowest, highest)]
     scores = torch.maximum(grouped * bounds[0], grouped * bounds[1]).sum(dim=-1)
     return scores.masked_fill(empty[:, :, None], -torch.inf).reshape(batch, query.shape[1], pages)
+
+
+def page_slots(
+    scores: Tensor,
+    count: int,
+    kv_heads: int,
+    page_size: int,
+    slots: int,
+    first: Tensor | None,
+    newest: Tensor | None,
+) -> Tensor:
+    """See `kvpress.kernels.pages.page_slots`."""
+    batch, _, pages = scores.shape
+    bound = scores.reshape(batch, kv_heads, -1, pages).amax(dim=2)
+    bound = bound.masked_fill(bound.isnan(), -torch.inf)
+    offset = 0 if first is None else first
+    last = torch.as_tensor(slots - 1 - offset if newest is None else newest, device=scores.device)
+    bound = bound.scatter(-1, (last // page_size).expand(batch, kv_heads, 1), torch.inf)
+    best = best_slots(bound, count)
+    best = best.masked_fill(bound.gather(-1, best) == -torch.inf, slots)  # past the end: no slot
+    index = (best[..., None] * page_size + torch.arange(page_size, device=best.device)).flatten(-2) + offset
+    return index.masked_fill(index >= slots, -1)
+
+
+def widen_last_page(lowest: Tensor, highest: Tensor, key: Tensor, begins: bool) -> None:
+    """Take `key [batch, kv_heads, 1, dim]` into the last page of the bounds, in place; `begins`: as its first."""
+    low, high = lowest[:, :, -1:], highest[:, :, -1:]
+    low.copy_(key if begins else torch.minimum(low, key))
+    high.copy_(key if begins else torch.maximum(high, key))

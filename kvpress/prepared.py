@@ -1,4 +1,4 @@
-"""Slots that stay where they are while tokens are decoded: what is the same for every token is looked up once."""
+"""Slots whose memory stays where it is while tokens are decoded: what is the same for every token is looked up once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvpress.kernels.attention.steady import SteadyAttention
+from kvpress.kernels.attention.prepared import PreparedAttention
 from kvpress.kernels.eviction import RowWriter
 from kvpress.kernels.eviction.steady import SteadyWeakest
+from kvpress.memory import filled
 
 if TYPE_CHECKING:
     from kvpress.slots import SlotTable
@@ -25,13 +26,13 @@ def _no_score(device: torch.device) -> Tensor:
     return torch.zeros(1, 1, device=device)
 
 
-class SteadySlots:
-    """Writes a token into the buffers of a steady `table`, and attends to them. It is void when the buffers are others.
+class PreparedSlots:
+    """Writes a token into the buffers of a `table`, and attends to them. It is void when the buffers are others.
 
     Attributes:
-        readable: as `SlotTable.readable`.
-        attention: over all slots of the table.
-        weakest: finds the slot to evict of each head.
+        whole: keys, values and their layout as `SlotTable.readable` gives them, with all that there is room for.
+        attention: over slots of the table.
+        weakest: finds the slot to evict of each head, in a steady table.
     """
 
     def __init__(self, table: SlotTable) -> None:
@@ -43,12 +44,25 @@ class SteadySlots:
         self._columns = RowWriter(columns, (batch, kv_heads))
         self._position = RowWriter([table.columns[POSITION]], (batch, kv_heads))
         self._scores = len(columns)
-        self.readable = table.read()
-        self.attention = SteadyAttention(*self.readable)
-        self.weakest = SteadyWeakest(table.positions, None if table.rows is None else table.rows.lengths)
+        layout = {} if table.rows is None else {"starts": table.rows.starts, "lengths": table.rows.lengths}
+        self.whole = table.form.readable(table.keys, table.values, layout)
+        self.attention = PreparedAttention(*self.whole)
+        self.weakest = SteadyWeakest(table.columns[POSITION], None if table.rows is None else table.rows.lengths)
+        self._position_column = table.columns[POSITION]
+        self._same: Tensor | None = None
+        self._number = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Of a copied table there is none yet: addresses are those of the original."""
+
+    def same_slot(self, number: int) -> Tensor:
+        """`number` for every head, `[batch, kv_heads, 1]`, until the next call."""
+        if self._same is None:
+            self._same = filled((*self._position_column.shape[:2], 1), number, self._position_column, torch.long)
+        elif number != self._number:
+            self._same.fill_(number)
+        self._number = number
+        return self._same
 
     def overwrite(self, slot: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put a token `[batch, kv_heads, 1, dim]` in `slot [batch, kv_heads, 1]`, with scores of 0."""
@@ -66,5 +80,7 @@ class SteadySlots:
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held beside the table's tensors."""
+        if self._same is not None:
+            yield self._same
         for writer in (self._rows, self._columns, self._position):
             yield from writer.tensors()

@@ -1,0 +1,172 @@
+// Which slots are attended to, once they have scores: the best of a row, whole pages, and a selection used once more.
+// Nothing here is arithmetic that needs an instruction set.
+#include "choosing.hpp"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+constexpr int LEVELS = 3;
+constexpr int SHIFT[LEVELS] = {21, 10, 0};  // 11, 11 and 10 bits, the highest first
+constexpr uint32_t BINS = 1 << 11;
+
+// A number whose order is that of the scores: both zeros are alike.
+inline uint32_t rank_of(float score) {
+  score += 0.f;
+  uint32_t bits;
+  std::memcpy(&bits, &score, 4);
+  return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+}
+
+struct Threshold {
+  uint32_t rank;   // of the least score that is taken
+  int64_t ties;    // how many of those with just this rank
+};
+
+// Radix selection: the bits of the `count`-th largest rank, a level at a time. `scratch` holds `size` ranks.
+Threshold threshold_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch) {
+  uint32_t bins[BINS];
+  std::memset(bins, 0, sizeof bins);
+  for (int64_t i = 0; i < size; ++i) ++bins[rank_of(scores[i]) >> SHIFT[0]];
+  uint32_t prefix = 0;
+  int64_t wanted = count, left = 0;
+  for (int level = 0;; ++level) {
+    uint32_t bin = BINS - 1;
+    for (; bins[bin] < wanted; --bin) wanted -= bins[bin];
+    prefix |= bin << SHIFT[level];
+    if (level + 1 == LEVELS) return {prefix, wanted};
+    const int low = SHIFT[level];
+    int64_t kept = 0;
+    if (level == 0) {
+      for (int64_t i = 0; i < size; ++i) {
+        const uint32_t rank = rank_of(scores[i]);
+        if (rank >> low == bin) scratch[kept++] = rank;
+      }
+    } else {
+      for (int64_t i = 0; i < left; ++i)
+        if (scratch[i] >> low == prefix >> low) scratch[kept++] = scratch[i];
+    }
+    left = kept;
+    std::memset(bins, 0, sizeof bins);
+    const uint32_t mask = (1u << (low - SHIFT[level + 1])) - 1;
+    for (int64_t i = 0; i < left; ++i) ++bins[scratch[i] >> SHIFT[level + 1] & mask];
+  }
+}
+
+// The `count` best of `scores [size]`, ascending; of equal ones the later.
+void best_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch, int64_t* slots) {
+  if (count >= size) {
+    for (int64_t i = 0; i < size; ++i) slots[i] = i;
+    return;
+  }
+  Threshold least = threshold_of(scores, size, count, scratch);
+  int64_t place = count;
+  for (int64_t i = size - 1; place > 0; --i) {
+    const uint32_t rank = rank_of(scores[i]);
+    if (rank < least.rank || (rank == least.rank && least.ties-- <= 0)) continue;
+    slots[--place] = i;
+  }
+}
+
+double number(const void* base, int64_t kind, int64_t i) {
+  if (kind == FP32) return static_cast<const float*>(base)[i];
+  uint32_t bits = static_cast<const uint16_t*>(base)[i];
+  float x;
+  if (kind == BF16) {
+    bits <<= 16;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  const uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const double size = exponent == 0 ? std::ldexp(double(fraction), -24)
+                      : exponent < 31 ? std::ldexp(double(fraction + 1024), int(exponent) - 25)
+                                      : (fraction ? NAN : INFINITY);
+  return bits & 0x8000 ? -size : size;
+}
+
+// The cosine of two vectors, in double; no less than 1e-8 is taken for a length (as torch.cosine_similarity).
+double cosine_of(const ReusedSlots& r, int64_t b) {
+  double product = 0, own = 0, former = 0;
+  for (int64_t h = 0; h < r.query_heads; ++h)
+    for (int64_t d = 0; d < r.dim; ++d) {
+      const double x = number(r.query, r.kind, b * r.query_batch + h * r.query_head + d);
+      const double y = number(r.former, r.kind, (b * r.query_heads + h) * r.dim + d);
+      product += x * y;
+      own += x * x;
+      former += y * y;
+    }
+  const double least = 1e-8;
+  return product / (std::fmax(std::sqrt(own), least) * std::fmax(std::sqrt(former), least));
+}
+
+}  // namespace
+
+int best_slots(const BestSlots& o) {
+  if (o.rows == 0 || o.size == 0) return OK;
+  int failed = 0;
+#pragma omp parallel for schedule(static) num_threads(int(o.threads)) if (o.threads > 1 && o.rows > 1 && o.rows * o.size > 16384) \
+    reduction(| : failed)
+  for (int64_t row = 0; row < o.rows; ++row) {
+    uint32_t* scratch = static_cast<uint32_t*>(std::malloc(sizeof(uint32_t) * size_t(o.size)));
+    if (scratch)
+      best_of(o.scores + row * o.stride, o.size, o.count, scratch, o.slots + row * o.count);
+    else
+      failed |= 1;
+    std::free(scratch);
+  }
+  return failed ? OUT_OF_MEMORY : OK;
+}
+
+int page_slots(const PageSlots& o) {
+  const int64_t group = o.query_heads / o.kv_heads;
+  float* bound = static_cast<float*>(std::malloc((sizeof(float) + sizeof(uint32_t) + sizeof(int64_t)) * size_t(o.pages + 1)));
+  if (!bound) return OUT_OF_MEMORY;
+  uint32_t* scratch = reinterpret_cast<uint32_t*>(bound + o.pages + 1);
+  int64_t* best = reinterpret_cast<int64_t*>(scratch + o.pages + 1);
+  for (int64_t i = 0; i < o.batch * o.kv_heads; ++i) {
+    const int64_t b = i / o.kv_heads, h = i % o.kv_heads, first = o.first ? o.first[b] : 0;
+    const float* scores = o.scores + (b * o.query_heads + h * group) * o.pages;
+    for (int64_t p = 0; p < o.pages; ++p) {
+      float most = -INFINITY;
+      bool known = true;
+      for (int64_t g = 0; g < group; ++g) {
+        const float score = scores[g * o.pages + p];
+        known &= score == score;
+        most = score > most ? score : most;
+      }
+      bound[p] = known ? most : -INFINITY;
+    }
+    const int64_t newest = (o.newest ? o.newest[i] : o.slots - 1 - first) / o.page_size;
+    if (newest >= 0 && newest < o.pages) bound[newest] = INFINITY;
+    best_of(bound, o.pages, o.count, scratch, best);
+    int64_t* to = o.index + i * o.count * o.page_size;
+    for (int64_t n = 0; n < o.count; ++n)
+      for (int64_t k = 0; k < o.page_size; ++k, ++to) {
+        const int64_t slot = best[n] * o.page_size + k + first;
+        *to = bound[best[n]] == -INFINITY || slot >= o.slots ? -1 : slot;
+      }
+  }
+  std::free(bound);
+  return OK;
+}
+
+int listed_slots(const ListedSlots& l) {
+  const int64_t total = l.sinks + l.top_k + l.local;
+  for (int64_t i = 0; i < l.lists; ++i) {
+    int64_t* to = l.index + i * total;
+    for (int64_t k = 0; k < l.sinks; ++k) *to++ = k;
+    std::memcpy(to, l.chosen + i * l.top_k, sizeof(int64_t) * size_t(l.top_k));
+    to += l.top_k;
+    for (int64_t k = 0; k < l.local; ++k) *to++ = l.slots - l.local + k;
+  }
+  return OK;
+}
+
+bool reused_slots(const ReusedSlots& r) {
+  for (int64_t b = 0; b < r.batch; ++b)
+    if (!r.live[b] || !(cosine_of(r, b) >= r.threshold)) return false;
+  listed_slots(r.listed);
+  return true;
+}
