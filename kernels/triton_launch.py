@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from kvpress.kernels.triton_support import interpreted
+from kvpress.kernels.triton_support import ALIGNED, interpreted
 
-ALIGNED = 16  # bytes of an address, or multiples of an integer, of which Triton compiles a special case
 SMALL = 1 << 31
 
 
@@ -33,45 +32,89 @@ class Remembered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["kernel"], name)
 
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
         return partial(self._launch, grid)
 
     @cached_property
-    def _parameters(self) -> list[tuple[str, bool]]:
-        """Name of each parameter, and whether it is a constant."""
+    def parameters(self) -> list[tuple[str, Callable[[Any], Any]]]:
+        """Name of each parameter, and what of its argument decides which compiled object serves."""
         function = self.kernel if hasattr(self.kernel, "params") else self.kernel.fn
-        return [(parameter.name, parameter.is_constexpr) for parameter in function.params]
+        return [
+            (each.name, _same if each.is_constexpr else _size if each.do_not_specialize else _kind)
+            for each in function.params
+        ]
 
     @cached_property
-    def _direct(self) -> bool:
+    def direct(self) -> bool:
         """Whether compiled objects take all arguments in order, constants included: from Triton 3.3 on."""
         import triton
 
         return not interpreted() and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
-    def _launch(self, grid: Any, *arguments: Any, **named: Any) -> None:
-        if not self._direct:
+    def _launch(self, grid: Any, *arguments: Any, **named: Any) -> Any:
+        """Launch; the compiled object, or `None` where there is none to launch directly."""
+        if not self.direct:
             self.kernel[grid](*arguments, **named)
-            return
-        parameters = self._parameters
+            return None
+        parameters = self.parameters
         values = [*arguments, *(named.get(name) for name, _ in parameters[len(arguments) :])]
-        kind = tuple(
-            value if constant else _kind(value) for value, (_, constant) in zip(values, parameters, strict=True)
-        )
+        kind = tuple([decides(value) for value, (_, decides) in zip(values, parameters, strict=True)])
         key = (torch.cuda.current_device(), *kind)
         found = self._compiled.get(key)
         if found is None:
             compiled = self.kernel[grid](*arguments, **named)
             chosen = getattr(self.kernel, "best_config", None)
             self._compiled[key] = (compiled, {**named, **({} if chosen is None else chosen.kwargs)})
-            return
+            return compiled
         compiled, meta = found
         size = grid(meta) if callable(grid) else grid
         compiled[(*size, 1, 1)[:3]](*values)
+        return compiled
+
+
+class PreparedLaunch:
+    """Launches of a kernel that differ in a few arguments only, and not in their kind: nothing is looked up for them.
+
+    Args:
+        kernel: the kernel.
+        arguments: by name, without those that an autotuner sets; what differs is given to each launch.
+    """
+
+    def __init__(self, kernel: Remembered, arguments: dict[str, Any]) -> None:
+        self._kernel = kernel
+        self._arguments = arguments
+        self._values: list[Any] = []
+        self._place: dict[str, int] = {}
+        self._compiled: Any = None
+
+    def __call__(self, grid: tuple[int, int, int], **changed: Any) -> None:
+        """Launch with `changed` arguments, whose types, alignment and divisibility must be those of the first launch."""
+        if self._compiled is None:
+            self._compiled = self._kernel[grid](**self._arguments, **changed)
+            if self._compiled is not None:
+                names = [name for name, _ in self._kernel.parameters]
+                self._values = [self._arguments.get(name) for name in names]
+                self._place = {name: place for place, name in enumerate(names)}
+            return
+        values, place = self._values, self._place
+        for name, value in changed.items():
+            values[place[name]] = value
+        self._compiled[grid](*values)
+        for name in changed:
+            values[place[name]] = None  # nothing of a call stays alive
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _size(value: Any) -> Any:
+    """Of an integer that is not specialised on: its type."""
+    return _kind(value) if type(value) is not int else (-SMALL <= value < SMALL, value < 2 * SMALL)
 
 
 def _kind(value: Any) -> Any:
-    """What of a run-time argument decides which compiled object serves."""
+    """Type, alignment and divisibility of a run-time argument."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % ALIGNED == 0
     if type(value) is int:

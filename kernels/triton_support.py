@@ -20,6 +20,8 @@ MOST_DIM = 256
 PROGRAMS_A_PROCESSOR = 2  # programs wanted on every multiprocessor before the context is split no further
 ENTRIES_A_SPLIT = 256  # a split shorter than this costs more in its merge than it gains
 MOST_SPLITS = 64
+_NOTHING = nullcontext()
+ALIGNED = 16  # bytes of an address, or multiples of an integer, of which Triton compiles a special case
 PACKED = 4  # bytes by which the length of packed int8 rows is divisible
 AUTOTUNE_SWITCH = "KVPRESS_TRITON_AUTOTUNE"  # "0": take the first tile that fits, time nothing
 
@@ -57,7 +59,9 @@ def storage_refusal(*stored: Tensor) -> str | None:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it that of `tensor`."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
 
 
 def power_of_two(size: int) -> int:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from kvpress.kernels import triton_support
 from kvpress.kernels.attention import native
 from kvpress.kernels.attention.api import attend, attend_with_weights
 from kvpress.kernels.attention.turned import attend_turned
 from kvpress.kernels.native import tensors as fields
+
+if TYPE_CHECKING:
+    from kvpress.kernels.attention.triton_prepared import PreparedRow
 
 THREADS, QUERY, SLOTS = fields.PLACE["threads"], fields.PLACE["query"], fields.PLACE["slots"]
 INDEX, INDEX_COUNT = fields.PLACE["index"], fields.PLACE["index_count"]
@@ -41,6 +46,7 @@ class PreparedAttention:
         self._heads: tuple[int, int] = (0, 0)  # and of the weights, but for
         self._longest = 0  # the slots of the longest head, of flat slots
         self._owners: list[Tensor] = []
+        self._launches: PreparedRow | None = None  # on a GPU, in place of the fields
 
     def attend(
         self,
@@ -76,6 +82,7 @@ class PreparedAttention:
             reduction,
             None if positions is None else (positions.data_ptr(), positions.stride(), self._fits(positions, slots)),
             None if index is None else (index.shape[:2], index.stride(), index.dtype),
+            query.data_ptr() % triton_support.ALIGNED,
             None if sinks is None else sinks.data_ptr(),
             None if rotation is None else (rotation[0].shape, rotation[0].dtype),
         )
@@ -86,6 +93,8 @@ class PreparedAttention:
             if self._prepare(query, reduction, rotation, options | {"positions": positions}):
                 self._kind = kind
             return result
+        if self._launches is not None:
+            return self._launches(query, slots, index, rotation)
         call, output, weights = self._fields, torch.empty(self._shape, dtype=query.dtype), None
         call[THREADS], call[QUERY], call[OUTPUT] = torch.get_num_threads(), query.data_ptr(), output.data_ptr()
         if self._dense:
@@ -131,6 +140,9 @@ class PreparedAttention:
         """Note the fields of the call just made, if the compiled kernels served it from the tensors themselves."""
         keys, values, layout, kv_heads = self.keys, self.values, self._layout, self._kv_heads
         weights, turned = reduction is not None, rotation is not None
+        self._launches = None
+        if query.is_cuda:
+            return self._prepare_launches(query, reduction, rotation, options)
         if native.refusal(query, keys, values, kv_heads, weights=weights, turned=turned) is not None:
             return False
         given = [options["positions"], options["index"], options["sinks"], *(rotation or ())]
@@ -161,4 +173,16 @@ class PreparedAttention:
         self._fields = fields.packed(found)
         batch, heads, rows, _ = query.shape
         self._shape, self._heads = (batch, heads, rows, values.shape[-1]), (batch, kv_heads)
+        return True
+
+    def _prepare_launches(
+        self, query: Tensor, reduction: str | None, rotation: tuple[Tensor, Tensor] | None, options: dict[str, Any]
+    ) -> bool:
+        keys, values = self.keys, self.values
+        if triton_support.refusal(query, keys, values) or triton_support.storage_refusal(keys, values):
+            return False
+        module = import_module("kvpress.kernels.attention.triton_prepared")
+        self._launches = module.PreparedRow(
+            query, keys, values, self._layout, rotation=rotation, weights=reduction, **options
+        )
         return True

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kvpress.kernels import triton_support
 from kvpress.kernels.choosing import native, reference
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.shapes import check_query_and_slots, check_scales, check_slot_options
@@ -26,12 +31,17 @@ def best_slots(scores: Tensor, count: int, *, impl: str = "auto") -> Tensor:
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    chosen = choose("best slots", impl, {"native": lambda: native.scores_refusal(scores), "reference": lambda: None})
-    return (native if chosen == "native" else reference).best_slots(scores, min(count, scores.shape[-1]))
+    chosen = choose("best slots", impl, _refusals(lambda: native.scores_refusal(scores), scores))
+    return _implementation(chosen).best_slots(scores, min(count, scores.shape[-1]))
 
 
 def largest_products(
-    query: Tensor, keys: Tensor, *, positions: Tensor | None = None, keys_scale: Tensor | None = None, impl: str = "auto"
+    query: Tensor,
+    keys: Tensor,
+    *,
+    positions: Tensor | None = None,
+    keys_scale: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """The largest dot product of each slot over the query heads of its KV head (TidalDecode, arXiv 2410.05076).
 
@@ -101,24 +111,37 @@ def reused_slots(
         )
     _check_ends(sinks, local, slots)
     given = (query, former, live, chosen)
-    name = choose(
-        "a selection used again", impl, {"native": lambda: native.reuse_refusal(*given), "reference": lambda: None}
-    )
-    return (native if name == "native" else reference).reused_slots(*given, threshold, sinks, local, slots)
+    name = choose("a selection used again", impl, _refusals(lambda: native.reuse_refusal(*given), *given))
+    return _implementation(name).reused_slots(*given, threshold, sinks, local, slots)
 
 
 def listed_slots(chosen: Tensor, *, sinks: int, local: int, slots: int, impl: str = "auto") -> Tensor:
-    """The first `sinks` slots, `chosen [batch, kv_heads or 1, n]` int64, and the last `local` of `slots`: `[batch, kv_heads or 1, sinks + n +
-    local]` int64.
+    """The first `sinks` slots, `chosen [batch, kv_heads or 1, n]` int64, and the last `local` of `slots`.
+
+    Returns:
+        `[batch, kv_heads or 1, sinks + n + local]` int64.
 
     Raises:
         ValueError: ends that do not fit, an unknown `impl`, or an explicit one that cannot serve.
     """
     _check_ends(sinks, local, slots)
-    name = choose(
-        "a list of slots", impl, {"native": lambda: native.list_refusal(chosen), "reference": lambda: None}
-    )
-    return (native if name == "native" else reference).listed_slots(chosen, sinks, local, slots)
+    name = choose("a list of slots", impl, _refusals(lambda: native.list_refusal(chosen), chosen))
+    return _implementation(name).listed_slots(chosen, sinks, local, slots)
+
+
+def _refusals(by_native: Callable[[], str | None], *tensors: Tensor) -> dict[str, Callable[[], str | None]]:
+    """Implementations of choosing in their order, and why each cannot serve."""
+    return {
+        "native": by_native,
+        "triton": lambda: native.NO_OPERATOR if torch.compiler.is_compiling() else triton_support.refusal(*tensors),
+        "reference": lambda: None,
+    }
+
+
+def _implementation(name: str) -> Any:
+    if name == "triton":
+        return import_module("kvpress.kernels.choosing.triton")
+    return native if name == "native" else reference
 
 
 def _check_ends(sinks: int, local: int, slots: int) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from kvpress.kernels import triton_support
 from kvpress.kernels.eviction import native
 from kvpress.kernels.eviction.api import weakest
 from kvpress.kernels.native import tensors as fields
+
+if TYPE_CHECKING:
+    from kvpress.kernels.eviction.triton import PreparedWeakest
 
 
 class SteadyWeakest:
@@ -29,6 +34,7 @@ class SteadyWeakest:
         self._before: tuple[int, ...] = ()  # fields of the kernel in front of the scores' address,
         self._behind: tuple[int, ...] = ()  # and behind it, the protected positions and the result aside
         self._owners: list[Tensor] = []
+        self._launch: PreparedWeakest | None = None  # on a GPU, in place of the fields
 
     def find(self, scores: Tensor, sinks: int | Tensor, first_recent: int | Tensor) -> Tensor:
         """As `weakest`: `[batch, kv_heads]` int64.
@@ -46,12 +52,19 @@ class SteadyWeakest:
             if alike:
                 self._kind = kind if self._prepare(scores) else None
             return weakest(scores, self.positions, sinks=sinks, first_recent=first_recent, lengths=self.lengths)
+        if self._launch is not None:
+            return self._launch.find(scores, sinks, first_recent)
         slot = torch.empty(self._before[:2], dtype=torch.int64)
         fields.built().weakest(*self._before, scores.data_ptr(), *self._behind, sinks, first_recent, slot.data_ptr())
         return slot
 
     def _prepare(self, scores: Tensor) -> bool:
         positions = self.positions
+        self._launch = None
+        if triton_support.refusal(scores, positions) is None:
+            module = import_module("kvpress.kernels.eviction.triton")
+            self._launch = module.PreparedWeakest(scores, positions, 0, 0, self.lengths)
+            return True
         if native.refusal(scores, positions) is not None or scores.stride()[-1] != 1:
             return False
         if fields.as_integers(positions) is not positions:

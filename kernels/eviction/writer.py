@@ -45,6 +45,8 @@ class RowWriter:
             {"native": self._native_refusal, "triton": self._triton_refusal, "reference": lambda: None},
         )
         self._fields = [self._field(column) for column in columns] if self._impl == "native" else []
+        if self._impl == "triton":
+            self._launches = import_module("kvpress.kernels.eviction.triton").PreparedWrite(columns, heads, starts)
 
     def write(self, slot: Tensor, rows: Sequence[Tensor]) -> None:
         """Write `rows`.
@@ -61,14 +63,14 @@ class RowWriter:
             self._index_copy(slot, rows)
             return
         if self._impl == "triton":
-            import_module("kvpress.kernels.eviction.triton").write(self.columns, rows, slot, self.heads, self.starts)
+            self._launches.write(slot, rows)
             return
         overwrite, place = native.built().overwrite, slot.data_ptr()
         batch, kv_heads = self.heads
         for (item, fields), row in zip(self._fields, rows, strict=False):
             strides, shape = row.stride(), row.shape
             if len(shape) == 4 and strides[3] != 1:
-                row = row.contiguous()  # noqa: PLW2901
+                row = row.contiguous()
                 strides = row.stride()
             overwrite(
                 *fields,

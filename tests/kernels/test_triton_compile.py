@@ -10,6 +10,7 @@ minutes.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -37,7 +38,17 @@ slow = pytest.mark.skipif(not SLOW, reason="minutes of compilation: KVPRESS_SLOW
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on: its functions cannot be compiled"
 )
-OPERATIONS = ("attention", "attention_mass", "head_vote", "pages", "compaction", "rotation", "eviction", "packing")
+OPERATIONS = (
+    "attention",
+    "attention_mass",
+    "head_vote",
+    "pages",
+    "choosing",
+    "compaction",
+    "rotation",
+    "eviction",
+    "packing",
+)
 
 
 @dataclass(frozen=True)
@@ -282,8 +293,9 @@ def test_attention_mass_with_noise(monkeypatch: pytest.MonkeyPatch, name: str) -
 
 @pytest.mark.parametrize("name", ["sm_80", "gfx942"])
 def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from kvpress.kernels.choosing.triton import listed_slots, reused_slots
     from kvpress.kernels.compaction.triton import compact
-    from kvpress.kernels.eviction.triton import weakest, write
+    from kvpress.kernels.eviction.triton import PreparedWrite, weakest
     from kvpress.kernels.head_vote.triton import head_vote
     from kvpress.kernels.packing.triton import pack_int8
     from kvpress.kernels.pages.triton import page_bounds, page_scores
@@ -298,12 +310,14 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         compact(keys, torch.zeros(2, 8, 32, dtype=torch.int64))
         rotate(keys, tables, tables)
         slot = weakest(torch.zeros(2, 8, 64), torch.zeros(2, 1, 64, dtype=torch.int32), 4, 60, None)
-        write(
-            [keys, keys, torch.zeros(2, 8, 64)], [keys[:, :, :1], keys[:, :, :1], torch.zeros(1, 1)], slot, (2, 8), None
-        )
+        row = keys[:, :, :1]
+        PreparedWrite([keys, keys, torch.zeros(2, 8, 64)], (2, 8), None).write(slot, [row, row, torch.zeros(1, 1)])
         pack_int8(keys)
+        choice = slot[:, :, None]
+        reused_slots(query, query.flatten(1), slot[:, 0] > 0, choice, math.inf, 4, 9, 64)
+        listed_slots(choice, 4, 9, 64)
 
-    check(monkeypatch, name, call, kernels=9)
+    check(monkeypatch, name, call, kernels=11)
 
 
 @slow

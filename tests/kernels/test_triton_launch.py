@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,13 +12,14 @@ import torch
 pytest.importorskip("triton")
 
 from kvpress.kernels import triton_launch
-from kvpress.kernels.triton_launch import Remembered
+from kvpress.kernels.triton_launch import PreparedLaunch, Remembered
 
 
 @dataclass
 class Parameter:
     name: str
     is_constexpr: bool = False
+    do_not_specialize: bool = False
 
 
 @dataclass
@@ -31,9 +33,15 @@ class Compiled:
 
 
 class Kernel:
-    """As a jitted function with the parameters `x, count, scale, BLOCK`."""
+    """As a jitted function with the parameters `x, count, scale, BLOCK, many`."""
 
-    params: ClassVar = [Parameter("x"), Parameter("count"), Parameter("scale"), Parameter("BLOCK", True)]
+    params: ClassVar = [
+        Parameter("x"),
+        Parameter("count"),
+        Parameter("scale"),
+        Parameter("BLOCK", True),
+        Parameter("many", False, True),
+    ]
 
     def __init__(self) -> None:
         self.compiled: list[Compiled] = []
@@ -59,7 +67,7 @@ def test_the_second_launch_of_a_kind_goes_to_the_compiled_object(kernel: Remembe
     kernel[(4, 2)](y, 9, scale=1.5, BLOCK=16)
     (compiled,) = kernel.compiled
     ((grid, arguments),) = compiled.launches
-    assert grid == (4, 2, 1) and arguments[0] is y and arguments[1:] == (9, 1.5, 16)
+    assert grid == (4, 2, 1) and arguments[0] is y and arguments[1:] == (9, 1.5, 16, None)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +83,12 @@ def test_the_second_launch_of_a_kind_goes_to_the_compiled_object(kernel: Remembe
         {"scale": None},
         {"scale": 3},
         {"BLOCK": 32},
+        {"many": 2**31},
     ],
     ids=str,
 )
 def test_another_kind_is_compiled_anew(kernel: Remembered, other: dict[str, Any]) -> None:
-    first = {"x": torch.zeros(64), "count": 7, "scale": 0.5, "BLOCK": 16}
+    first = {"x": torch.zeros(64), "count": 7, "scale": 0.5, "BLOCK": 16, "many": 5}
     kernel[(1,)](**first)
     kernel[(1,)](**first | other)
     assert len(kernel.compiled) == 2 and not any(compiled.launches for compiled in kernel.compiled)
@@ -109,4 +118,33 @@ def test_the_interpreter_is_asked_every_time(kernel: Remembered, monkeypatch: py
     monkeypatch.setattr(triton_launch, "interpreted", lambda: True)
     for _ in range(2):
         kernel[(1,)](torch.zeros(64), 7, 0.5, BLOCK=16)
+    assert len(kernel.compiled) == 2
+
+
+def test_what_is_not_specialised_on_may_be_any_number_of_its_type(kernel: Remembered) -> None:
+    for many in (5, 16, 1):
+        kernel[(1,)](torch.zeros(64), 7, 0.5, 16, many)
+    assert [arguments[-1] for _, arguments in kernel.compiled[0].launches] == [16, 1] and len(kernel.compiled) == 1
+
+
+def test_a_prepared_launch_changes_what_it_is_told_and_keeps_nothing(kernel: Remembered) -> None:
+    launch = PreparedLaunch(kernel, {"count": 7, "scale": 0.5, "BLOCK": 16})
+    tensors = [torch.zeros(64), torch.ones(64), torch.ones(32)]
+    for many, x in enumerate(tensors):
+        launch((many, 1, 1), x=x, many=many)
+    (compiled,) = kernel.compiled
+    assert [grid for grid, _ in compiled.launches] == [(1, 1, 1), (2, 1, 1)]
+    assert [arguments[0] is x for (_, arguments), x in zip(compiled.launches, tensors[1:], strict=True)] == [True, True]
+    assert [arguments[1:] for _, arguments in compiled.launches] == [(7, 0.5, 16, 1), (7, 0.5, 16, 2)]
+    references = weakref.ref(tensors[1])
+    compiled.launches.clear()
+    del tensors, x
+    assert references() is None
+
+
+def test_the_interpreter_gets_prepared_launches_whole(kernel: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "interpreted", lambda: True)
+    launch = PreparedLaunch(kernel, {"count": 7, "scale": 0.5, "BLOCK": 16})
+    for _ in range(2):
+        launch((1, 1, 1), x=torch.zeros(64), many=3)
     assert len(kernel.compiled) == 2
