@@ -69,18 +69,21 @@ def perplexity(model: Any, ids: torch.Tensor, policy: Policy, last: float) -> di
     return spans
 
 
-def passkeys(model: Any, tokenizer: Any, length: int, policy: Policy, samples: int, last: float) -> tuple[int, int]:
-    """Right answers and prompts."""
+def passkeys(
+    model: Any, tokenizer: Any, length: int, policy: Policy, chosen: range, samples: int, last: float
+) -> tuple[int, int]:
+    """Right answers and prompts, of the prompts `chosen` out of `samples` whose keys lie evenly over the text."""
     right = asked = 0
-    for sample in range(samples):
+    for sample in chosen:
         if time.monotonic() > last:
             break
         task = make_task(tokenizer, length, seed=sample, depth=(sample + 0.5) / samples)
+        prompt = task.prompt_ids.to(model.device)
         out = model.generate(
-            task.prompt_ids, past_key_values=PolicyCache(model, policy), max_new_tokens=8, do_sample=False,
+            prompt, past_key_values=PolicyCache(model, policy), max_new_tokens=8, do_sample=False,
             prefill_chunk_size=None, pad_token_id=0,
         )  # fmt: skip
-        answer = tokenizer.decode(out[0, task.prompt_ids.shape[1] :], skip_special_tokens=True)
+        answer = tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
         right, asked = right + task.is_right(answer), asked + 1
     return right, asked
 
@@ -145,6 +148,11 @@ def main() -> None:
     parser.add_argument("--causal", action="store_true", help="every scored token selects for itself (slow)")
     parser.add_argument("--passkey-tokens", type=int, nargs="*", default=[9216, 12288, 16384])
     parser.add_argument("--samples", type=int, default=6, help="pass-key prompts of each length and way")
+    parser.add_argument("--passkey-only", action="store_true", help="no perplexity")
+    parser.add_argument("--no-full", action="store_true", help="no pass-keys with the full cache")
+    parser.add_argument("--first-sample", type=int, default=0, help="with --every: share prompts out among processes")
+    parser.add_argument("--every", type=int, default=1, help="of the prompts, every how many-th")
+    parser.add_argument("--device", help="cpu, cuda, …; left out: the first GPU if there is one")
     parser.add_argument("--minutes", type=float, default=20, help="no new chunk or prompt begins after that")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="10,240 tokens, no pass-keys")
@@ -154,18 +162,19 @@ def main() -> None:
         arguments.tokens, arguments.passkey_tokens = 10_240, []
     torch.set_num_threads(arguments.threads)
     last = time.monotonic() + 60 * arguments.minutes
-    model, tokenizer = load_model(arguments.model)
+    model, tokenizer = load_model(arguments.model, device=arguments.device)
     text = (
         arguments.text.read_text("utf-8") if arguments.text else " ".join(islice(sentences(0), arguments.tokens // 4))
     )
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.tokens + 1]
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.tokens + 1].to(model.device)
     rows: list[dict[str, Any]] = []
 
     def emit(row: dict[str, Any]) -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
 
-    for way in ways(arguments.top_k, arguments.local, CHUNK if arguments.causal else 0):
+    compared = ways(arguments.top_k, arguments.local, CHUNK if arguments.causal else 0)
+    for way in [] if arguments.passkey_only else compared:
         for first, (total, count) in perplexity(model, ids, way.policy, last).items():
             emit(
                 {
@@ -177,14 +186,16 @@ def main() -> None:
                 }
             )
     for tokens in arguments.passkey_tokens:
-        for way in ways(arguments.top_k, arguments.local, arguments.tail)[:2]:
-            right, asked = passkeys(model, tokenizer, tokens, way.policy, arguments.samples, last)
+        for way in ways(arguments.top_k, arguments.local, arguments.tail)[1 if arguments.no_full else 0 : 2]:
+            chosen = range(arguments.first_sample, arguments.samples, arguments.every)
+            right, asked = passkeys(model, tokenizer, tokens, way.policy, chosen, arguments.samples, last)
             low, high = wilson(right / asked, asked) if asked else (0.0, 1.0)
             emit(
                 {
                     "measure": "passkey",
                     "way": way.name,
                     "tokens": tokens,
+                    "tail": arguments.tail,
                     "right": right,
                     "asked": asked,
                     "low": round(low, 3),

@@ -39,11 +39,9 @@ class RowWriter:
         self.heads = heads
         self.starts = starts
         self._first_rows: Tensor | None = None
-        self._impl = choose(
-            "writing of rows",
-            impl,
-            {"native": self._native_refusal, "triton": self._triton_refusal, "reference": lambda: None},
-        )
+        refusals = {"native": self._native_refusal, "triton": self._triton_refusal, "reference": lambda: None}
+        compiling = impl == "auto" and torch.compiler.is_compiling()
+        self._impl = "reference" if compiling else choose("writing of rows", impl, refusals)
         self._fields = [self._field(column) for column in columns] if self._impl == "native" else []
         if self._impl == "triton":
             self._launches = import_module("kvpress.kernels.eviction.triton").PreparedWrite(columns, heads, starts)

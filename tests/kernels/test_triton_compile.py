@@ -161,6 +161,8 @@ TYPES = {
     torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.float64: "fp64",
+    torch.bool: "i1",
 }
 
 
