@@ -32,6 +32,7 @@ from kvpress.kernels.eviction import RowWriter, weakest
 from kvpress.kernels.head_vote import head_vote, top_slots
 from kvpress.kernels.pages import page_bounds, page_scores
 from kvpress.kernels.rotation import rotate
+from kvpress.row_format import Int8Rows
 from kvpress.testing.slots_oracle import assert_within_budget
 
 SHAPES = {"llama-3-8b": (32, 8, 128), "smollm2-135m": (9, 3, 64)}
@@ -53,11 +54,6 @@ class Case:
 
 def size(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def quantised(slots: Tensor) -> tuple[Tensor, Tensor]:
-    scale = slots.abs().amax(-1) / 127
-    return (slots / scale[..., None]).round().to(torch.int8), scale
 
 
 def gate(ours: Callable[..., Any], *tensors: Tensor, **options: Any) -> Callable[[], None]:
@@ -120,7 +116,8 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool) -> Iterator[Case]:
             check=gate(attend, query, k, v, scaling=scaling),
             notes={"error": error(attend(query, k, v, scaling=scaling)[0], query, keys, values, scaling)},
         )
-    (k8, ks), (v8, vs) = quantised(keys), quantised(values)
+    stored = Int8Rows()
+    (k8, ks), (v8, vs) = (stored.parts(stored.pack(slots)) for slots in (keys, values))
     scales = {"keys_scale": ks, "values_scale": vs}
     yield Case(
         "decode",

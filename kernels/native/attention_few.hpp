@@ -15,39 +15,51 @@ struct Few {  // scratch of one thread, and the state of the head it is at
   float maximum[FEW], sum[FEW];
 };
 
-// scores[slot][0..3] = query rows 0..3 . key
+// scores[slot][0..3] = query rows 0..3 . key; meanwhile the rows `ahead` of the same slots' numbers are fetched
 template <int QUERIES, class T>
-static void score_quad(const float* query, int64_t dim, const Tile& tile, float* scores) {
+static void score_quad(const float* query, int64_t dim, const Tile& tile, const void* const* ahead, float* scores) {
+  // Rows of a few cache lines are read side by side, to load each piece of the queries once for all. Rows of many lines
+  // are read one after the other: side by side, the hardware would not see that they are one stream.
+  constexpr int STEP = sizeof(T) == 4 ? 1 : (sizeof(T) == 2 ? 2 : SCORED);
   const int64_t whole = dim - dim % LANES;
-  for (int t = 0; t < tile.count; t += 2) {
-    const T* k0 = static_cast<const T*>(tile.key[t]);
-    const T* k1 = static_cast<const T*>(tile.key[t + 1]);
-    const char* ahead0 = static_cast<const char*>(tile.value[t]);
-    const char* ahead1 = static_cast<const char*>(tile.value[t + 1]);
-    Vec sum0[QUERIES], sum1[QUERIES];
+  for (int t = 0; t < tile.count; t += SCORED) {
+    Vec sum[SCORED][QUERIES];
 #pragma GCC unroll 4
-    for (int q = 0; q < QUERIES; ++q) sum0[q] = sum1[q] = Vec{};
-    for (int64_t d = 0; d < whole; d += LANES) {
-      const Vec x0 = load(k0 + d), x1 = load(k1 + d);
+    for (int r = 0; r < SCORED; ++r)
 #pragma GCC unroll 4
-      for (int q = 0; q < QUERIES; ++q) {
-        Vec y = load(query + q * dim + d);
-        KEEP_IN_REGISTER(y);
-        sum0[q] += x0 * y;
-        sum1[q] += x1 * y;
+      for (int q = 0; q < QUERIES; ++q) sum[r][q] = Vec{};
+#pragma GCC unroll 4
+    for (int first = 0; first < SCORED; first += STEP) {
+      const T* key[STEP];
+      const char* fetched[STEP];
+#pragma GCC unroll 4
+      for (int r = 0; r < STEP; ++r) {
+        key[r] = static_cast<const T*>(tile.key[t + first + r]);
+        fetched[r] = static_cast<const char*>(ahead[t + first + r]);
       }
-      if (d * int64_t(sizeof(T)) % 64 == 0) {  // V's row is wanted next
-        __builtin_prefetch(ahead0 + d * sizeof(T));
-        __builtin_prefetch(ahead1 + d * sizeof(T));
+      for (int64_t d = 0; d < whole; d += LANES) {
+        Vec x[STEP];
+#pragma GCC unroll 4
+        for (int r = 0; r < STEP; ++r) x[r] = load(key[r] + d);
+#pragma GCC unroll 4
+        for (int q = 0; q < QUERIES; ++q) {
+          Vec y = load(query + q * dim + d);
+          if (STEP > 1) KEEP_IN_REGISTER(y);
+#pragma GCC unroll 4
+          for (int r = 0; r < STEP; ++r) sum[first + r][q] += x[r] * y;
+        }
+        if (d * int64_t(sizeof(T)) % 64 == 0) {
+#pragma GCC unroll 4
+          for (int r = 0; r < STEP; ++r) __builtin_prefetch(fetched[r] + d * sizeof(T));
+        }
       }
     }
     float* out = scores + t * 4;
-    sum_quads<QUERIES>(sum0, sum1, out);
+    sum_slots<QUERIES>(sum, out);
     for (int64_t d = whole; d < dim; ++d)
-      for (int q = 0; q < QUERIES; ++q) {
-        out[q] += one(k0 + d) * query[q * dim + d];
-        out[4 + q] += one(k1 + d) * query[q * dim + d];
-      }
+      for (int r = 0; r < SCORED; ++r)
+        for (int q = 0; q < QUERIES; ++q)
+          out[r * 4 + q] += one(static_cast<const T*>(tile.key[t + r]) + d) * query[q * dim + d];
   }
 }
 
@@ -108,12 +120,13 @@ static void add_values(const float* p, const Tile& tile, const Tile& next, int64
 }
 
 template <class T>
-static void score_queries(int queries, const float* query, int64_t dim, const Tile& tile, float* scores) {
+static void score_queries(int queries, const float* query, int64_t dim, const Tile& tile, const void* const* ahead,
+                          float* scores) {
   switch (queries) {
-    case 1: return score_quad<1, T>(query, dim, tile, scores);
-    case 2: return score_quad<2, T>(query, dim, tile, scores);
-    case 3: return score_quad<3, T>(query, dim, tile, scores);
-    default: return score_quad<4, T>(query, dim, tile, scores);
+    case 1: return score_quad<1, T>(query, dim, tile, ahead, scores);
+    case 2: return score_quad<2, T>(query, dim, tile, ahead, scores);
+    case 3: return score_quad<3, T>(query, dim, tile, ahead, scores);
+    default: return score_quad<4, T>(query, dim, tile, ahead, scores);
   }
 }
 template <class T>
@@ -165,6 +178,11 @@ static void soften_quad(float* scores, int count, int queries, float* maximum, f
   }
 }
 
+static void scale_scores(float* scores, int count, const float* scale) {  // [slot][4], a factor a slot
+  for (int t = 0; t < count; ++t)
+    for (int q = 0; q < 4; ++q) scores[t * 4 + q] *= scale[t];
+}
+
 static void cap_scores(float* scores, int floats, float softcap) {
   const Vec inverse = splat(1.f / softcap), cap = splat(softcap);
   for (int i = 0; i < floats; i += LANES) store(scores + i, cap * tanh_vec(load(scores + i) * inverse));
@@ -201,17 +219,18 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
   Tile tiles[2];
   int64_t entry = head.collect(tiles[0], begin, end, limit);
   for (int turn = 0; tiles[turn].count; turn ^= 1) {
-    const Tile& tile = tiles[turn];
+    Tile& tile = tiles[turn];
     Tile& next = tiles[turn ^ 1];
     entry = head.collect(next, entry, end, limit);
     const bool mask = seen_until && tile.newest > earliest;
     for (int quad = 0; quad < quads; ++quad) {
       float* scores = few.scores + quad * (TILE + 8) * 4;
       const int here = int(queries - quad * 4 < 4 ? queries - quad * 4 : 4);
-      score_queries<T>(here, few.query + quad * 4 * s.dim, s.dim, tile, scores);
-      if (s.key_scale)
-        for (int t = 0; t < tile.count; ++t)
-          for (int q = 0; q < 4; ++q) scores[t * 4 + q] *= tile.key_scale[t];
+      score_queries<T>(here, few.query + quad * 4 * s.dim, s.dim, tile, tile.value, scores);
+      if (s.key_scale) {
+        if (quad == 0) head.read_key_scales(tile);
+        scale_scores(scores, tile.count, tile.key_scale);
+      }
       if (a.softcap != 0) cap_scores(scores, tile.count * 4, float(a.softcap));
       if (mask)
         for (int q = 0; q < here; ++q) {
@@ -224,9 +243,10 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
           std::memcpy(raw + (tile.entry[t] * quads + quad) * 4, scores + t * 4, 16);
       float* accumulator = few.accumulator + quad * 4 * s.value_dim;
       soften_quad(scores, tile.count, here, few.maximum + quad * 4, few.sum + quad * 4, accumulator, s.value_dim);
-      if (s.value_scale)
-        for (int t = 0; t < tile.count; ++t)
-          for (int q = 0; q < 4; ++q) scores[t * 4 + q] *= tile.value_scale[t];
+      if (s.value_scale) {
+        if (quad == 0) head.read_value_scales(tile);
+        scale_scores(scores, tile.count, tile.value_scale);
+      }
       add_queries<T>(here, scores, tile, next.count ? next : tile, s.value_dim, accumulator);
     }
   }

@@ -184,10 +184,12 @@ static int attend_many(const Attention& a) {
       for (int64_t entry = 0; entry < head.entries;) {
         entry = head.collect(tile, entry, head.entries, rows.latest);
         if (!tile.count) break;
+        if (s.key_scale) head.read_key_scales(tile);
         scores_of_tile<T>(a, rows, tile, query, queries, keys, scores);
         const int padded = int(round_up(tile.count, LANES));
         for (int64_t q = 0; q < queries; ++q)
           soften_row(scores + q * TILE, tile.count, padded, maximum[q], sum[q], accumulator + q * value_dim, value_dim);
+        if (s.value_scale) head.read_value_scales(tile);
         pack_values<T>(tile, s.value_dim, s.value_scale != nullptr, values);
         for (int64_t d = 0; d < value_dim; d += COLUMNS)
           multiply_rows<true>(scores, TILE, queries, values + d * TILE, tile.count, accumulator + d, value_dim);

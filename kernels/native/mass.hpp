@@ -165,6 +165,7 @@ static int mass_kind(const Mass& m, const Attention& given) {
       for (int64_t k = 0; k < cuts; ++k) {
         const int64_t end = (k + 1) * TILE < head.entries ? (k + 1) * TILE : head.entries;
         head.collect(tile, k * TILE, end, INT64_MAX);
+        if (s.key_scale) head.read_key_scales(tile);
         panels.count[k] = tile.count;
         panels.newest[k] = tile.newest;
         panels.oldest[k] = tile.count ? tile.oldest : INT64_MAX;
