@@ -6,7 +6,8 @@
 A case is timed only after its result has been compared with the reference in fp64, within twice the error of the reference
 in fp32 (`kvpress.testing.slots_oracle.error_budget`). Implementations take turns call by call, so that a busy machine slows
 all alike; figures are medians, `ratio` is the peer's median over ours. `read_share` is the bytes that must be read over the
-time, as a share of the read bandwidth measured in this run. With one thread the process's CPU time is taken.
+time, as a share of the read bandwidth: that of summing memory far larger than the caches, which takes its turn with the others.
+With one thread the process's CPU time is taken.
 """
 
 from __future__ import annotations
@@ -278,13 +279,6 @@ def error(found: Tensor, query: Tensor, keys: Tensor, values: Tensor, scaling: f
     return float((found.double() - exact).abs().max() / exact.abs().max())
 
 
-def read_bandwidth() -> float:
-    """Bytes a second of summing memory far larger than the caches, best of several."""
-    memory = torch.ones(torch.get_num_threads(), 1 << 26)
-    seconds = timed({"sum": lambda: memory.sum(dim=1)}, 7)["sum"]
-    return size(memory) / min(seconds)
-
-
 def timed(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
     """Seconds of each call, taking turns."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -310,8 +304,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    bandwidth = read_bandwidth()
-    print(json.dumps({"read_bandwidth_gb_s": round(bandwidth / 1e9, 2), "threads": options.threads}))
+    memory = torch.ones(options.threads, 1 << 26)
     with torch.no_grad():
         for shape in options.shapes:
             for case in cases(shape, options.tokens, options.prompt, options.flex):
@@ -324,8 +317,11 @@ def main() -> None:
                 except AssertionError as failure:
                     print(json.dumps(line | {"correct": False, "failure": str(failure)}))
                     continue
-                seconds = {name: statistics.median(times) for name, times in timed(case.calls, options.repeats).items()}
+                calls = {"read": lambda: memory.sum(dim=1), **case.calls}
+                seconds = {name: statistics.median(times) for name, times in timed(calls, options.repeats).items()}
+                bandwidth = size(memory) / seconds.pop("read")
                 ours = next(iter(seconds.values()))
+                line |= {"threads": options.threads, "read_bandwidth_gb_s": round(bandwidth / 1e9, 2)}
                 for name, taken in seconds.items():
                     figures = {"implementation": name, "ms": round(taken * 1e3, 4), "ratio": round(taken / ours, 3)}
                     if name.startswith("native"):

@@ -77,42 +77,42 @@ struct Fetch {  // asks for the cache lines of a tile's keys one by one, in the 
   }
 };
 
+// WIDE vectors of `add_values`, from dimension `d` on
+template <int QUERIES, int WIDE, class T>
+static inline void add_block(const float* p, const Tile& tile, Fetch& fetch, int64_t dim, int64_t d, float* accumulator) {
+  constexpr int BYTES = WIDE * LANES * int(sizeof(T)), PACE = BYTES < 64 ? 64 / BYTES : 1;
+  Vec sum[QUERIES][WIDE];
+#pragma GCC unroll 4
+  for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 2
+    for (int w = 0; w < WIDE; ++w) sum[q][w] = load(accumulator + q * dim + d + w * LANES);
+  for (int t = 0; t < tile.count; ++t) {
+    const T* v = static_cast<const T*>(tile.value[t]) + d;
+    if (t % PACE == 0) fetch.step();
+    Vec x[WIDE];
+#pragma GCC unroll 2
+    for (int w = 0; w < WIDE; ++w) x[w] = load(v + w * LANES);
+#pragma GCC unroll 4
+    for (int q = 0; q < QUERIES; ++q) {
+      const Vec weight = splat(p[t * 4 + q]);
+#pragma GCC unroll 2
+      for (int w = 0; w < WIDE; ++w) sum[q][w] += weight * x[w];
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 2
+    for (int w = 0; w < WIDE; ++w) store(accumulator + q * dim + d + w * LANES, sum[q][w]);
+}
+
 // accumulator[q][:] += sum over slots of p[slot][q] * value; meanwhile the keys of `next` are fetched
 template <int QUERIES, class T>
 static void add_values(const float* p, const Tile& tile, const Tile& next, int64_t dim, float* accumulator) {
-  int64_t d = 0;
   constexpr int WIDE = 2;
-  constexpr int PACE = 64 / int(WIDE * LANES * sizeof(T)) > 0 ? 64 / int(WIDE * LANES * sizeof(T)) : 1;
   Fetch fetch{next, dim * int64_t(sizeof(T))};
-  for (; d + WIDE * LANES <= dim; d += WIDE * LANES) {
-    Vec sum[QUERIES][WIDE];
-#pragma GCC unroll 4
-    for (int q = 0; q < QUERIES; ++q)
-#pragma GCC unroll 2
-      for (int w = 0; w < WIDE; ++w) sum[q][w] = load(accumulator + q * dim + d + w * LANES);
-    for (int t = 0; t < tile.count; ++t) {
-      const T* v = static_cast<const T*>(tile.value[t]) + d;
-      if (t % PACE == 0) fetch.step();
-      const Vec v0 = load(v), v1 = load(v + LANES);
-#pragma GCC unroll 4
-      for (int q = 0; q < QUERIES; ++q) {
-        const Vec weight = splat(p[t * 4 + q]);
-        sum[q][0] += weight * v0;
-        sum[q][1] += weight * v1;
-      }
-    }
-#pragma GCC unroll 4
-    for (int q = 0; q < QUERIES; ++q)
-#pragma GCC unroll 2
-      for (int w = 0; w < WIDE; ++w) store(accumulator + q * dim + d + w * LANES, sum[q][w]);
-  }
-  for (; d + LANES <= dim; d += LANES)
-    for (int q = 0; q < QUERIES; ++q) {
-      Vec sum = load(accumulator + q * dim + d);
-      for (int t = 0; t < tile.count; ++t)
-        sum += splat(p[t * 4 + q]) * load(static_cast<const T*>(tile.value[t]) + d);
-      store(accumulator + q * dim + d, sum);
-    }
+  int64_t d = 0;
+  for (; d + WIDE * LANES <= dim; d += WIDE * LANES) add_block<QUERIES, WIDE, T>(p, tile, fetch, dim, d, accumulator);
+  for (; d + LANES <= dim; d += LANES) add_block<QUERIES, 1, T>(p, tile, fetch, dim, d, accumulator);
   for (; d < dim; ++d)
     for (int q = 0; q < QUERIES; ++q)
       for (int t = 0; t < tile.count; ++t)
@@ -178,9 +178,15 @@ static void soften_quad(float* scores, int count, int queries, float* maximum, f
   }
 }
 
-static void scale_scores(float* scores, int count, const float* scale) {  // [slot][4], a factor a slot
-  for (int t = 0; t < count; ++t)
-    for (int q = 0; q < 4; ++q) scores[t * 4 + q] *= scale[t];
+template <class Scale>
+static inline void scale_scores(float* scores, int count, Scale scale) {  // [slot][4], a factor a slot
+  for (int t = 0; t < count; ++t) {
+    float four[4];
+    std::memcpy(four, scores + t * 4, sizeof four);
+    const float factor = scale(t);
+    for (int q = 0; q < 4; ++q) four[q] *= factor;
+    std::memcpy(scores + t * 4, four, sizeof four);
+  }
 }
 
 static void cap_scores(float* scores, int floats, float softcap) {
@@ -219,7 +225,7 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
   Tile tiles[2];
   int64_t entry = head.collect(tiles[0], begin, end, limit);
   for (int turn = 0; tiles[turn].count; turn ^= 1) {
-    Tile& tile = tiles[turn];
+    const Tile& tile = tiles[turn];
     Tile& next = tiles[turn ^ 1];
     entry = head.collect(next, entry, end, limit);
     const bool mask = seen_until && tile.newest > earliest;
@@ -227,10 +233,7 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
       float* scores = few.scores + quad * (TILE + 8) * 4;
       const int here = int(queries - quad * 4 < 4 ? queries - quad * 4 : 4);
       score_queries<T>(here, few.query + quad * 4 * s.dim, s.dim, tile, tile.value, scores);
-      if (s.key_scale) {
-        if (quad == 0) head.read_key_scales(tile);
-        scale_scores(scores, tile.count, tile.key_scale);
-      }
+      if (s.key_scale) scale_scores(scores, tile.count, [&](int t) { return head.key_scale_of(tile, t); });
       if (a.softcap != 0) cap_scores(scores, tile.count * 4, float(a.softcap));
       if (mask)
         for (int q = 0; q < here; ++q) {
@@ -243,10 +246,7 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
           std::memcpy(raw + (tile.entry[t] * quads + quad) * 4, scores + t * 4, 16);
       float* accumulator = few.accumulator + quad * 4 * s.value_dim;
       soften_quad(scores, tile.count, here, few.maximum + quad * 4, few.sum + quad * 4, accumulator, s.value_dim);
-      if (s.value_scale) {
-        if (quad == 0) head.read_value_scales(tile);
-        scale_scores(scores, tile.count, tile.value_scale);
-      }
+      if (s.value_scale) scale_scores(scores, tile.count, [&](int t) { return head.value_scale_of(tile, t); });
       add_queries<T>(here, scores, tile, next.count ? next : tile, s.value_dim, accumulator);
     }
   }

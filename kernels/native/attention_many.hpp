@@ -51,13 +51,14 @@ static void multiply_rows(const float* a, int64_t lda, int64_t rows, const float
 
 // panels[slot / COLUMNS][d][slot % COLUMNS] = key[slot][d], zeros beyond the tile's last slot
 template <class T>
-static void pack_keys(const Tile& tile, int64_t dim, bool scaled, float* panels) {
+static void pack_keys(const Head<T>& head, const Tile& tile, int64_t dim, float* panels) {
   float rows[COLUMNS][MAX_DIM];
   for (int first = 0; first < tile.count; first += COLUMNS) {
     float* panel = panels + int64_t(first) * dim;
     for (int c = 0; c < COLUMNS; ++c) {
       if (first + c < tile.count)
-        widen_row(static_cast<const T*>(tile.key[first + c]), rows[c], dim, scaled ? tile.key_scale[first + c] : 1.f);
+        widen_row(static_cast<const T*>(tile.key[first + c]), rows[c], dim,
+                  head.key_scale ? head.key_scale_of(tile, first + c) : 1.f);
       else
         fill(rows[c], dim, 0.f);
     }
@@ -68,10 +69,10 @@ static void pack_keys(const Tile& tile, int64_t dim, bool scaled, float* panels)
 
 // panels[d / COLUMNS][slot][d % COLUMNS] = value[slot][d], zeros beyond dim
 template <class T>
-static void pack_values(const Tile& tile, int64_t dim, bool scaled, float* panels) {
+static void pack_values(const Head<T>& head, const Tile& tile, int64_t dim, float* panels) {
   float row[MAX_DIM + COLUMNS];
   for (int t = 0; t < tile.count; ++t) {
-    widen_row(static_cast<const T*>(tile.value[t]), row, dim, scaled ? tile.value_scale[t] : 1.f);
+    widen_row(static_cast<const T*>(tile.value[t]), row, dim, head.value_scale ? head.value_scale_of(tile, t) : 1.f);
     fill(row + dim, COLUMNS, 0.f);
     for (int64_t d = 0; d < dim; d += COLUMNS) {
       float* to = panels + d * TILE + int64_t(t) * COLUMNS;
@@ -138,10 +139,10 @@ static inline int64_t rows_of_block(int64_t group, int64_t rows) {
 static inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 template <class T>
-static void scores_of_tile(const Attention& a, const Rows& rows, const Tile& tile, const float* query, int64_t queries,
-                           float* keys, float* scores) {
+static void scores_of_tile(const Attention& a, const Head<T>& head, const Rows& rows, const Tile& tile,
+                           const float* query, int64_t queries, float* keys, float* scores) {
   const int64_t dim = a.slots.dim;
-  pack_keys<T>(tile, dim, a.slots.key_scale != nullptr, keys);
+  pack_keys<T>(head, tile, dim, keys);
   for (int c = 0; c < tile.count; c += COLUMNS)
     multiply_rows<false>(query, dim, queries, keys + int64_t(c) * dim, dim, scores + c, TILE);
   if (a.softcap != 0) cap_scores(scores, int(queries * TILE), float(a.softcap));
@@ -184,13 +185,11 @@ static int attend_many(const Attention& a) {
       for (int64_t entry = 0; entry < head.entries;) {
         entry = head.collect(tile, entry, head.entries, rows.latest);
         if (!tile.count) break;
-        if (s.key_scale) head.read_key_scales(tile);
-        scores_of_tile<T>(a, rows, tile, query, queries, keys, scores);
+        scores_of_tile<T>(a, head, rows, tile, query, queries, keys, scores);
         const int padded = int(round_up(tile.count, LANES));
         for (int64_t q = 0; q < queries; ++q)
           soften_row(scores + q * TILE, tile.count, padded, maximum[q], sum[q], accumulator + q * value_dim, value_dim);
-        if (s.value_scale) head.read_value_scales(tile);
-        pack_values<T>(tile, s.value_dim, s.value_scale != nullptr, values);
+        pack_values<T>(head, tile, s.value_dim, values);
         for (int64_t d = 0; d < value_dim; d += COLUMNS)
           multiply_rows<true>(scores, TILE, queries, values + d * TILE, tile.count, accumulator + d, value_dim);
       }

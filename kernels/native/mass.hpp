@@ -165,11 +165,10 @@ static int mass_kind(const Mass& m, const Attention& given) {
       for (int64_t k = 0; k < cuts; ++k) {
         const int64_t end = (k + 1) * TILE < head.entries ? (k + 1) * TILE : head.entries;
         head.collect(tile, k * TILE, end, INT64_MAX);
-        if (s.key_scale) head.read_key_scales(tile);
         panels.count[k] = tile.count;
         panels.newest[k] = tile.newest;
         panels.oldest[k] = tile.count ? tile.oldest : INT64_MAX;
-        if (tile.count) pack_keys<T>(tile, dim, s.key_scale != nullptr, panels.keys + k * TILE * dim);
+        if (tile.count) pack_keys<T>(head, tile, dim, panels.keys + k * TILE * dim);
         for (int t = 0; t < TILE; ++t) {
           panels.position[k * TILE + t] = t < tile.count ? tile.position[t] : INT64_MAX;
           panels.entry[k * TILE + t] = t < tile.count ? tile.entry[t] : -1;

@@ -8,7 +8,6 @@ struct Tile {
   int64_t newest, oldest;        // positions
   const void* key[TILE + 8];     // padded with repeats of the last, so that kernels may read in twos and fours
   const void* value[TILE + 8];
-  float key_scale[TILE], value_scale[TILE];  // as `Head` reads them, up to `count`
   int64_t position[TILE + 8];
   int64_t entry[TILE + 8];       // place in the head's entries
 };
@@ -49,13 +48,10 @@ struct Head {  // the entries of one (batch row, KV head)
     entries = index ? s.index_count : length;
   }
 
-  // The scales of a tile's slots. A scale lies behind its row: whoever reads the row first need not wait for it.
-  void read_key_scales(Tile& tile) const { read_scales(key_scale, slots.key_scale_slot, tile, tile.key_scale); }
-  void read_value_scales(Tile& tile) const { read_scales(value_scale, slots.value_scale_slot, tile, tile.value_scale); }
-
-  void read_scales(const float* from, int64_t stride, const Tile& tile, float* to) const {
-    for (int i = 0; i < tile.count; ++i) to[i] = from[(index ? index[tile.entry[i]] : tile.entry[i]) * stride];
-  }
+  // The scale of slot `t` of a tile. It lies behind its row: whoever reads the row first need not wait for it.
+  float key_scale_of(const Tile& tile, int t) const { return key_scale[slot_of(tile, t) * slots.key_scale_slot]; }
+  float value_scale_of(const Tile& tile, int t) const { return value_scale[slot_of(tile, t) * slots.value_scale_slot]; }
+  int64_t slot_of(const Tile& tile, int t) const { return index ? index[tile.entry[t]] : tile.entry[t]; }
 
   // Collect into `tile` the next slots from `entry` on (below `end`) that hold a token no newer than `limit`; return
   // the entry to go on from. Without positions a slot's position is its number.

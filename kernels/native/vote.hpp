@@ -35,7 +35,7 @@ static void vote_piece(const Attention& a, const Head<T>& head, int64_t h, int64
   };
   collect(first, tiles[0]);
   for (int64_t k = first; k < last; ++k) {
-    Tile& tile = tiles[(k - first) % 2];
+    const Tile& tile = tiles[(k - first) % 2];
     Tile& next = tiles[(k - first + 1) % 2];
     collect(k + 1, next);
     const int64_t end = (k + 1) * TILE < line ? (k + 1) * TILE : line;
@@ -46,10 +46,7 @@ static void vote_piece(const Attention& a, const Head<T>& head, int64_t h, int64
       if (tile.count) {
         const int here = int(group - quad * 4 < 4 ? group - quad * 4 : 4);
         score_queries<T>(here, query + quad * 4 * a.slots.dim, a.slots.dim, tile, (next.count ? next : tile).key, scores);
-        if (a.slots.key_scale) {
-          if (quad == 0) head.read_key_scales(tile);
-          scale_scores(scores, tile.count, tile.key_scale);
-        }
+        if (a.slots.key_scale) scale_scores(scores, tile.count, [&](int t) { return head.key_scale_of(tile, t); });
         if (a.softcap != 0) cap_scores(scores, tile.count * 4, float(a.softcap));
         soften_quad(scores, tile.count, here, top, sum + quad * 4, nothing, 0);
         for (int t = 0; t < tile.count; ++t)
