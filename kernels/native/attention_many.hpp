@@ -5,7 +5,7 @@
 
 constexpr int COLUMNS = 2 * LANES;  // of a panel
 constexpr int PANELS = TILE / COLUMNS;
-constexpr int BLOCK = 192;          // queries of a block, about
+constexpr int BLOCK = LANES == 16 ? 384 : 192;  // queries of a block, about: what the second-level cache holds
 
 // c[row][0..COLUMNS) (+)= sum_k a[row][k] * panel[k][0..COLUMNS)
 template <int ROWS, bool ADD>
@@ -49,6 +49,22 @@ static void multiply_rows(const float* a, int64_t lda, int64_t rows, const float
   }
 }
 
+// to[j][i] = from[i][j], four by four
+static inline void turn_four(const float* from, int64_t stride, float* to, int64_t to_stride) {
+#if defined(__x86_64__)
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + stride);
+  __m128 c = _mm_loadu_ps(from + 2 * stride), d = _mm_loadu_ps(from + 3 * stride);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a);
+  _mm_storeu_ps(to + to_stride, b);
+  _mm_storeu_ps(to + 2 * to_stride, c);
+  _mm_storeu_ps(to + 3 * to_stride, d);
+#else
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 4; ++i) to[j * to_stride + i] = from[i * stride + j];
+#endif
+}
+
 // panels[slot / COLUMNS][d][slot % COLUMNS] = key[slot][d], zeros beyond the tile's last slot
 template <class T>
 static void pack_keys(const Head<T>& head, const Tile& tile, int64_t dim, float* panels) {
@@ -62,8 +78,12 @@ static void pack_keys(const Head<T>& head, const Tile& tile, int64_t dim, float*
       else
         fill(rows[c], dim, 0.f);
     }
-    for (int64_t d = 0; d < dim; ++d)
-      for (int c = 0; c < COLUMNS; ++c) panel[d * COLUMNS + c] = rows[c][d];
+    for (int c = 0; c < COLUMNS; c += 4) {
+      int64_t d = 0;
+      for (; d + 4 <= dim; d += 4) turn_four(rows[c] + d, MAX_DIM, panel + d * COLUMNS + c, COLUMNS);
+      for (; d < dim; ++d)
+        for (int i = 0; i < 4; ++i) panel[d * COLUMNS + c + i] = rows[c + i][d];
+    }
   }
 }
 

@@ -122,8 +122,13 @@ static inline void put(Float16* p, float x) {  // to nearest, ties to even
 // ---- reductions ----------------------------------------------------------------------------------------------------
 
 static inline float sum_lanes(Vec x) {
-#if LANES == 8
+#if LANES >= 8
+#if LANES == 16
+  const __m512 wide = reinterpret_cast<__m512>(x);
+  __m256 y = _mm256_add_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
+#else
   __m256 y = reinterpret_cast<__m256>(x);
+#endif
   __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
   z = _mm_add_ps(z, _mm_movehl_ps(z, z));
   return _mm_cvtss_f32(_mm_add_ss(z, _mm_shuffle_ps(z, z, 1)));
@@ -134,8 +139,13 @@ static inline float sum_lanes(Vec x) {
 #endif
 }
 static inline float max_lanes(Vec x) {
-#if LANES == 8
+#if LANES >= 8
+#if LANES == 16
+  const __m512 wide = reinterpret_cast<__m512>(x);
+  __m256 y = _mm256_max_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
+#else
   __m256 y = reinterpret_cast<__m256>(x);
+#endif
   __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
   z = _mm_max_ps(z, _mm_movehl_ps(z, z));
   return _mm_cvtss_f32(_mm_max_ss(z, _mm_shuffle_ps(z, z, 1)));
