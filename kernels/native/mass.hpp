@@ -26,19 +26,28 @@ struct Noise {  // of one query row: see kvpress.kernels.attention_mass.noise, t
   }
 };
 
-// The standard exponential variate of LANES keys whose positions times 0x9e3779b9 are `weyl`; Gumbel noise is -log of it.
-static inline Vec exponential(VecBits weyl, const Noise& noise) {
-  VecBits x = weyl + noise.first;
-  x ^= x >> 16;
-  x *= 0x85ebca6bu;
-  x ^= x >> 13;
-  x *= 0xc2b2ae35u;
-  x ^= x >> 16;
-  x = (x ^ noise.second) * 0x9e3779b1u;
-  x ^= x >> 15;
-  const VecInt word = reinterpret_cast<VecInt>(x >> 9);
-  const Vec uniform = (__builtin_convertvector(word, Vec) + splat(0.5f)) * splat(1.f / 8388608.f);
-  return -log_vec(uniform);
+constexpr int ABREAST = 4;  // vectors of variates made side by side
+
+// Standard exponential variates of ABREAST * LANES keys whose positions times 0x9e3779b9 are `weyl`; Gumbel noise is -log
+// of them, which is what `cooled` asks for with its sign turned.
+template <bool COOLED>
+static inline void variates_of(const uint32_t* weyl, const Noise& noise, float* to) {
+  VecBits x[ABREAST];
+  Vec variate[ABREAST];
+  EACH(i, ABREAST) x[i] = *reinterpret_cast<const VecBitsAny*>(weyl + i * LANES) + noise.first;
+  EACH(i, ABREAST) x[i] ^= x[i] >> 16;
+  EACH(i, ABREAST) x[i] *= 0x85ebca6bu;
+  EACH(i, ABREAST) x[i] ^= x[i] >> 13;
+  EACH(i, ABREAST) x[i] *= 0xc2b2ae35u;
+  EACH(i, ABREAST) x[i] ^= x[i] >> 16;
+  EACH(i, ABREAST) x[i] = (x[i] ^ noise.second) * 0x9e3779b1u;
+  EACH(i, ABREAST) x[i] ^= x[i] >> 15;
+  EACH(i, ABREAST) variate[i] = __builtin_convertvector(reinterpret_cast<VecInt>(x[i] >> 9), Vec);
+  EACH(i, ABREAST) variate[i] = (variate[i] + splat(0.5f)) * splat(1.f / 8388608.f);
+  log_each(variate);
+  EACH(i, ABREAST) variate[i] = -variate[i];
+  if (COOLED) log_each(variate);
+  EACH(i, ABREAST) store(to + i * LANES, variate[i]);
 }
 
 // exp((score - shift) / temperature) in place, with noise where there is any; returns the sums by lane. Numbers without
@@ -52,10 +61,7 @@ static Vec soften_scores(float* scores, const uint32_t* weyl, int64_t count, flo
   for (int64_t first = 0; first < count; first += CHUNK) {
     const int64_t here = count - first < CHUNK ? count - first : CHUNK;
     if (NOISY)
-      for (int64_t t = 0; t < here; t += LANES) {
-        const Vec variate = exponential(*reinterpret_cast<const VecBitsAny*>(weyl + first + t), noise);
-        store(variates + t, COOLED ? log_vec(variate) : variate);
-      }
+      for (int64_t t = 0; t < here; t += ABREAST * LANES) variates_of<COOLED>(weyl + first + t, noise, variates + t);
     for (int64_t t = 0; t < here; t += LANES) {
       Vec x = load(scores + first + t) - splat(shift);
       if (NOISY && COOLED) x = x - load(variates + t);
