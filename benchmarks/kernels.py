@@ -7,8 +7,9 @@
 A case is timed only after its result has been compared with the reference in fp64, within twice the error of the reference
 in fp32 (`kvpress.testing.slots_oracle.error_budget`). Implementations take turns call by call, so that a busy machine slows
 all alike; figures are medians, `ratio` is the peer's median over ours. `read_share` is the bytes that must be read over the
-time, as a share of the read bandwidth measured in this run. With one thread the process's CPU time is taken. On a GPU, where the
-Triton kernels run, it is the device's time with its caches emptied before every call (`triton.testing.do_bench`).
+time, as a share of the read bandwidth: that of summing memory far larger than the caches, which takes its turn with the others.
+With one thread the process's CPU time is taken. On a GPU, where the Triton kernels run, it is the device's time: calls are captured in a
+graph, so that what their launch costs the host is not in it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from kvpress.kernels.eviction import RowWriter, weakest
 from kvpress.kernels.head_vote import head_vote, top_slots
 from kvpress.kernels.pages import page_bounds, page_scores
 from kvpress.kernels.rotation import rotate
+from kvpress.row_format import Int8Rows
 from kvpress.testing.slots_oracle import assert_within_budget
 
 SHAPES = {"llama-3-8b": (32, 8, 128), "smollm2-135m": (9, 3, 64)}
@@ -60,11 +62,6 @@ def size(*tensors: Tensor | None) -> int:
 def kernel_of(tensor: Tensor) -> str:
     """The compiled implementation for where a tensor lies."""
     return "triton" if tensor.is_cuda else "native"
-
-
-def quantised(slots: Tensor) -> tuple[Tensor, Tensor]:
-    scale = slots.abs().amax(-1) / 127
-    return (slots / scale[..., None]).round().to(torch.int8), scale
 
 
 def gate(ours: Callable[..., Any], *tensors: Tensor, **options: Any) -> Callable[[], None]:
@@ -131,7 +128,8 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool, dtype: torch.dtype) 
             check=gate(attend, query, k, v, scaling=scaling),
             notes={"error": error(attend(query, k, v, scaling=scaling)[0], query, keys, values, scaling)},
         )
-    (k8, ks), (v8, vs) = quantised(keys), quantised(values)
+    stored = Int8Rows()
+    (k8, ks), (v8, vs) = (stored.parts(stored.pack(slots)) for slots in (keys, values))
     scales = {"keys_scale": ks, "values_scale": vs}
     yield Case(
         "decode",
@@ -295,19 +293,12 @@ def on_gpu() -> bool:
     return torch.get_default_device().type == "cuda"
 
 
-def read_bandwidth() -> float:
-    """Bytes a second of summing memory far larger than the caches, best of several."""
-    memory = torch.ones(1 << 10 if on_gpu() else torch.get_num_threads(), 1 << 20 if on_gpu() else 1 << 26)
-    seconds = timed({"sum": lambda: memory.sum(dim=1)}, 7)["sum"]
-    return size(memory) / min(seconds)
-
-
 def timed(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
     """Seconds of each call, taking turns; on a GPU the median of many calls each."""
     if on_gpu():
-        from triton.testing import do_bench
+        from triton.testing import do_bench_cudagraph
 
-        return {name: [do_bench(call, return_mode="median") / 1e3] for name, call in calls.items()}
+        return {name: [do_bench_cudagraph(call, return_mode="median") / 1e3] for name, call in calls.items()}
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
@@ -334,9 +325,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_default_device(options.device)
     torch.manual_seed(0)
-    bandwidth = read_bandwidth()
-    machine = {"device": torch.cuda.get_device_name()} if on_gpu() else {"threads": options.threads}
-    print(json.dumps({"read_bandwidth_gb_s": round(bandwidth / 1e9, 2), **machine}))
+    memory = torch.ones(1 << 10, 1 << 20) if on_gpu() else torch.ones(options.threads, 1 << 26)
     with torch.no_grad():
         for shape in options.shapes:
             dtype = getattr(torch, options.dtype)
@@ -350,8 +339,12 @@ def main() -> None:
                 except AssertionError as failure:
                     print(json.dumps(line | {"correct": False, "failure": str(failure)}))
                     continue
-                seconds = {name: statistics.median(times) for name, times in timed(case.calls, options.repeats).items()}
+                calls = {"read": lambda: memory.sum(dim=1), **case.calls}
+                seconds = {name: statistics.median(times) for name, times in timed(calls, options.repeats).items()}
+                bandwidth = size(memory) / seconds.pop("read")
                 ours = next(iter(seconds.values()))
+                machine = {"device": torch.cuda.get_device_name()} if on_gpu() else {"threads": options.threads}
+                line |= {**machine, "read_bandwidth_gb_s": round(bandwidth / 1e9, 2)}
                 for name, taken in seconds.items():
                     figures = {"implementation": name, "ms": round(taken * 1e3, 4), "ratio": round(taken / ours, 3)}
                     if name.startswith(("native", "triton", "as stored")):

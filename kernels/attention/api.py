@@ -80,7 +80,8 @@ def attend(
     if causal and (positions is not None or starts is not None or index is not None):
         raise ValueError("causal describes dense slots in order: it excludes positions, starts and index")
     whole = causal and query.shape[2] == keys.shape[2]
-    if impl == "auto" and not whole and announced("attention", "native"):  # the path of every decoded token
+    products = whole and query.is_cpu and native.narrow()  # torch's blocked matrix products win over narrow vectors
+    if impl == "auto" and not products and announced("attention", "native"):  # the path of every decoded token
         if native.refusal(query, keys, values, kv_heads) is None:
             return native.attend(
                 query,
@@ -118,8 +119,8 @@ def attend(
         "fused": lambda: fused.refusal(query, keys, values, **_taken(arguments, FUSED_REFUSAL)),
         "reference": lambda: None,
     }
-    if whole and query.is_cpu:
-        refusals = {"fused": refusals["fused"], **refusals}  # a whole prompt: torch's blocked matrix products win
+    if products:
+        refusals = {"fused": refusals["fused"], **refusals}
     chosen = choose("attention", impl, refusals)
     if chosen == "native":
         return native.attend(query, keys, values, kv_heads=kv_heads, causal=causal, **arguments)[:2]

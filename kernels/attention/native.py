@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpress.kernels.native import extension
 from kvpress.kernels.native import tensors as native
 
 REDUCTIONS = {"sum": 1, "mean": 2, "max": 3}
@@ -25,6 +26,11 @@ def refusal(
     if weights and query.shape[1] // kv_heads > WEIGHTS_GROUP:
         return f"native attention returns weights for groups up to {WEIGHTS_GROUP}, not {query.shape[1] // kv_heads}"
     return native.refusal(query, keys, values)
+
+
+def narrow() -> bool:
+    """Whether these kernels run without the vectors of AVX2 or AVX-512."""
+    return extension is not None and extension.level() == "baseline"
 
 
 def attend(

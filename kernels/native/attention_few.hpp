@@ -16,39 +16,51 @@ struct Few {  // scratch of one thread, and the state of the head it is at
   float turned[TILE * MAX_DIM];         // keys of a tile, where they are turned as they are read
 };
 
-// scores[slot][0..3] = query rows 0..3 . key
+// scores[slot][0..3] = query rows 0..3 . key; meanwhile the rows `ahead` of the same slots' numbers are fetched
 template <int QUERIES, class T>
-static void score_quad(const float* query, int64_t dim, const Tile& tile, float* scores) {
+static void score_quad(const float* query, int64_t dim, const Tile& tile, const void* const* ahead, float* scores) {
+  // Rows of a few cache lines are read side by side, to load each piece of the queries once for all. Rows of many lines
+  // are read one after the other: side by side, the hardware would not see that they are one stream.
+  constexpr int STEP = sizeof(T) == 4 ? 1 : (sizeof(T) == 2 ? 2 : SCORED);
   const int64_t whole = dim - dim % LANES;
-  for (int t = 0; t < tile.count; t += 2) {
-    const T* k0 = static_cast<const T*>(tile.key[t]);
-    const T* k1 = static_cast<const T*>(tile.key[t + 1]);
-    const char* ahead0 = static_cast<const char*>(tile.value[t]);
-    const char* ahead1 = static_cast<const char*>(tile.value[t + 1]);
-    Vec sum0[QUERIES], sum1[QUERIES];
+  for (int t = 0; t < tile.count; t += SCORED) {
+    Vec sum[SCORED][QUERIES];
 #pragma GCC unroll 4
-    for (int q = 0; q < QUERIES; ++q) sum0[q] = sum1[q] = Vec{};
-    for (int64_t d = 0; d < whole; d += LANES) {
-      const Vec x0 = load(k0 + d), x1 = load(k1 + d);
+    for (int r = 0; r < SCORED; ++r)
 #pragma GCC unroll 4
-      for (int q = 0; q < QUERIES; ++q) {
-        Vec y = load(query + q * dim + d);
-        KEEP_IN_REGISTER(y);
-        sum0[q] += x0 * y;
-        sum1[q] += x1 * y;
+      for (int q = 0; q < QUERIES; ++q) sum[r][q] = Vec{};
+#pragma GCC unroll 4
+    for (int first = 0; first < SCORED; first += STEP) {
+      const T* key[STEP];
+      const char* fetched[STEP];
+#pragma GCC unroll 4
+      for (int r = 0; r < STEP; ++r) {
+        key[r] = static_cast<const T*>(tile.key[t + first + r]);
+        fetched[r] = static_cast<const char*>(ahead[t + first + r]);
       }
-      if (d * int64_t(sizeof(T)) % 64 == 0) {  // V's row is wanted next
-        __builtin_prefetch(ahead0 + d * sizeof(T));
-        __builtin_prefetch(ahead1 + d * sizeof(T));
+      for (int64_t d = 0; d < whole; d += LANES) {
+        Vec x[STEP];
+#pragma GCC unroll 4
+        for (int r = 0; r < STEP; ++r) x[r] = load(key[r] + d);
+#pragma GCC unroll 4
+        for (int q = 0; q < QUERIES; ++q) {
+          Vec y = load(query + q * dim + d);
+          if (STEP > 1) KEEP_IN_REGISTER(y);
+#pragma GCC unroll 4
+          for (int r = 0; r < STEP; ++r) sum[first + r][q] += x[r] * y;
+        }
+        if (d * int64_t(sizeof(T)) % 64 == 0) {
+#pragma GCC unroll 4
+          for (int r = 0; r < STEP; ++r) __builtin_prefetch(fetched[r] + d * sizeof(T));
+        }
       }
     }
     float* out = scores + t * 4;
-    sum_quads<QUERIES>(sum0, sum1, out);
+    sum_slots<QUERIES>(sum, out);
     for (int64_t d = whole; d < dim; ++d)
-      for (int q = 0; q < QUERIES; ++q) {
-        out[q] += one(k0 + d) * query[q * dim + d];
-        out[4 + q] += one(k1 + d) * query[q * dim + d];
-      }
+      for (int r = 0; r < SCORED; ++r)
+        for (int q = 0; q < QUERIES; ++q)
+          out[r * 4 + q] += one(static_cast<const T*>(tile.key[t + r]) + d) * query[q * dim + d];
   }
 }
 
@@ -66,42 +78,42 @@ struct Fetch {  // asks for the cache lines of a tile's keys one by one, in the 
   }
 };
 
+// WIDE vectors of `add_values`, from dimension `d` on
+template <int QUERIES, int WIDE, class T>
+static inline void add_block(const float* p, const Tile& tile, Fetch& fetch, int64_t dim, int64_t d, float* accumulator) {
+  constexpr int BYTES = WIDE * LANES * int(sizeof(T)), PACE = BYTES < 64 ? 64 / BYTES : 1;
+  Vec sum[QUERIES][WIDE];
+#pragma GCC unroll 4
+  for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 2
+    for (int w = 0; w < WIDE; ++w) sum[q][w] = load(accumulator + q * dim + d + w * LANES);
+  for (int t = 0; t < tile.count; ++t) {
+    const T* v = static_cast<const T*>(tile.value[t]) + d;
+    if (t % PACE == 0) fetch.step();
+    Vec x[WIDE];
+#pragma GCC unroll 2
+    for (int w = 0; w < WIDE; ++w) x[w] = load(v + w * LANES);
+#pragma GCC unroll 4
+    for (int q = 0; q < QUERIES; ++q) {
+      const Vec weight = splat(p[t * 4 + q]);
+#pragma GCC unroll 2
+      for (int w = 0; w < WIDE; ++w) sum[q][w] += weight * x[w];
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 2
+    for (int w = 0; w < WIDE; ++w) store(accumulator + q * dim + d + w * LANES, sum[q][w]);
+}
+
 // accumulator[q][:] += sum over slots of p[slot][q] * value; meanwhile the keys of `next` are fetched
 template <int QUERIES, class T>
 static void add_values(const float* p, const Tile& tile, const Tile& next, int64_t dim, float* accumulator) {
-  int64_t d = 0;
   constexpr int WIDE = 2;
-  constexpr int PACE = 64 / int(WIDE * LANES * sizeof(T)) > 0 ? 64 / int(WIDE * LANES * sizeof(T)) : 1;
   Fetch fetch{next, dim * int64_t(sizeof(T))};
-  for (; d + WIDE * LANES <= dim; d += WIDE * LANES) {
-    Vec sum[QUERIES][WIDE];
-#pragma GCC unroll 4
-    for (int q = 0; q < QUERIES; ++q)
-#pragma GCC unroll 2
-      for (int w = 0; w < WIDE; ++w) sum[q][w] = load(accumulator + q * dim + d + w * LANES);
-    for (int t = 0; t < tile.count; ++t) {
-      const T* v = static_cast<const T*>(tile.value[t]) + d;
-      if (t % PACE == 0) fetch.step();
-      const Vec v0 = load(v), v1 = load(v + LANES);
-#pragma GCC unroll 4
-      for (int q = 0; q < QUERIES; ++q) {
-        const Vec weight = splat(p[t * 4 + q]);
-        sum[q][0] += weight * v0;
-        sum[q][1] += weight * v1;
-      }
-    }
-#pragma GCC unroll 4
-    for (int q = 0; q < QUERIES; ++q)
-#pragma GCC unroll 2
-      for (int w = 0; w < WIDE; ++w) store(accumulator + q * dim + d + w * LANES, sum[q][w]);
-  }
-  for (; d + LANES <= dim; d += LANES)
-    for (int q = 0; q < QUERIES; ++q) {
-      Vec sum = load(accumulator + q * dim + d);
-      for (int t = 0; t < tile.count; ++t)
-        sum += splat(p[t * 4 + q]) * load(static_cast<const T*>(tile.value[t]) + d);
-      store(accumulator + q * dim + d, sum);
-    }
+  int64_t d = 0;
+  for (; d + WIDE * LANES <= dim; d += WIDE * LANES) add_block<QUERIES, WIDE, T>(p, tile, fetch, dim, d, accumulator);
+  for (; d + LANES <= dim; d += LANES) add_block<QUERIES, 1, T>(p, tile, fetch, dim, d, accumulator);
   for (; d < dim; ++d)
     for (int q = 0; q < QUERIES; ++q)
       for (int t = 0; t < tile.count; ++t)
@@ -109,12 +121,13 @@ static void add_values(const float* p, const Tile& tile, const Tile& next, int64
 }
 
 template <class T>
-static void score_queries(int queries, const float* query, int64_t dim, const Tile& tile, float* scores) {
+static void score_queries(int queries, const float* query, int64_t dim, const Tile& tile, const void* const* ahead,
+                          float* scores) {
   switch (queries) {
-    case 1: return score_quad<1, T>(query, dim, tile, scores);
-    case 2: return score_quad<2, T>(query, dim, tile, scores);
-    case 3: return score_quad<3, T>(query, dim, tile, scores);
-    default: return score_quad<4, T>(query, dim, tile, scores);
+    case 1: return score_quad<1, T>(query, dim, tile, ahead, scores);
+    case 2: return score_quad<2, T>(query, dim, tile, ahead, scores);
+    case 3: return score_quad<3, T>(query, dim, tile, ahead, scores);
+    default: return score_quad<4, T>(query, dim, tile, ahead, scores);
   }
 }
 template <class T>
@@ -166,6 +179,17 @@ static void soften_quad(float* scores, int count, int queries, float* maximum, f
   }
 }
 
+template <class Scale>
+static inline void scale_scores(float* scores, int count, Scale scale) {  // [slot][4], a factor a slot
+  for (int t = 0; t < count; ++t) {
+    float four[4];
+    std::memcpy(four, scores + t * 4, sizeof four);
+    const float factor = scale(t);
+    for (int q = 0; q < 4; ++q) four[q] *= factor;
+    std::memcpy(scores + t * 4, four, sizeof four);
+  }
+}
+
 static void cap_scores(float* scores, int floats, float softcap) {
   const Vec inverse = splat(1.f / softcap), cap = splat(softcap);
   for (int i = 0; i < floats; i += LANES) store(scores + i, cap * tanh_vec(load(scores + i) * inverse));
@@ -212,12 +236,10 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
       float* scores = few.scores + quad * (TILE + 8) * 4;
       const int here = int(queries - quad * 4 < 4 ? queries - quad * 4 : 4);
       if (a.cosine)
-        score_queries<float>(here, few.query + quad * 4 * s.dim, s.dim, tile, scores);
+        score_queries<float>(here, few.query + quad * 4 * s.dim, s.dim, tile, tile.value, scores);
       else
-        score_queries<T>(here, few.query + quad * 4 * s.dim, s.dim, tile, scores);
-      if (s.key_scale)
-        for (int t = 0; t < tile.count; ++t)
-          for (int q = 0; q < 4; ++q) scores[t * 4 + q] *= tile.key_scale[t];
+        score_queries<T>(here, few.query + quad * 4 * s.dim, s.dim, tile, tile.value, scores);
+      if (s.key_scale) scale_scores(scores, tile.count, [&](int t) { return head.key_scale_of(tile, t); });
       if (a.softcap != 0) cap_scores(scores, tile.count * 4, float(a.softcap));
       if (mask)
         for (int q = 0; q < here; ++q) {
@@ -230,9 +252,7 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
           std::memcpy(raw + (tile.entry[t] * quads + quad) * 4, scores + t * 4, 16);
       float* accumulator = few.accumulator + quad * 4 * s.value_dim;
       soften_quad(scores, tile.count, here, few.maximum + quad * 4, few.sum + quad * 4, accumulator, s.value_dim);
-      if (s.value_scale)
-        for (int t = 0; t < tile.count; ++t)
-          for (int q = 0; q < 4; ++q) scores[t * 4 + q] *= tile.value_scale[t];
+      if (s.value_scale) scale_scores(scores, tile.count, [&](int t) { return head.value_scale_of(tile, t); });
       add_queries<T>(here, scores, tile, next.count ? next : tile, s.value_dim, accumulator);
     }
   }

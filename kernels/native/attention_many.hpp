@@ -5,7 +5,7 @@
 
 constexpr int COLUMNS = 2 * LANES;  // of a panel
 constexpr int PANELS = TILE / COLUMNS;
-constexpr int BLOCK = 192;          // queries of a block, about
+constexpr int BLOCK = LANES == 16 ? 384 : 192;  // queries of a block, about: what the second-level cache holds
 
 // c[row][0..COLUMNS) (+)= sum_k a[row][k] * panel[k][0..COLUMNS)
 template <int ROWS, bool ADD>
@@ -49,29 +49,50 @@ static void multiply_rows(const float* a, int64_t lda, int64_t rows, const float
   }
 }
 
+// to[j][i] = from[i][j], four by four
+static inline void turn_four(const float* from, int64_t stride, float* to, int64_t to_stride) {
+#if defined(__x86_64__)
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + stride);
+  __m128 c = _mm_loadu_ps(from + 2 * stride), d = _mm_loadu_ps(from + 3 * stride);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a);
+  _mm_storeu_ps(to + to_stride, b);
+  _mm_storeu_ps(to + 2 * to_stride, c);
+  _mm_storeu_ps(to + 3 * to_stride, d);
+#else
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 4; ++i) to[j * to_stride + i] = from[i * stride + j];
+#endif
+}
+
 // panels[slot / COLUMNS][d][slot % COLUMNS] = key[slot][d], zeros beyond the tile's last slot
 template <class T>
-static void pack_keys(const Tile& tile, int64_t dim, bool scaled, float* panels) {
+static void pack_keys(const Head<T>& head, const Tile& tile, int64_t dim, float* panels) {
   float rows[COLUMNS][MAX_DIM];
   for (int first = 0; first < tile.count; first += COLUMNS) {
     float* panel = panels + int64_t(first) * dim;
     for (int c = 0; c < COLUMNS; ++c) {
       if (first + c < tile.count)
-        widen_row(static_cast<const T*>(tile.key[first + c]), rows[c], dim, scaled ? tile.key_scale[first + c] : 1.f);
+        widen_row(static_cast<const T*>(tile.key[first + c]), rows[c], dim,
+                  head.key_scale ? head.key_scale_of(tile, first + c) : 1.f);
       else
         fill(rows[c], dim, 0.f);
     }
-    for (int64_t d = 0; d < dim; ++d)
-      for (int c = 0; c < COLUMNS; ++c) panel[d * COLUMNS + c] = rows[c][d];
+    for (int c = 0; c < COLUMNS; c += 4) {
+      int64_t d = 0;
+      for (; d + 4 <= dim; d += 4) turn_four(rows[c] + d, MAX_DIM, panel + d * COLUMNS + c, COLUMNS);
+      for (; d < dim; ++d)
+        for (int i = 0; i < 4; ++i) panel[d * COLUMNS + c + i] = rows[c + i][d];
+    }
   }
 }
 
 // panels[d / COLUMNS][slot][d % COLUMNS] = value[slot][d], zeros beyond dim
 template <class T>
-static void pack_values(const Tile& tile, int64_t dim, bool scaled, float* panels) {
+static void pack_values(const Head<T>& head, const Tile& tile, int64_t dim, float* panels) {
   float row[MAX_DIM + COLUMNS];
   for (int t = 0; t < tile.count; ++t) {
-    widen_row(static_cast<const T*>(tile.value[t]), row, dim, scaled ? tile.value_scale[t] : 1.f);
+    widen_row(static_cast<const T*>(tile.value[t]), row, dim, head.value_scale ? head.value_scale_of(tile, t) : 1.f);
     fill(row + dim, COLUMNS, 0.f);
     for (int64_t d = 0; d < dim; d += COLUMNS) {
       float* to = panels + d * TILE + int64_t(t) * COLUMNS;
@@ -138,10 +159,10 @@ static inline int64_t rows_of_block(int64_t group, int64_t rows) {
 static inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 template <class T>
-static void scores_of_tile(const Attention& a, const Rows& rows, const Tile& tile, const float* query, int64_t queries,
-                           float* keys, float* scores) {
+static void scores_of_tile(const Attention& a, const Head<T>& head, const Rows& rows, const Tile& tile,
+                           const float* query, int64_t queries, float* keys, float* scores) {
   const int64_t dim = a.slots.dim;
-  pack_keys<T>(tile, dim, a.slots.key_scale != nullptr, keys);
+  pack_keys<T>(head, tile, dim, keys);
   for (int c = 0; c < tile.count; c += COLUMNS)
     multiply_rows<false>(query, dim, queries, keys + int64_t(c) * dim, dim, scores + c, TILE);
   if (a.softcap != 0) cap_scores(scores, int(queries * TILE), float(a.softcap));
@@ -184,11 +205,11 @@ static int attend_many(const Attention& a) {
       for (int64_t entry = 0; entry < head.entries;) {
         entry = head.collect(tile, entry, head.entries, rows.latest);
         if (!tile.count) break;
-        scores_of_tile<T>(a, rows, tile, query, queries, keys, scores);
+        scores_of_tile<T>(a, head, rows, tile, query, queries, keys, scores);
         const int padded = int(round_up(tile.count, LANES));
         for (int64_t q = 0; q < queries; ++q)
           soften_row(scores + q * TILE, tile.count, padded, maximum[q], sum[q], accumulator + q * value_dim, value_dim);
-        pack_values<T>(tile, s.value_dim, s.value_scale != nullptr, values);
+        pack_values<T>(head, tile, s.value_dim, values);
         for (int64_t d = 0; d < value_dim; d += COLUMNS)
           multiply_rows<true>(scores, TILE, queries, values + d * TILE, tile.count, accumulator + d, value_dim);
       }

@@ -40,34 +40,39 @@ static inline void put_row(void* base, int64_t kind, int64_t offset, const float
   }
 }
 
-// out[0..3] and out[4..7]: the sums over lanes of low[0..3] and of high[0..3]; what lies past QUERIES is 0.
+constexpr int SCORED = LANES == 16 ? 4 : 2;  // slots scored at a time: what fits into registers, by four queries
+
+// out[slot][0..3]: the sums over lanes of sum[slot][query]; what lies past QUERIES is 0.
 template <int QUERIES>
-static inline void sum_quads(const Vec* low, const Vec* high, float* out) {
-#if LANES >= 8
-  __m256 x[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    if (i % 4 >= QUERIES) {
-      x[i] = _mm256_setzero_ps();
+static inline void sum_slots(const Vec (*sum)[QUERIES], float* out) {
+#if LANES == 16
+  __m512 by_slot[4];  // of each query: four partial sums of each slot
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    if (q >= QUERIES) {
+      by_slot[q] = _mm512_setzero_ps();
       continue;
     }
-    const Vec from = i < 4 ? low[i % 4] : high[i % 4];
-#if LANES == 16
-    const __m512 wide = reinterpret_cast<__m512>(from);
-    x[i] = _mm256_add_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
-#else
-    x[i] = reinterpret_cast<__m256>(from);
-#endif
+    const __m512 a = reinterpret_cast<__m512>(sum[0][q]), b = reinterpret_cast<__m512>(sum[1][q]);
+    const __m512 c = reinterpret_cast<__m512>(sum[2][q]), d = reinterpret_cast<__m512>(sum[3][q]);
+    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    by_slot[q] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
   }
+  const __m512 left = _mm512_add_ps(_mm512_unpacklo_ps(by_slot[0], by_slot[1]), _mm512_unpackhi_ps(by_slot[0], by_slot[1]));
+  const __m512 right = _mm512_add_ps(_mm512_unpacklo_ps(by_slot[2], by_slot[3]), _mm512_unpackhi_ps(by_slot[2], by_slot[3]));
+  _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_ps(left, right, 0x44), _mm512_shuffle_ps(left, right, 0xee)));
+#elif LANES == 8
+  __m256 x[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) x[i] = i % 4 < QUERIES ? reinterpret_cast<__m256>(sum[i / 4][i % 4]) : _mm256_setzero_ps();
   const __m256 first = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
   const __m256 second = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
   const __m256 left = _mm256_permute2f128_ps(first, second, 0x20), right = _mm256_permute2f128_ps(first, second, 0x31);
   _mm256_storeu_ps(out, _mm256_add_ps(left, right));
 #else
-  for (int q = 0; q < 4; ++q) {
-    out[q] = q < QUERIES ? sum_lanes(low[q]) : 0.f;
-    out[4 + q] = q < QUERIES ? sum_lanes(high[q]) : 0.f;
-  }
+  for (int slot = 0; slot < SCORED; ++slot)
+    for (int q = 0; q < 4; ++q) out[slot * 4 + q] = q < QUERIES ? sum_lanes(sum[slot][q]) : 0.f;
 #endif
 }
 

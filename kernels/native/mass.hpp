@@ -6,9 +6,7 @@
 // the same for any number of threads.
 
 constexpr int CLASSES = 16;
-constexpr int STRIP = 24;             // queries of a strip, at most (or one row of a larger group)
-constexpr int LEAST = 16;             // and at least: each strip reads all keys
-constexpr int64_t CACHE = 384 << 10;  // bytes of a strip that stay in the second-level cache
+constexpr int STRIP = 24;  // queries of a strip, at most (or one row of a larger group): whole blocks of `multiply_rows`
 
 static inline uint32_t mix(uint32_t x) {  // the finalizer of MurmurHash3
   x ^= x >> 16;
@@ -28,19 +26,53 @@ struct Noise {  // of one query row: see kvpress.kernels.attention_mass.noise, t
   }
 };
 
-// The standard exponential variate of LANES keys whose positions times 0x9e3779b9 are `weyl`; Gumbel noise is -log of it.
-static inline Vec exponential(VecBits weyl, const Noise& noise) {
-  VecBits x = weyl + noise.first;
-  x ^= x >> 16;
-  x *= 0x85ebca6bu;
-  x ^= x >> 13;
-  x *= 0xc2b2ae35u;
-  x ^= x >> 16;
-  x = (x ^ noise.second) * 0x9e3779b1u;
-  x ^= x >> 15;
-  const VecInt word = reinterpret_cast<VecInt>(x >> 9);
-  const Vec uniform = (__builtin_convertvector(word, Vec) + splat(0.5f)) * splat(1.f / 8388608.f);
-  return -log_vec(uniform);
+constexpr int ABREAST = 4;  // vectors of variates made side by side
+
+// Standard exponential variates of ABREAST * LANES keys whose positions times 0x9e3779b9 are `weyl`; Gumbel noise is -log
+// of them, which is what `cooled` asks for with its sign turned.
+template <bool COOLED>
+static inline void variates_of(const uint32_t* weyl, const Noise& noise, float* to) {
+  VecBits x[ABREAST];
+  Vec variate[ABREAST];
+  EACH(i, ABREAST) x[i] = *reinterpret_cast<const VecBitsAny*>(weyl + i * LANES) + noise.first;
+  EACH(i, ABREAST) x[i] ^= x[i] >> 16;
+  EACH(i, ABREAST) x[i] *= 0x85ebca6bu;
+  EACH(i, ABREAST) x[i] ^= x[i] >> 13;
+  EACH(i, ABREAST) x[i] *= 0xc2b2ae35u;
+  EACH(i, ABREAST) x[i] ^= x[i] >> 16;
+  EACH(i, ABREAST) x[i] = (x[i] ^ noise.second) * 0x9e3779b1u;
+  EACH(i, ABREAST) x[i] ^= x[i] >> 15;
+  EACH(i, ABREAST) variate[i] = __builtin_convertvector(reinterpret_cast<VecInt>(x[i] >> 9), Vec);
+  EACH(i, ABREAST) variate[i] = (variate[i] + splat(0.5f)) * splat(1.f / 8388608.f);
+  log_each(variate);
+  EACH(i, ABREAST) variate[i] = -variate[i];
+  if (COOLED) log_each(variate);
+  EACH(i, ABREAST) store(to + i * LANES, variate[i]);
+}
+
+// exp((score - shift) / temperature) in place, with noise where there is any; returns the sums by lane. Numbers without
+// a branch between them are made in loops of their own: the processor then works on many at a time.
+template <bool NOISY, bool COOLED>
+static Vec soften_scores(float* scores, const uint32_t* weyl, int64_t count, float shift, float coolness,
+                         const Noise& noise) {
+  constexpr int64_t CHUNK = 8 * TILE;
+  float variates[CHUNK];
+  Vec total = Vec{};
+  for (int64_t first = 0; first < count; first += CHUNK) {
+    const int64_t here = count - first < CHUNK ? count - first : CHUNK;
+    if (NOISY)
+      for (int64_t t = 0; t < here; t += ABREAST * LANES) variates_of<COOLED>(weyl + first + t, noise, variates + t);
+    for (int64_t t = 0; t < here; t += LANES) {
+      Vec x = load(scores + first + t) - splat(shift);
+      if (NOISY && COOLED) x = x - load(variates + t);
+      if (COOLED) x = x * splat(coolness);
+      x = exp_vec(x);
+      if (NOISY && !COOLED) x = x / load(variates + t);
+      total += x;
+      store(scores + first + t, x);
+    }
+  }
+  return total;
 }
 
 struct Panels {  // the packed slots of one KV head
@@ -84,6 +116,9 @@ static void score_strip(const Mass& m, const Rows& rows, const int64_t* noise_po
       maximum[q] = max_lanes(best);
     }
   }
+  const bool cooled = m.temperature != 1.0;
+  const auto soften = m.noise ? (cooled ? soften_scores<true, true> : soften_scores<true, false>)
+                              : (cooled ? soften_scores<false, true> : soften_scores<false, false>);
   float inverse[STRIP * 4];
   for (int64_t q = 0; q < queries; ++q) {
     const int64_t query_head = rows.h * group + q / rows.count, r = q % rows.count;
@@ -95,21 +130,11 @@ static void score_strip(const Mass& m, const Rows& rows, const int64_t* noise_po
       shift = given == -INFINITY ? 0.f : given;
     }
     Vec total = Vec{};
-    for (int64_t k = 0; k < panels.tiles; ++k) {
-      if (panels.oldest[k] > rows.latest) continue;
-      float* row = strip + q * width + k * TILE;
-      const uint32_t* weyl = panels.weyl + k * TILE;
-      for (int64_t t = 0; t < TILE; t += LANES) {
-        Vec x = load(row + t) - splat(shift);
-        if (m.noise) {
-          const Vec variate = exponential(*reinterpret_cast<const VecBitsAny*>(weyl + t), noise);
-          x = m.temperature == 1.0 ? exp_vec(x) / variate : exp_vec((x - log_vec(variate)) * splat(coolness));
-        } else {
-          x = exp_vec(x * splat(coolness));
-        }
-        total += x;
-        store(row + t, x);
-      }
+    for (int64_t k = 0; k < panels.tiles;) {
+      int64_t last = k;  // of a run of tiles that are seen
+      while (last < panels.tiles && panels.oldest[last] <= rows.latest) ++last;
+      total += soften(strip + q * width + k * TILE, panels.weyl + k * TILE, (last - k) * TILE, shift, coolness, noise);
+      k = last + 1;
     }
     float sum = sum_lanes(total);
     if (a.sinks) sum += expf((a.sinks[query_head] - shift) * coolness);
@@ -140,9 +165,7 @@ static int mass_kind(const Mass& m, const Attention& given) {
   int64_t longest = s.lengths ? 0 : s.slots;
   for (int64_t i = 0; s.lengths && i < a.batch * a.kv_heads; ++i) longest = s.lengths[i] > longest ? s.lengths[i] : longest;
   const int64_t most = (longest + TILE - 1) / TILE, width = most * TILE;
-  int64_t fit = CACHE / (width ? width * 4 : 1);
-  fit = fit < LEAST ? LEAST : (fit > STRIP ? STRIP : fit);
-  const int64_t step = group < fit ? fit / group : 1, blocks = (a.rows + step - 1) / step;
+  const int64_t step = group < STRIP ? STRIP / group : 1, blocks = (a.rows + step - 1) / step;
   const int64_t classes = blocks < CLASSES ? blocks : CLASSES;
   if (group * step > STRIP * 4) return OUT_OF_MEMORY;  // Python refuses such groups
   Buffer<float> keys(width * dim), strips(width * group * step * a.threads), sums(width * group * classes),
@@ -168,7 +191,7 @@ static int mass_kind(const Mass& m, const Attention& given) {
         panels.count[k] = tile.count;
         panels.newest[k] = tile.newest;
         panels.oldest[k] = tile.count ? tile.oldest : INT64_MAX;
-        if (tile.count) pack_keys<T>(tile, dim, s.key_scale != nullptr, panels.keys + k * TILE * dim);
+        if (tile.count) pack_keys<T>(head, tile, dim, panels.keys + k * TILE * dim);
         for (int t = 0; t < TILE; ++t) {
           panels.position[k * TILE + t] = t < tile.count ? tile.position[t] : INT64_MAX;
           panels.entry[k * TILE + t] = t < tile.count ? tile.entry[t] : -1;

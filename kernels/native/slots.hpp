@@ -8,7 +8,6 @@ struct Tile {
   int64_t newest, oldest;        // positions
   const void* key[TILE + 8];     // padded with repeats of the last, so that kernels may read in twos and fours
   const void* value[TILE + 8];
-  float key_scale[TILE + 8], value_scale[TILE + 8];
   int64_t position[TILE + 8];
   int64_t entry[TILE + 8];       // place in the head's entries
 };
@@ -22,16 +21,6 @@ struct Positions {  // of one head, in either integer type
   explicit operator bool() const { return narrow || wide; }
   int64_t operator[](int64_t slot) const { return narrow ? narrow[slot] : wide[slot]; }
 };
-
-static inline void copy_scales(const float* from, int64_t stride, int64_t first, int count, float* to) {
-  if (!from) return;
-  from += first * stride;
-  if (stride == 1) {
-    std::memcpy(to, from, size_t(count) * sizeof(float));
-  } else {
-    for (int i = 0; i < count; ++i, from += stride) to[i] = *from;
-  }
-}
 
 template <class T>
 struct Head {  // the entries of one (batch row, KV head)
@@ -59,6 +48,11 @@ struct Head {  // the entries of one (batch row, KV head)
     entries = index ? s.index_count : length;
   }
 
+  // The scale of slot `t` of a tile. It lies behind its row: whoever reads the row first need not wait for it.
+  float key_scale_of(const Tile& tile, int t) const { return key_scale[slot_of(tile, t) * slots.key_scale_slot]; }
+  float value_scale_of(const Tile& tile, int t) const { return value_scale[slot_of(tile, t) * slots.value_scale_slot]; }
+  int64_t slot_of(const Tile& tile, int t) const { return index ? index[tile.entry[t]] : tile.entry[t]; }
+
   // Collect into `tile` the next slots from `entry` on (below `end`) that hold a token no newer than `limit`; return
   // the entry to go on from. Without positions a slot's position is its number.
   int64_t collect(Tile& tile, int64_t entry, int64_t end, int64_t limit) const {
@@ -74,8 +68,6 @@ struct Head {  // the entries of one (batch row, KV head)
       }
       oldest = entry;
       newest = entry + n - 1;
-      copy_scales(key_scale, slots.key_scale_slot, entry, n, tile.key_scale);
-      copy_scales(value_scale, slots.value_scale_slot, entry, n, tile.value_scale);
       entry += n;
     } else {
       for (; entry < end && n < TILE; ++entry) {
@@ -89,8 +81,6 @@ struct Head {  // the entries of one (batch row, KV head)
         tile.value[n] = values + slot * slots.value_slot;
         tile.position[n] = position;
         tile.entry[n] = entry;
-        if (key_scale) tile.key_scale[n] = key_scale[slot * slots.key_scale_slot];
-        if (value_scale) tile.value_scale[n] = value_scale[slot * slots.value_scale_slot];
         ++n;
       }
     }
@@ -101,7 +91,6 @@ struct Head {  // the entries of one (batch row, KV head)
       for (int i = n; i < TILE + 8; ++i) {
         tile.key[i] = tile.key[n - 1];
         tile.value[i] = tile.value[n - 1];
-        tile.key_scale[i] = tile.value_scale[i] = 0;
         tile.position[i] = INT64_MAX;
       }
     return entry;

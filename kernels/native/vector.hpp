@@ -122,8 +122,13 @@ static inline void put(Float16* p, float x) {  // to nearest, ties to even
 // ---- reductions ----------------------------------------------------------------------------------------------------
 
 static inline float sum_lanes(Vec x) {
-#if LANES == 8
+#if LANES >= 8
+#if LANES == 16
+  const __m512 wide = reinterpret_cast<__m512>(x);
+  __m256 y = _mm256_add_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
+#else
   __m256 y = reinterpret_cast<__m256>(x);
+#endif
   __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
   z = _mm_add_ps(z, _mm_movehl_ps(z, z));
   return _mm_cvtss_f32(_mm_add_ss(z, _mm_shuffle_ps(z, z, 1)));
@@ -134,8 +139,13 @@ static inline float sum_lanes(Vec x) {
 #endif
 }
 static inline float max_lanes(Vec x) {
-#if LANES == 8
+#if LANES >= 8
+#if LANES == 16
+  const __m512 wide = reinterpret_cast<__m512>(x);
+  __m256 y = _mm256_max_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
+#else
   __m256 y = reinterpret_cast<__m256>(x);
+#endif
   __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
   z = _mm_max_ps(z, _mm_movehl_ps(z, z));
   return _mm_cvtss_f32(_mm_max_ss(z, _mm_shuffle_ps(z, z, 1)));
@@ -167,25 +177,24 @@ static inline Vec exp_vec(Vec x) {
   return x < lowest ? Vec{} : y;
 }
 
-// log of a positive normal number (Cephes logf).
-static inline Vec log_vec(Vec x) {
-  const VecInt bits = as_int(x);
-  const VecInt exponent = (bits - 0x3f3504f3) >> 23;
-  const Vec m = as_float(bits - (exponent << 23)) - splat(1.f);  // of a number from sqrt(1/2) to sqrt(2)
-  const Vec e = __builtin_convertvector(exponent, Vec);
-  const Vec z = m * m;
-  Vec y = splat(7.0376836292e-2f);
-  y = y * m + splat(-1.1514610310e-1f);
-  y = y * m + splat(1.1676998740e-1f);
-  y = y * m + splat(-1.2420140846e-1f);
-  y = y * m + splat(1.4249322787e-1f);
-  y = y * m + splat(-1.6668057665e-1f);
-  y = y * m + splat(2.0000714765e-1f);
-  y = y * m + splat(-2.4999993993e-1f);
-  y = y * m + splat(3.3333331174e-1f);
-  y = y * m * z;
-  y = y + e * splat(-2.12194440e-4f) - splat(0.5f) * z;
-  return m + y + e * splat(0.693359375f);
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); ++i)
+
+// log of positive normal numbers (Cephes logf), in place; several go side by side, for each is a long chain of steps.
+template <int COUNT>
+static inline __attribute__((always_inline)) void log_each(Vec (&x)[COUNT]) {
+  static const float TERMS[] = {-1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f, 1.4249322787e-1f,
+                                -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  VecInt exponent[COUNT];
+  Vec e[COUNT], m[COUNT], z[COUNT], y[COUNT];
+  EACH(i, COUNT) exponent[i] = (as_int(x[i]) - 0x3f3504f3) >> 23;
+  EACH(i, COUNT) e[i] = __builtin_convertvector(exponent[i], Vec);
+  EACH(i, COUNT) m[i] = as_float(as_int(x[i]) - (exponent[i] << 23)) - splat(1.f);  // sqrt(1/2) to sqrt(2), less 1
+  EACH(i, COUNT) z[i] = m[i] * m[i];
+  EACH(i, COUNT) y[i] = splat(7.0376836292e-2f);
+  EACH(term, 8) EACH(i, COUNT) y[i] = y[i] * m[i] + splat(TERMS[term]);
+  EACH(i, COUNT) y[i] = y[i] * m[i] * z[i];
+  EACH(i, COUNT) y[i] = y[i] + e[i] * splat(-2.12194440e-4f) - splat(0.5f) * z[i];
+  EACH(i, COUNT) x[i] = m[i] + y[i] + e[i] * splat(0.693359375f);
 }
 
 static inline Vec tanh_vec(Vec x) {

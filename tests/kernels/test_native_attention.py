@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.attention import attend, attend_with_weights
+from kvpress.kernels.packing import pack_int8
+from kvpress.row_format import Int8Rows
 from kvpress.testing.slots_oracle import assert_within_budget, error_budget, oracle, rejected
 
 
@@ -84,6 +86,28 @@ def test_storage(level: str, rows: int, kind: torch.dtype, query_kind: torch.dty
     else:
         keys, values = keys.to(kind), values.to(kind)
     check(query, keys, values, **options)
+
+
+@pytest.mark.parametrize("rows", [1, 18])
+@pytest.mark.parametrize("group", [1, 4, 6])
+def test_packed_int8_rows(level: str, rows: int, group: int, poisoned: list[int]) -> None:
+    """Scales that lie behind their rows, as a cache stores them: all slots, listed ones, and ragged heads."""
+    query, keys, values = tensors(batch=2, rows=rows, group=group, slots=150, dim=68)
+    (keys, keys_scale), (values, values_scale) = (Int8Rows().parts(pack_int8(slots)) for slots in (keys, values))
+    assert keys.stride(-2) == 4 * keys_scale.stride(-1) == 72
+    index = torch.randint(-1, 150, (2, 2, 90), generator=torch.Generator().manual_seed(3))
+    for options in (
+        {},
+        {"index": index},
+        {"positions": scattered(2, 2, 150), "query_positions": torch.arange(60, 60 + rows)[None]},
+    ):
+        check(query, keys, values, keys_scale=keys_scale, values_scale=values_scale, **options)
+    ragged: dict[str, Any] = {"starts": torch.tensor([[3, 75], [80, 0]]), "lengths": torch.tensor([[70, 1], [0, 149]])}
+    ragged |= {"keys_scale": keys_scale[0, 0], "values_scale": values_scale[0, 0]}
+    check(query, keys[0, 0], values[0, 0], **ragged)
+    output, _ = attend(query, keys, values, scaling=1.0, keys_scale=keys_scale, values_scale=values_scale.flip(-1))
+    exact = oracle(query, keys, values, scaling=1.0, keys_scale=keys_scale, values_scale=values_scale)[0]
+    assert rejected(assert_within_budget, output, exact.float(), exact)
 
 
 def test_every_fp16_and_bf16_number_is_read(level: str) -> None:

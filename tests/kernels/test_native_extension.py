@@ -15,6 +15,7 @@ from kvpress.kernels import dispatch
 from kvpress.kernels.attention import attend
 from kvpress.kernels.native import extension, missing
 from kvpress.kernels.native import tensors as native
+from kvpress.testing.slots_oracle import assert_within_budget, oracle
 
 built = pytest.mark.skipif(extension is None, reason="the native kernels are not built")
 
@@ -105,6 +106,21 @@ def test_refusals_name_the_reason() -> None:
             attend(query.detach().double(), keys.double(), keys.double(), scaling=1.0, impl="native")
         exact, lse = attend(query.detach().double(), keys.double(), keys.double(), scaling=1.0, softcap=9.0)
         assert exact.dtype == torch.float64 and lse is not None and lse.dtype == torch.float64
+
+
+def test_whole_prompts_go_where_they_are_fast(level: str) -> None:
+    """To the native kernels where they have wide vectors, else to torch's matrix products, which return no log-sum-exp."""
+    query, keys = torch.randn(1, 4, 70, 64), torch.randn(1, 2, 70, 64)
+    slot = torch.arange(70)
+    exact, exact_lse, _ = oracle(
+        query, keys, keys, scaling=0.125, positions=slot[None, None], query_positions=slot[None]
+    )
+    output, lse = attend(query, keys, keys, scaling=0.125, causal=True)
+    low, low_lse = attend(query, keys, keys, scaling=0.125, causal=True, impl="reference")
+    assert_within_budget(output, low, exact)
+    assert (lse is None) == (level == "baseline")
+    if lse is not None and low_lse is not None:
+        assert_within_budget(lse, low_lse, exact_lse)
 
 
 def test_auto_says_once_what_it_picked(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.head_vote import head_vote, top_slots
+from kvpress.kernels.packing import pack_int8
 from kvpress.kernels.pages import page_bounds, page_scores
 from kvpress.kernels.rotation import rotate
+from kvpress.row_format import Int8Rows
 from kvpress.testing.slots_oracle import assert_within_budget, oracle, rejected
 
 
@@ -50,6 +52,25 @@ def test_head_vote_of_int8_keys(level: str, poisoned: list[int]) -> None:
     exact = oracle(query, stored, keys, scaling=1.0, keys_scale=scale)[2].sum(dim=(1, 2))
     low = head_vote(query, stored, keys_scale=scale, impl="reference")
     assert_within_budget(head_vote(query, stored, keys_scale=scale, impl="native"), low, exact)
+
+
+@pytest.mark.parametrize("group", [1, 4, 6])
+def test_head_vote_over_many_tiles(level: str, group: int, poisoned: list[int]) -> None:
+    """Whole tiles without a candidate, scores that grow from tile to tile, packed int8 keys."""
+    query, keys = made(1, 2 * group, 1, 32), made(1, 2, 5000, 32, seed=1)
+    keys = keys * torch.linspace(0.01, 2, 5000)[:, None]
+    stored, scale = Int8Rows().parts(pack_int8(keys))
+    positions = torch.arange(5000)[None, None].clone()
+    positions[:, :, 100:300] = -1
+    positions[:, :, 2040:4100] = -1
+    options: dict[str, Any] = {"scaling": 1.0, "positions": positions, "query_positions": torch.tensor([[4900]])}
+    for own, more in ((keys, options), (stored, options | {"keys_scale": scale})):
+        exact = oracle(query, own, own, **more)[2].sum(dim=(1, 2))
+        low = head_vote(query, own, impl="reference", **more)
+        found = head_vote(query, own, impl="native", **more)
+        assert (exact > 0).sum() == 2641
+        assert_within_budget(found, low, exact)
+        assert found[0, 100:300].abs().max() == 0 == found[0, 4901:].abs().max()
 
 
 def test_top_slots() -> None:
