@@ -7,13 +7,19 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from kvpress.kernels.native.tensors import prefer_large_pages
+
+LARGE = 4 << 20  # bytes from which large pages are asked for
 GROWTH = 128  # a growing table gets one part in so many of spare room, so that it never holds much more than it keeps
 
 
 def allocate(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised buffer on the device of `like`, writable in place with and without inference mode."""
     with torch.inference_mode(False):
-        return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
+        buffer = torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
+    if buffer.is_cpu and buffer.nbytes >= LARGE:
+        prefer_large_pages(buffer)
+    return buffer
 
 
 def filled(shape: Sequence[int], value: float, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -137,6 +137,10 @@ struct Weakest {
   int64_t* slot;               // [batch, heads]
 };
 
+struct Region {
+  int64_t address, bytes;
+};
+
 struct BestSlots {
   int64_t threads, rows, size, count;
   const float* scores;

@@ -1,6 +1,7 @@
 // Everything compiled once per instruction set, in the order it builds up.
 #include "vector.hpp"
 #include "common.hpp"
+#include "sums.hpp"
 #include "slots.hpp"
 #include "turned.hpp"
 #include "attention_few.hpp"

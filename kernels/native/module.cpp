@@ -9,6 +9,7 @@
 #include "choosing.hpp"
 #include "columns.hpp"
 #include "files.hpp"
+#include "memory.hpp"
 
 namespace baseline { extern const Level level; }
 #if defined(__x86_64__)
@@ -117,6 +118,7 @@ OPERATION(best_slots, BestSlots, "iiii" "ii" "i", best_slots)
 OPERATION(listed_slots, ListedSlots, "iiiii" "ii", listed_slots)
 OPERATION(page_slots, PageSlots, PAGE_SLOTS, page_slots)
 OPERATION(read_rows, ReadRows, "iiiiiiiiiiiii", read_rows)
+OPERATION(prefer_large_pages, Region, "ii", prefer_large_pages)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
 
 PyObject* get_levels(PyObject*, PyObject*) {
@@ -202,6 +204,7 @@ PyMethodDef methods[] = {
     {"listed_slots", FAST(call_listed_slots), "Sinks, chosen slots and the last ones."},
     {"reused_slots", FAST(call_reused_slots), "A selection used once more, if the query has hardly turned."},
     {"read_rows", FAST(call_read_rows), "Rows of files of equal rows."},
+    {"prefer_large_pages", FAST(call_prefer_large_pages), "Ask the system to back memory with large pages."},
     {"weakest", FAST(call_weakest), "The slot to evict of each head."},
     {"levels", get_levels, METH_NOARGS, "The instruction sets this machine can run, best first."},
     {"level", get_level, METH_NOARGS, "The instruction set in use."},

@@ -1,41 +1,64 @@
 // The largest dot product of each slot over the query heads of its KV head (TidalDecode), for one query row.
 
+template <int QUERIES, class T>
+static void multiply_queries(const float* query, int64_t dim, const T* key, float* products) {
+  Vec sums[4] = {Vec{}, Vec{}, Vec{}, Vec{}};
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    const Vec x = load(key + d);
+#pragma GCC unroll 4
+    for (int q = 0; q < QUERIES; ++q) sums[q] += x * load(query + q * dim + d);
+  }
+  sum_four(sums, products);
+  for (; d < dim; ++d)
+    for (int q = 0; q < QUERIES; ++q) products[q] += one(key + d) * query[q * dim + d];
+}
+
+// The largest of a key's products with all queries of its group; -inf where one of them is no number.
+template <class T>
+static float largest_product(const float* query, int64_t group, int64_t dim, const T* key, float scale) {
+  float most = -INFINITY;
+  bool known = true;
+  for (int64_t g = 0; g < group; g += 4, query += 4 * dim) {
+    float products[4];
+    switch (group - g) {
+      case 1: multiply_queries<1>(query, dim, key, products); break;
+      case 2: multiply_queries<2>(query, dim, key, products); break;
+      case 3: multiply_queries<3>(query, dim, key, products); break;
+      default: multiply_queries<4>(query, dim, key, products);
+    }
+    for (int64_t q = 0; q < 4 && g + q < group; ++q) {
+      const float product = products[q] * scale;
+      known &= product == product;
+      most = product > most ? product : most;
+    }
+  }
+  return known ? most : -INFINITY;
+}
+
 template <class T>
 static int products_kind(const Attention& a) {
   const Slots& s = a.slots;
-  const int64_t group = a.query_heads / a.kv_heads, line = a.weights_entries;
-  constexpr int64_t PIECE = 16 * TILE;
-  const int64_t pieces = (line + PIECE - 1) / PIECE;
+  const int64_t group = a.query_heads / a.kv_heads, heads = a.batch * a.kv_heads;
+  constexpr int64_t PIECE = 1024;
+  const int64_t pieces = (s.slots + PIECE - 1) / PIECE;
   Buffer<float> queries(a.batch * a.query_heads * s.dim);
   if (!queries.data) return OUT_OF_MEMORY;
-  for (int64_t b = 0; b < a.batch; ++b)
-    for (int64_t h = 0; h < a.kv_heads; ++h)
-      load_queries(a, b, h, 0, 1, queries.data + (b * a.kv_heads + h) * group * s.dim);
-#pragma omp parallel for schedule(static) num_threads(int(a.threads)) if (a.threads > 1 && a.batch * a.kv_heads * line * s.dim > SMALL_WORK)
-  for (int64_t task = 0; task < a.batch * a.kv_heads * pieces; ++task) {
+  for (int64_t i = 0; i < heads; ++i)
+    load_queries(a, i / a.kv_heads, i % a.kv_heads, 0, 1, queries.data + i * group * s.dim);
+  const bool large = heads * s.slots * s.dim * int64_t(sizeof(T)) > SMALL_WORK;
+#pragma omp parallel for schedule(static) num_threads(int(a.threads)) if (a.threads > 1 && large)
+  for (int64_t task = 0; task < heads * pieces; ++task) {
     const int64_t i = task / pieces, begin = task % pieces * PIECE;
+    const int64_t end = begin + PIECE < s.slots ? begin + PIECE : s.slots;
     const Head<T> head(s, a.kv_heads, i / a.kv_heads, i % a.kv_heads);
-    const int64_t stop = begin + PIECE < line ? begin + PIECE : line, end = stop < head.entries ? stop : head.entries;
-    float* to = a.weights + i * line;
-    fill(to + begin, stop - begin, -INFINITY);
-    Tile tile;
-    float scores[(TILE + 8) * 4];
-    for (int64_t entry = begin; entry < end;) {
-      entry = head.collect(tile, entry, end, INT64_MAX);
-      if (!tile.count) break;
-      for (int64_t first = 0; first < group; first += 4) {
-        const int here = int(group - first < 4 ? group - first : 4);
-        score_queries<T>(here, queries.data + (i * group + first) * s.dim, s.dim, tile, scores);
-        for (int t = 0; t < tile.count; ++t)
-          for (int q = 0; q < here; ++q) {
-            const float product = scores[t * 4 + q] * (s.key_scale ? tile.key_scale[t] : 1.f);
-            float& most = to[tile.entry[t]];
-            if (most == most && !(product <= most)) most = product;  // a NaN stays
-          }
-      }
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const bool held = !head.positions || head.positions[slot] >= 0;
+      const float scale = head.key_scale ? head.key_scale[slot * s.key_scale_slot] : 1.f;
+      const T* key = head.keys + slot * s.key_slot;
+      a.weights[i * s.slots + slot] =
+          held ? largest_product(queries.data + i * group * s.dim, group, s.dim, key, scale) : -INFINITY;
     }
-    for (int64_t e = begin; e < stop; ++e)
-      if (to[e] != to[e]) to[e] = -INFINITY;  // what is no number is never chosen
   }
   return OK;
 }
