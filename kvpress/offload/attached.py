@@ -116,11 +116,15 @@ class Attached:
         # a layer that is read whole at every token is the last to move down
         others = sorted(self._living(), key=lambda each: (not each.reads_rows, -each.held))
         others = [other for other in others if other is not asking]
+        refused: TierFullError | None = None
         for give_way in (self.lower, lambda each: each.cool()):
             for other in others:
                 if self.account.hold(nbytes):
                     return
-                give_way(other)
+                try:
+                    give_way(other)
+                except TierFullError as error:  # this table stays where it is: another one may go
+                    refused = error
         if not self._lowering:  # nothing is left that could move down
             self.account.release(self._aside)
             self._aside = 0
@@ -131,7 +135,7 @@ class Attached:
                 name,
                 f"has no room for {nbytes} bytes of working memory beside the {self.account.held} held, of {limit}: "
                 "raise the limit, or use a smaller block",
-            )
+            ) from refused
 
     def lower(self, stowage: Stowage) -> None:
         """Move a table down. What it needs for a moment, its new tail beside its old buffers, was set aside for that."""

@@ -147,12 +147,20 @@ class Stowage:
             self.attached.account.release(released)
 
     def lower(self) -> None:
-        """Give up the near memory of a table that may as well lie in the tiers."""
+        """Give up the near memory of a table that may as well lie in the tiers.
+
+        Raises:
+            TierFullError: no tier takes it; it lies where it lay.
+        """
         table = None if self._table is None else self._table()
         if table is None or table.is_empty or table.base or self._fetched is not None:
             return
         if table.owned and table.spare is None and table.count >= self.attached.options.block:
-            self._put_away(table)
+            try:
+                self._put_away(table)
+            except TierFullError:
+                self._drop_from(0)
+                raise
 
     @property
     def reads_rows(self) -> bool:
@@ -306,7 +314,11 @@ class Stowage:
         if self.attached.account.hold(extra):
             self.held += max(extra, 0)
             return True
-        self.attached.lower(self)
+        try:
+            self.attached.lower(self)
+        except TierFullError:  # then another layer's has to
+            self.must_hold(extra)
+            return True
         return False
 
     def _stays_near(self, table: SlotTable) -> bool:
