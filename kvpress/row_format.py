@@ -39,9 +39,14 @@ class RowFormat:
         """What the kernels read, without a copy: rows `[..., dim]`, and a scale `[...]` for int8 ones."""
         return stored, None
 
+    def stored_as(self, dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """Size and type of the last dimension of stored rows that came as `dim` numbers of `dtype`."""
+        return dim, dtype
+
     def row_bytes(self, dim: int, dtype: torch.dtype) -> int:
         """Bytes of one stored row of `dim` numbers that came as `dtype`."""
-        return dim * dtype.itemsize
+        size, stored = self.stored_as(dim, dtype)
+        return size * stored.itemsize
 
 
 class NarrowRows(RowFormat):
@@ -60,8 +65,8 @@ class NarrowRows(RowFormat):
     def unpack(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         return stored.to(dtype)
 
-    def row_bytes(self, dim: int, dtype: torch.dtype) -> int:
-        return dim * self.dtype.itemsize
+    def stored_as(self, dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        return dim, self.dtype
 
 
 class Int8Rows(RowFormat):
@@ -80,8 +85,8 @@ class Int8Rows(RowFormat):
         dim = stored.shape[-1] - SCALE_BYTES
         return stored[..., :dim], stored[..., dim:].view(torch.float32).squeeze(-1)
 
-    def row_bytes(self, dim: int, dtype: torch.dtype) -> int:
-        return dim + SCALE_BYTES
+    def stored_as(self, dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        return dim + SCALE_BYTES, torch.int8
 
 
 def row_format(kv_dtype: str | None) -> RowFormat:
@@ -136,7 +141,7 @@ Rows = Tensor | PackedRows
 
 def part(rows: Rows, *item: Any) -> Rows:
     """Some batch rows, heads and slots, in the form in which they lie."""
-    return rows.part(*item) if isinstance(rows, PackedRows) else rows[item]
+    return rows[item] if isinstance(rows, Tensor) else rows.part(*item)
 
 
 def unpacked(rows: Rows) -> Tensor:
