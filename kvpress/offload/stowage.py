@@ -107,10 +107,11 @@ class Stowage:
         self._fetched = table.keys
         self.attached.prefetch(self.layer)
 
-    def stow(self, table: SlotTable, beside: Iterable[Tensor] = ()) -> None:
+    def stow(self, table: SlotTable, rows: int, beside: Iterable[Tensor] = ()) -> None:
         """The end of a forward: what does not stay near goes to the tiers.
 
         Args:
+            rows: tokens of the forward.
             beside: other tensors that the layer holds, accounted for with the table's.
 
         Raises:
@@ -124,6 +125,8 @@ class Stowage:
         self._broken = True  # until all is put away
         self._stow(table)
         self._broken = False
+        if rows > 1:
+            self.attached.let_go(rows * table.full_bytes_per_token)
 
     def _stow(self, table: SlotTable) -> None:
         if table.base and table.count - table.base < self.attached.options.block:
