@@ -13,8 +13,8 @@ Figures are medians of wall time and of the process's CPU time, background threa
 
 *memory*: a random model of 32 layers reads a context whose keys and values are 4 times the limit, in one piece or in chunks of 256 tokens,
 and continues it by 16 tokens. Reported is how far the peak resident memory of a fresh process lies above that of another fresh process that
-does the same with a cache of 64 tokens: what the model needs itself, a prompt's activations and the keys and values of the layer that
-computes included.
+does the same with a cache that keeps 64 tokens, under the same selection: what the model needs itself, a prompt's activations and the keys
+and values of the layer that computes included.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def memory_child(kind: str, chunk: int, limit: int) -> None:
-    """Read and continue a context under the policy `kind` with offload, or with the model's `"own"` memory alone; prints what it took."""
+def memory_child(kind: str, own: bool, chunk: int, limit: int) -> None:
+    """Read and continue a context under the policy `kind`, with offload or in the model's `own` memory alone; prints what it took."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=32, num_attention_heads=8, num_key_value_heads=8,
         head_dim=64, max_position_embeddings=1 << 16,
@@ -149,12 +149,9 @@ def memory_child(kind: str, chunk: int, limit: int) -> None:
     pieces = [*ids[:, :prompt].split(chunk, dim=1), *ids[:, prompt:].split(1, dim=1)]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         offload = Offload(host=limit, disk=folder, block=64)
-        own = kind == "own"
-        cache = (
-            PolicyCache(model, StreamingLLM(budget=64))
-            if own
-            else PolicyCache(model, MEMORY_POLICIES[kind], offload=offload)
-        )
+        given = MEMORY_POLICIES[kind]
+        few = [StreamingLLM(budget=64), *([] if isinstance(given, Full) else [given])]
+        cache = PolicyCache(model, few) if own else PolicyCache(model, given, offload=offload)
         for piece in pieces:
             model(piece, past_key_values=cache, logits_to_keep=1)
         report = cache.report()
@@ -170,15 +167,24 @@ def memory_child(kind: str, chunk: int, limit: int) -> None:
 def memory(arguments: argparse.Namespace) -> None:
     limit = arguments.limit
 
-    def measured(kind: str, chunk: int) -> Any:
-        options = ("--child", kind, "--chunk", str(chunk), "--limit", str(limit), "--threads", str(arguments.threads))
+    def measured(kind: str, chunk: int, *more: str) -> Any:
+        options = (
+            "--child",
+            kind,
+            *more,
+            "--chunk",
+            str(chunk),
+            "--limit",
+            str(limit),
+            "--threads",
+            str(arguments.threads),
+        )
         out = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE).stdout
         return json.loads(out)
 
     for chunk in (1 << 30, 256):
-        own = measured("own", chunk)
         for kind in MEMORY_POLICIES:
-            found = measured(kind, chunk)
+            own, found = measured(kind, chunk, "--own"), measured(kind, chunk)
             row = {
                 "benchmark": "memory", "policy": kind, "prompt": "one piece" if chunk == 1 << 30 else f"chunks of {chunk}",
                 "kv_bytes": found["kv_bytes"], "limit": limit, "times_the_limit": found["kv_bytes"] / limit, "peak_own": own["peak"],
@@ -205,11 +211,12 @@ def main() -> None:
     parser.add_argument("--disk", default=None, help="directory for the files")
     parser.add_argument("--limit", type=int, default=64 << 20, help="of the memory run, bytes")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--chunk", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.child:
-        memory_child(arguments.child, arguments.chunk, arguments.limit)
+        memory_child(arguments.child, arguments.own, arguments.chunk, arguments.limit)
         return
     if arguments.only != "memory":
         speed(arguments)

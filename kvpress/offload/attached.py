@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
 
 SPARE = 64  # one part in so many of working memory is for tokens to come
-LEAST_FREED = 4 << 20  # bytes that a model let go, for which it is worth while to give memory back to the system
+LEAST_FREED = 2 << 20  # bytes that a model let go, for which it is worth while to give memory back to the system
 MakeManager = Callable[[Offload, torch.device], TierManager]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpress.memory import filled, growth
+from kvpress.offload.errors import TierFullError
 from kvpress.offload.slot_rows import NAME as SLOT_ROWS
 from kvpress.offload.slot_rows import RowLayout, RowsWanted
 from kvpress.row_format import PackedRows, Rows, unpacked
@@ -218,7 +219,7 @@ class StoredSlots:
     def _make(self, index: Tensor, like: dict[str, Tensor]) -> None:
         stowage, wanted, slots = self._stowage, index.shape[-1], self._table.count
         layout = stowage.blocks[0].layout
-        if layout is not None and layout.groups == index.shape[1] and self.device.type == "cpu":
+        if layout is not None and layout.groups == index.shape[1] and stowage.attached.manager.computes_in_host_memory:
             rows = torch.empty(*layout.shape(index.shape[0]), dtype=torch.uint8, device="meta")
             like = {SLOT_ROWS: rows}
         per_slot = sum(each.shape[0] * each.shape[1] * each.shape[-1] * each.element_size() for each in like.values())
@@ -230,7 +231,12 @@ class StoredSlots:
             capacity = min(max((share - stowage.held - fixed) // per_slot, wanted), capacity)
         if not stowage.may_hold(capacity * per_slot + fixed):
             capacity = wanted
-            stowage.must_hold(capacity * per_slot + fixed)
+            try:
+                stowage.must_hold(capacity * per_slot + fixed)
+            except TierFullError:  # what was put together for the selection has served
+                self._read = None
+                stowage.attached.release(stowage.layer)
+                stowage.must_hold(capacity * per_slot + fixed)
         self._hot.make(index, capacity, slots + growth(slots), like)
 
     def _bring(self, slot: Tensor, place: Tensor, missing: Tensor) -> None:
