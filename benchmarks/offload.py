@@ -11,10 +11,10 @@ what they are). The near tier is a share of all keys and values, the rest lies o
 which is stated. The first `--warm-up` tokens, at which an index is built and the first selections are read, do not count.
 Figures are medians of wall time and of the process's CPU time, background threads included, and the ratio without / with offload.
 
-*memory*: in a process of its own, a random model of 32 layers reads and continues a context whose keys and values are 4 times the limit.
-Reported is what the process's peak resident memory is above that of the same run with a cache that keeps 64 tokens, once with the C
-library's allocator as it is, whose heap keeps memory that the model's activations freed (the model's own peak differs by 100 MB from run to
-run), and once with MALLOC_MMAP_THRESHOLD_=65536, so that what is freed is returned.
+*memory*: a random model of 32 layers reads a context whose keys and values are 4 times the limit, in one piece or in chunks of 256 tokens,
+and continues it by 16 tokens. Reported is how far the peak resident memory of a fresh process lies above that of another fresh process that
+does the same with a cache that keeps 64 tokens, under the same selection: what the model needs itself, a prompt's activations and the keys
+and values of the layer that computes included.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvpress import PolicyCache
 from kvpress.models import load_model
 from kvpress.offload import Offload
-from kvpress.policies import Policy, Quest, StreamingLLM, TokenSelect
+from kvpress.policies import Full, Policy, Quest, StreamingLLM, TokenSelect
 
 READ = 2_048  # tokens of text
 POLICIES: dict[str, Policy] = {
@@ -46,6 +46,11 @@ POLICIES: dict[str, Policy] = {
     "tokenselect, int8 index, no reuse": TokenSelect(tail=0, index="int8", threshold=2),
     "tokenselect, threshold 0.7": TokenSelect(tail=0, threshold=0.7),
     "quest": Quest(),
+}
+MEMORY_POLICIES: dict[str, Policy] = {
+    "full": Full(),
+    "tokenselect, int8 index": TokenSelect(top_k=256, sinks=32, local=64, chunk=64, tail=2, index="int8"),
+    "quest": Quest(top_k=256),
 }
 
 
@@ -126,51 +131,67 @@ def compare(
 
 
 def peak() -> int:
-    """Peak resident bytes of this process since it was last reset."""
+    """Peak resident bytes of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
-def memory_child(tokens: int, limit: int) -> None:
+def memory_child(kind: str, own: bool, chunk: int, limit: int) -> None:
+    """Read and continue a context under the policy `kind`, with offload or in the model's `own` memory alone; prints what it took."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=32, num_attention_heads=8, num_key_value_heads=8,
         head_dim=64, max_position_embeddings=1 << 16,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
+    tokens = 4 * limit // (32 * 8 * 64 * 2 * 4)
     ids = torch.randint(0, 64, (1, tokens), generator=torch.Generator().manual_seed(0))
-    peaks, report = [], None
+    prompt = tokens - 16
+    pieces = [*ids[:, :prompt].split(chunk, dim=1), *ids[:, prompt:].split(1, dim=1)]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for kind in ("own", "own", "offload"):
-            tiers = Offload(host=limit, disk=folder, block=64)
-            cache = (
-                PolicyCache(model, StreamingLLM(budget=64))
-                if kind == "own"
-                else PolicyCache(model, "full", offload=tiers)
-            )
-            Path("/proc/self/clear_refs").write_text("5")
-            for piece in ids.split([tokens - 16, *[1] * 16], dim=1):
-                model(piece, past_key_values=cache, logits_to_keep=1)
-            peaks.append(peak())
-            report = cache.report()
-            cache.close()
-    if report is None or not report.tiers:
-        raise SystemExit("nothing was offloaded")
-    above = peaks[2] - peaks[1]
-    row = {
-        "benchmark": "memory",
-        "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
-        "tokens": tokens,
-        "kv_bytes": report.full_nbytes,
-        "limit": limit,
-        "times_the_limit": report.full_nbytes / limit,
-        "peak_own": peaks[1],
-        "peak_with_offload": peaks[2],
-        "above_own": above,
-        "above_own_over_limit": round(above / limit, 3),
-        "near_peak_accounted": report.tiers[0].peak_nbytes,
-        "disk_peak": report.tiers[1].peak_nbytes,
-    }
-    print(json.dumps(row), flush=True)
+        offload = Offload(host=limit, disk=folder, block=64)
+        given = MEMORY_POLICIES[kind]
+        few = [StreamingLLM(budget=64), *([] if isinstance(given, Full) else [given])]
+        cache = PolicyCache(model, few) if own else PolicyCache(model, given, offload=offload)
+        for piece in pieces:
+            model(piece, past_key_values=cache, logits_to_keep=1)
+        report = cache.report()
+        found = {
+            "peak": peak(),
+            "kv_bytes": report.full_nbytes,
+            "tier_peaks": {t.tier: t.peak_nbytes for t in report.tiers},
+        }
+        cache.close()
+    print(json.dumps(found))
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    limit = arguments.limit
+
+    def measured(kind: str, chunk: int, *more: str) -> Any:
+        options = (
+            "--child",
+            kind,
+            *more,
+            "--chunk",
+            str(chunk),
+            "--limit",
+            str(limit),
+            "--threads",
+            str(arguments.threads),
+        )
+        out = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE).stdout
+        return json.loads(out)
+
+    for chunk in (1 << 30, 256):
+        for kind in MEMORY_POLICIES:
+            own, found = measured(kind, chunk, "--own"), measured(kind, chunk)
+            row = {
+                "benchmark": "memory", "policy": kind, "prompt": "one piece" if chunk == 1 << 30 else f"chunks of {chunk}",
+                "kv_bytes": found["kv_bytes"], "limit": limit, "times_the_limit": found["kv_bytes"] / limit, "peak_own": own["peak"],
+                "peak_with_offload": found["peak"], "above_own_over_limit": round((found["peak"] - own["peak"]) / limit, 3),
+                "tier_peaks": found["tier_peaks"],
+            }  # fmt: skip
+            print(json.dumps(row), flush=True)
 
 
 def main() -> None:
@@ -189,26 +210,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--disk", default=None, help="directory for the files")
     parser.add_argument("--limit", type=int, default=64 << 20, help="of the memory run, bytes")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--chunk", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.child:
-        memory_child(4 * arguments.limit // (32 * 8 * 64 * 2 * 4), arguments.limit)
+        memory_child(arguments.child, arguments.own, arguments.chunk, arguments.limit)
         return
     if arguments.only != "memory":
         speed(arguments)
     if arguments.only != "speed":
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            "--limit",
-            str(arguments.limit),
-            "--threads",
-            str(arguments.threads),
-        ]
-        for threshold in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
-            subprocess.run(command, check=True, env={**os.environ, **threshold})
+        memory(arguments)
 
 
 if __name__ == "__main__":

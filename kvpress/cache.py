@@ -69,8 +69,6 @@ class PolicyCache(Cache):
         **parameters: Any,
     ) -> None:
         self.form = row_format(kv_dtype)
-        if kv_dtype is not None and offload is not None:
-            raise ValueError(f"kv_dtype must be None with offload, got {kv_dtype!r}")
         policies = choose_policies(policy, parameters).for_model(model)
         config = model.config.get_text_config(decoder=True)
         layers = make_layers(config, policies, model, self.form)

@@ -20,7 +20,7 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
-        tensors[name] = value.contiguous().clone()  # safetensors refuses tensors that share a storage
+        tensors[name] = value
         return {"tensor": name}
     if isinstance(value, numpy.ndarray):
         return {"array": value.tolist()}

@@ -186,7 +186,7 @@ class PolicyLayer(CacheLayerMixin):
             return
         self.place(forward, mask, keys.device)
         self.keeper.adopt(forward)
-        self._stow()
+        self._stow(forward.rows)
 
     @property
     def full_nbytes(self) -> int:
@@ -378,12 +378,12 @@ class PolicyLayer(CacheLayerMixin):
             self._waiting = (forward, None if query is None else query.detach(), keys.detach(), arguments)
         else:
             self.keeper.keep(forward, query, keys, arguments)
-            self._stow()
+            self._stow(forward.rows)
 
-    def _stow(self) -> None:
+    def _stow(self, rows: int) -> None:
         if self.stowage is not None:
             selected = [] if self.selector is None else self.selector.tensors()
-            self.stowage.stow(self.table, (*self.keeper.tensors(), *selected))
+            self.stowage.stow(self.table, rows, (*self.keeper.tensors(), *selected))
 
     def commit(self) -> None:
         """End a forward that waited for a `crop` which did not come."""

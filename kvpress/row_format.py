@@ -48,9 +48,14 @@ class RowFormat:
             layout = layout | {"keys_scale": keys_scale, "values_scale": values_scale}
         return keys, values, layout
 
+    def stored_as(self, dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """Size and type of the last dimension of stored rows that came as `dim` numbers of `dtype`."""
+        return dim, dtype
+
     def row_bytes(self, dim: int, dtype: torch.dtype) -> int:
         """Bytes of one stored row of `dim` numbers that came as `dtype`."""
-        return dim * dtype.itemsize
+        size, stored = self.stored_as(dim, dtype)
+        return size * stored.itemsize
 
 
 class NarrowRows(RowFormat):
@@ -69,8 +74,8 @@ class NarrowRows(RowFormat):
     def unpack(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         return stored.to(dtype)
 
-    def row_bytes(self, dim: int, dtype: torch.dtype) -> int:
-        return dim * self.dtype.itemsize
+    def stored_as(self, dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        return dim, self.dtype
 
 
 class Int8Rows(RowFormat):
@@ -89,8 +94,8 @@ class Int8Rows(RowFormat):
         dim = stored.shape[-1] - SCALE_BYTES
         return stored[..., :dim], stored[..., dim:].view(torch.float32).squeeze(-1)
 
-    def row_bytes(self, dim: int, dtype: torch.dtype) -> int:
-        return dim + SCALE_BYTES
+    def stored_as(self, dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        return dim + SCALE_BYTES, torch.int8
 
 
 def row_format(kv_dtype: str | None) -> RowFormat:
@@ -145,7 +150,7 @@ Rows = Tensor | PackedRows
 
 def part(rows: Rows, *item: Any) -> Rows:
     """Some batch rows, heads and slots, in the form in which they lie."""
-    return rows.part(*item) if isinstance(rows, PackedRows) else rows[item]
+    return rows[item] if isinstance(rows, Tensor) else rows.part(*item)
 
 
 def unpacked(rows: Rows) -> Tensor:

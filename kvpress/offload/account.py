@@ -64,6 +64,7 @@ class SharedManager:
             ).start()  # a thread cannot join itself
         else:
             self.manager.close()
+        account.release(account.held)
 
     def tidy(self) -> None:
         """Free what users left behind."""

@@ -16,6 +16,7 @@ from kvpress.offload.account import SharedManager
 from kvpress.offload.errors import TierClosedError, TierFullError
 from kvpress.offload.manager import TierManager
 from kvpress.offload.options import Offload
+from kvpress.offload.pages import give_back_freed
 from kvpress.offload.transfer import CudaDevice, HostDevice
 from kvpress.offload.working import Reading, WorkingMemory, read_all
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
 
 SPARE = 64  # one part in so many of working memory is for tokens to come
+LEAST_FREED = 2 << 20  # bytes that a model let go, for which it is worth while to give memory back to the system
 MakeManager = Callable[[Offload, torch.device], TierManager]
 
 
@@ -51,6 +53,7 @@ class Attached:
         self._memories: list[WorkingMemory] = []
         self._aside = 0  # bytes held for a table that moves down
         self._lowering = False
+        self._freed = 0  # bytes that the model let go since memory was last given back to the system
         self._close = weakref.finalize(self, self._shared.leave, self.name, self.account)
 
     @property
@@ -116,11 +119,15 @@ class Attached:
         # a layer that is read whole at every token is the last to move down
         others = sorted(self._living(), key=lambda each: (not each.reads_rows, -each.held))
         others = [other for other in others if other is not asking]
+        refused: TierFullError | None = None
         for give_way in (self.lower, lambda each: each.cool()):
             for other in others:
                 if self.account.hold(nbytes):
                     return
-                give_way(other)
+                try:
+                    give_way(other)
+                except TierFullError as error:  # this table stays where it is: another one may go
+                    refused = error
         if not self._lowering:  # nothing is left that could move down
             self.account.release(self._aside)
             self._aside = 0
@@ -131,7 +138,7 @@ class Attached:
                 name,
                 f"has no room for {nbytes} bytes of working memory beside the {self.account.held} held, of {limit}: "
                 "raise the limit, or use a smaller block",
-            )
+            ) from refused
 
     def lower(self, stowage: Stowage) -> None:
         """Move a table down. What it needs for a moment, its new tail beside its old buffers, was set aside for that."""
@@ -153,6 +160,13 @@ class Attached:
     def _give_back_idle(self) -> None:
         for memory in [each for each in self._memories if each.layer == -1]:
             self._give_back(memory)
+
+    def let_go(self, nbytes: int) -> None:
+        """The model's own keys and values, of `nbytes`, were put away: they are free, and what was made on the way to them."""
+        self._freed += nbytes
+        if self._freed >= LEAST_FREED and self._shared.manager.computes_in_host_memory:
+            self._freed = 0
+            give_back_freed()
 
     # -- working memory ------------------------------------------------------------------------------------------------
 

@@ -67,11 +67,17 @@ class DiskTier:
         return file_bytes(key.description(), layout)
 
     def write(self, key: BlockKey, layout: BlockLayout, tensors: Mapping[str, Tensor]) -> None:
-        """Write a block whose bytes are reserved. After a TierFullError or TierWriteError it is not there."""
+        """Write a block whose bytes are reserved, trying twice. After a TierFullError or TierWriteError it is not there."""
         size = self.size(key, layout)
         try:
-            self._remove_stuck()
-            write_block(self.store, key.digest, key.description(), layout, tensors)
+            for attempt in (1, 2):
+                try:
+                    self._remove_stuck()
+                    write_block(self.store, key.digest, key.description(), layout, tensors)
+                    break
+                except OSError:  # for a reason that may pass; but what is left behind has the bytes that were reserved
+                    if attempt == 2 or self._left_behind(key.digest):
+                        raise
         except BaseException as error:
             self._forget(key.digest, size)
             if not isinstance(error, OSError):
@@ -161,7 +167,7 @@ class DiskTier:
     def _forget(self, digest: str, size: int) -> None:
         """Give the bytes of a file back, unless the file could not be removed."""
         with self._lock:
-            stuck = [name for name in self.store.leftovers if name.startswith(digest)]
+            stuck = self._left_behind(digest)
             for name in stuck:
                 self.store.leftovers.remove(name)
                 self._stuck[name] = size
@@ -169,6 +175,10 @@ class DiskTier:
             self.ledger.count(failures=1)
         else:
             self.ledger.release(size)
+
+    def _left_behind(self, digest: str) -> list[str]:
+        """Files of a block that could not be removed."""
+        return [name for name in self.store.leftovers if name.startswith(digest)]
 
     def sweep(self) -> bool:
         """Try again to remove what could not be removed; True when that gave bytes back."""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kvpress.memory import filled, growth
+from kvpress.offload.errors import TierFullError
 from kvpress.offload.slot_rows import NAME as SLOT_ROWS
 from kvpress.offload.slot_rows import RowLayout, RowsWanted
+from kvpress.row_format import PackedRows, Rows, unpacked
 
 if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
@@ -121,8 +123,8 @@ class StoredSlots:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """As of the keys."""
-        batch, heads, _, dim = self._table.keys.shape
-        return batch, heads, self._table.count, dim
+        batch, heads = self._table.keys.shape[:2]
+        return batch, heads, self._table.count, self._table.dims[0]
 
     @property
     def device(self) -> torch.device:
@@ -132,18 +134,25 @@ class StoredSlots:
     @property
     def dtype(self) -> torch.dtype:
         """As of the keys."""
-        return self._table.keys.dtype
+        return self._table.dtype
 
     def __getitem__(self, item: tuple[slice, slice, slice]) -> Tensor:
-        """Keys of consecutive slots.
+        """Keys of consecutive slots, in the model's type.
 
         Raises:
             TierError: a block is lost or cannot be read, or there is no room to put them together.
         """
-        batch, heads, slots = item
+        return unpacked(self.part(*item))
+
+    def part(self, batch: slice, heads: slice, slots: slice) -> Rows:
+        """As `[]`, in the form in which they are stored."""
         first, last, _ = slots.indices(self._table.count)
         start, keys = self._between(first, last)
-        return keys[batch, heads, first - start : last - start]
+        return self._rows(keys[batch, heads, first - start : last - start])
+
+    def _rows(self, stored: Tensor) -> Rows:
+        form = self._table.form
+        return stored if form.plain else PackedRows(stored, form, self._table.dtype)
 
     def _between(self, first: int, last: int) -> tuple[int, Tensor]:
         """A slot not behind `first`, and the keys from there to slot `last - 1` or beyond."""
@@ -154,14 +163,15 @@ class StoredSlots:
             self._read = self._stowage.keys_between(table, first, last)
         return self._read
 
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[batch, kv_heads, n, dim]` of the slots `index [batch, kv_heads or 1, n]`; any for `-1`.
+    def take(self, index: Tensor) -> tuple[Rows, Rows]:
+        """Keys and values `[batch, kv_heads, n, dim]` of the slots `index [batch, kv_heads or 1, n]`, as they are stored; any for `-1`.
 
         Raises:
             TierError: a block is lost or cannot be read, or there is no room for the copies.
         """
         with torch.inference_mode(False), torch.no_grad():
-            return self._take(index.clone() if index.is_inference() else index)
+            keys, values = self._take(index.clone() if index.is_inference() else index)
+        return self._rows(keys), self._rows(values)
 
     def _take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         table = self._table
@@ -209,7 +219,7 @@ class StoredSlots:
     def _make(self, index: Tensor, like: dict[str, Tensor]) -> None:
         stowage, wanted, slots = self._stowage, index.shape[-1], self._table.count
         layout = stowage.blocks[0].layout
-        if layout is not None and layout.groups == index.shape[1] and self.device.type == "cpu":
+        if layout is not None and layout.groups == index.shape[1] and stowage.attached.manager.computes_in_host_memory:
             rows = torch.empty(*layout.shape(index.shape[0]), dtype=torch.uint8, device="meta")
             like = {SLOT_ROWS: rows}
         per_slot = sum(each.shape[0] * each.shape[1] * each.shape[-1] * each.element_size() for each in like.values())
@@ -221,7 +231,12 @@ class StoredSlots:
             capacity = min(max((share - stowage.held - fixed) // per_slot, wanted), capacity)
         if not stowage.may_hold(capacity * per_slot + fixed):
             capacity = wanted
-            stowage.must_hold(capacity * per_slot + fixed)
+            try:
+                stowage.must_hold(capacity * per_slot + fixed)
+            except TierFullError:  # what was put together for the selection has served
+                self._read = None
+                stowage.attached.release(stowage.layer)
+                stowage.must_hold(capacity * per_slot + fixed)
         self._hot.make(index, capacity, slots + growth(slots), like)
 
     def _bring(self, slot: Tensor, place: Tensor, missing: Tensor) -> None:

@@ -107,10 +107,11 @@ class Stowage:
         self._fetched = table.keys
         self.attached.prefetch(self.layer)
 
-    def stow(self, table: SlotTable, beside: Iterable[Tensor] = ()) -> None:
+    def stow(self, table: SlotTable, rows: int, beside: Iterable[Tensor] = ()) -> None:
         """The end of a forward: what does not stay near goes to the tiers.
 
         Args:
+            rows: tokens of the forward.
             beside: other tensors that the layer holds, accounted for with the table's.
 
         Raises:
@@ -124,6 +125,8 @@ class Stowage:
         self._broken = True  # until all is put away
         self._stow(table)
         self._broken = False
+        if rows > 1:
+            self.attached.let_go(rows * table.full_bytes_per_token)
 
     def _stow(self, table: SlotTable) -> None:
         if table.base and table.count - table.base < self.attached.options.block:
@@ -147,12 +150,20 @@ class Stowage:
             self.attached.account.release(released)
 
     def lower(self) -> None:
-        """Give up the near memory of a table that may as well lie in the tiers."""
+        """Give up the near memory of a table that may as well lie in the tiers.
+
+        Raises:
+            TierFullError: no tier takes it; it lies where it lay.
+        """
         table = None if self._table is None else self._table()
         if table is None or table.is_empty or table.base or self._fetched is not None:
             return
         if table.owned and table.spare is None and table.count >= self.attached.options.block:
-            self._put_away(table)
+            try:
+                self._put_away(table)
+            except TierFullError:
+                self._drop_from(0)
+                raise
 
     @property
     def reads_rows(self) -> bool:
@@ -178,9 +189,10 @@ class Stowage:
         return self._hot
 
     @staticmethod
-    def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
+    def allocate(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """As `kvpress.memory.allocate`, in memory that goes back to the system when it is freed."""
-        return shaped(buffer_like(prod(shape) * like.element_size(), like), [shape], [like.dtype])[0]
+        dtype = dtype or like.dtype
+        return shaped(buffer_like(prod(shape) * dtype.itemsize, like), [shape], [dtype])[0]
 
     # -- verbs of the cache --------------------------------------------------------------------------------------------
 
@@ -213,8 +225,7 @@ class Stowage:
 
     def gathered(self, table: SlotTable) -> Buffers:
         """All keys and values of `table`, in buffers that are nobody else's and not accounted for."""
-        shapes, _ = self._shapes(table, table.count)
-        keys, values = self.allocate(shapes[0], table.keys), self.allocate(shapes[1], table.values)
+        keys, values = self._allocated(table, table.count)
         read_all(self.attached.manager, self._readings((keys, values)), self._block_buffer(table))
         for whole, tail in ((keys, table.keys), (values, table.values)):
             whole[:, :, table.base :] = tail[:, :, : table.count - table.base]
@@ -306,7 +317,11 @@ class Stowage:
         if self.attached.account.hold(extra):
             self.held += max(extra, 0)
             return True
-        self.attached.lower(self)
+        try:
+            self.attached.lower(self)
+        except TierFullError:  # then another layer's has to
+            self.must_hold(extra)
+            return True
         return False
 
     def _stays_near(self, table: SlotTable) -> bool:
@@ -345,7 +360,7 @@ class Stowage:
             except TierFullError as error:
                 raise full or error from error
         for part, whole in zip(tail, (table.keys, table.values), strict=True):
-            part[:, :, :count] = whole[:, :, base - table.base : table.count - table.base]
+            part[:, :, :count] = _stored(table, whole[:, :, base - table.base : table.count - table.base])
         table.lie(*tail, base)
         self._leave_working_memory()
         self._settle(table)
@@ -353,7 +368,16 @@ class Stowage:
     def _put(self, table: SlotTable, number: int) -> None:
         size = self.attached.options.block
         first = number * size - table.base
-        tensors = {"key": table.keys[:, :, first : first + size], "value": table.values[:, :, first : first + size]}
+        packs = 0 if table.owned else self._packed_bytes(table)
+        self._hold_more(packs)
+        try:
+            parts = (_stored(table, whole[:, :, first : first + size]) for whole in (table.keys, table.values))
+            self._put_block(table, dict(zip(NAMES, parts, strict=True)), number)
+        finally:
+            self.held -= packs
+            self.attached.account.release(packs)
+
+    def _put_block(self, table: SlotTable, tensors: dict[str, Tensor], number: int) -> None:
         manager = self.attached.manager
         layout = self._block_layout(table)
         if layout is not None:
@@ -389,7 +413,11 @@ class Stowage:
     def _block_layout(self, table: SlotTable) -> RowLayout | None:
         if self.together is None:
             return None
-        like = {"key": table.keys, "value": table.values}
+        shapes, dtypes = self._shapes(table, 1)
+        like = {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)
+        }
         return RowLayout.of(like, self.attached.options.block, together=self.together)
 
     def _new_tail(self, table: SlotTable, slots: int) -> Buffers:
@@ -400,7 +428,12 @@ class Stowage:
         """
         shapes, dtypes = self._shapes(table, slots)
         self._hold_more(shaped_bytes(shapes, dtypes))
-        return self.allocate(shapes[0], table.keys), self.allocate(shapes[1], table.values)
+        return self._allocated(table, slots)
+
+    def _allocated(self, table: SlotTable, slots: int) -> Buffers:
+        shapes, dtypes = self._shapes(table, slots)
+        keys, values = (self.allocate(shape, table.keys, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        return keys, values
 
     def _leave_working_memory(self) -> None:
         self._fetched = self._tail = None
@@ -424,8 +457,8 @@ class Stowage:
             self.must_hold(nbytes)
 
     def _shapes(self, table: SlotTable, slots: int) -> tuple[list[tuple[int, ...]], list[torch.dtype]]:
-        tensors = (table.keys, table.values)
-        return [(*tensor.shape[:2], slots, tensor.shape[-1]) for tensor in tensors], [each.dtype for each in tensors]
+        stored = [table.form.stored_as(dim, table.dtype) for dim in table.dims]
+        return [(*table.keys.shape[:2], slots, size) for size, _ in stored], [dtype for _, dtype in stored]
 
     def _borrow(self, table: SlotTable, slots: int, *, again: bool = False) -> WorkingMemory:
         """Working memory for `slots` slots and some spare ones; `again`: what this layer has is enough."""
@@ -447,6 +480,10 @@ class Stowage:
         if layout is not None:
             return layout.nbytes(batch)
         return shaped_bytes([(batch, *shape[1:]) for shape in shapes], dtypes)
+
+    def _packed_bytes(self, table: SlotTable) -> int:
+        """Of a block of the model's own keys and values while they are packed."""
+        return 0 if table.form.plain else shaped_bytes(*self._shapes(table, self.attached.options.block))
 
     def _block_buffer(self, table: SlotTable) -> Tensor:
         return buffer_like(self._block_bytes(table), torch.empty(0))
@@ -480,6 +517,11 @@ class Stowage:
         if gone:
             with suppress(TierClosedError):
                 self.attached.manager.drop(self.attached.name, [key for block in gone for key in block.keys])
+
+
+def _stored(table: SlotTable, rows: Tensor) -> Tensor:
+    """Keys or values of `table` as they are stored."""
+    return rows if table.owned else table.form.pack(rows)
 
 
 def _roomy(slots: int) -> int:

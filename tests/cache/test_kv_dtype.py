@@ -11,7 +11,6 @@ from transformers.cache_utils import DynamicLayer
 
 from kvpress import PolicyCache
 from kvpress.memory import held_bytes
-from kvpress.offload.options import Offload
 from kvpress.policies import Quest, TidalDecode, TokenSelect, make_policy
 from kvpress.row_format import KV_DTYPES, Int8Rows, RowFormat, row_format
 from kvpress.testing.families import model_from, random_tokens, tiny_config, tiny_model
@@ -249,5 +248,3 @@ def test_refusals():
         PolicyCache(model, "full", kv_dtype="int4")
     with pytest.raises(ValueError, match="multiples of 4, got 6"):
         row_format("int8").pack(torch.zeros(1, 6))
-    with pytest.raises(ValueError, match="kv_dtype must be None with offload, got 'int8'"):
-        PolicyCache(model, "full", kv_dtype="int8", offload=Offload(device="1MB"))

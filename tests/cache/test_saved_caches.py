@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import kvpress.storage
 from kvpress import PolicyCache
@@ -37,7 +38,50 @@ def test_a_good_one_goes_on_as_before(model, saved):
     with torch.no_grad():
         wanted, found = (model(random_tokens(1, 3, seed=1), past_key_values=each).logits for each in (cache, loaded))
     assert torch.equal(found, wanted) and wanted.std() > 0.1
-    assert sorted(path.name for path in saved.iterdir()) == ["cache.json", "cache.safetensors"]
+    names = sorted(path.name for path in saved.iterdir())
+    assert (
+        len(names) == 3 and "cache.json" in names and all(path.stat().st_mode & 0o77 == 0 for path in saved.iterdir())
+    )
+
+
+def test_each_layer_is_a_file_that_any_safetensors_reader_opens(model, saved):
+    found = [load_file(path) for path in files_of(saved)]
+    cache = used(model)
+    keys = [layer.table.keys for layer in cache.policy_layers]
+    assert len(found) == len(keys) == 2
+    for each in found:
+        assert any(torch.equal(each["layer.table.keys"], own) for own in keys)
+
+
+def test_no_flipped_byte_is_read(model, saved):
+    """Some of each file: `kvpress.offload.format` is tested at every byte."""
+    for path in files_of(saved):
+        data = path.read_bytes()
+        for place in range(0, len(data), max(len(data) // 40, 1)):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            with pytest.raises(CacheFormatError, match="the file of layer"):
+                PolicyCache.load(saved, model)
+        path.write_bytes(data)
+    PolicyCache.load(saved, model)
+    text = (saved / "cache.json").read_text()
+    digits = [place for place, character in enumerate(text) if character.isdigit()]
+    for place in digits[:: len(digits) // 40]:
+        (saved / "cache.json").write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+        with pytest.raises(CacheFormatError):
+            PolicyCache.load(saved, model)
+
+
+def test_tensors_of_a_loaded_cache_hold_no_memory_of_others(model, saved):
+    loaded = PolicyCache.load(saved, model)
+    assert loaded.nbytes <= used(model).nbytes
+    storages = {
+        t.untyped_storage().data_ptr() for layer in loaded.policy_layers for t in layer.table.tensors() if t is not None
+    }
+    assert len(storages) >= 8
+
+
+def files_of(saved):
+    return sorted(path for path in saved.iterdir() if path.name != "cache.json")
 
 
 def test_layers_of_transformers_are_saved_too(tmp_path):
@@ -81,8 +125,8 @@ def test_a_write_that_breaks_off_leaves_nothing(model, tmp_path, monkeypatch):
 
 
 def changed(saved, **changes):
-    facts = json.loads((saved / "cache.json").read_text())
-    (saved / "cache.json").write_text(json.dumps({**facts, **changes}))
+    facts = json.loads((saved / "cache.json").read_text()) | changes
+    (saved / "cache.json").write_text(json.dumps(facts | {"checksum": kvpress.storage.checksum(facts)}))
 
 
 def layers_of(saved):
@@ -93,14 +137,18 @@ def layers_of(saved):
     ("change", "message"),
     [
         (lambda saved: (saved / "cache.json").unlink(), "cache.json is missing"),
-        (lambda saved: (saved / "cache.safetensors").unlink(), "cache.safetensors is missing"),
+        (lambda saved: files_of(saved)[0].unlink(), r"the file of layer \d cannot be read: its file has vanished"),
+        (
+            lambda saved: files_of(saved)[0].replace(files_of(saved)[1]),
+            r"the file of layer \d (cannot be read|holds another block)",
+        ),
         (lambda saved: (saved / "cache.json").write_text("{"), "cache.json is damaged"),
         (lambda saved: (saved / "cache.json").write_text("[1]"), "_type of cache.json is missing or of another type"),
         (lambda saved: (saved / "cache.json").write_text("[" * 100_000), "cache.json is damaged"),
         (lambda saved: changed(saved, _type="other"), "_type must be 'kvpress.PolicyCache', got 'other'"),
         (lambda saved: changed(saved, _version=99), f"_version must be {kvpress.storage.VERSION}, got 99"),
-        (lambda saved: changed(saved, sha256=None), "sha256 of cache.json is missing or of another type"),
-        (lambda saved: changed(saved, sha256="0" * 64), "cache.safetensors is damaged: its sha256"),
+        (lambda saved: changed(saved, identity=None), "identity of cache.json is missing or of another type"),
+        (lambda saved: changed(saved, identity="0" * 32), "the file of layer 0 cannot be read: its file has vanished"),
         (lambda saved: changed(saved, layers=layers_of(saved)[:1]), "layers must be 2, got 1"),
         (
             lambda saved: changed(saved, layers=[{**layers_of(saved)[0], "class": "Other"}, layers_of(saved)[1]]),

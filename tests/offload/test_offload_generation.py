@@ -41,10 +41,11 @@ WITHOUT = {}  # outcomes without offload
 FOLDERS = itertools.count()
 
 
-def without(name, way, policy, family="llama"):
-    if (name, way, family) not in WITHOUT:
-        WITHOUT[name, way, family] = WAYS[way](model_of(family), lambda model: PolicyCache(model, policy))
-    return WITHOUT[name, way, family]
+def without(name, way, policy, family="llama", kv_dtype=None):
+    key = name, way, family, kv_dtype
+    if key not in WITHOUT:
+        WITHOUT[key] = WAYS[way](model_of(family), lambda model: PolicyCache(model, policy, kv_dtype=kv_dtype))
+    return WITHOUT[key]
 
 
 def model_of(family):
@@ -56,9 +57,10 @@ def offloaded(folder):
     """`offloaded(way, policy, host=…)`: what the way gives with offload, and the counters of each tier."""
     made = []
 
-    def run(way, policy, family="llama", **options):
+    def run(way, policy, family="llama", kv_dtype=None, **options):
         def make(model):
-            made.append(PolicyCache(model, policy, offload=Offload(disk=folder, block=4, **options)))
+            offload = Offload(disk=folder, block=4, **options)
+            made.append(PolicyCache(model, policy, kv_dtype=kv_dtype, offload=offload))
             return made[-1]
 
         outcome = WAYS[way](model_of(family), make)
@@ -119,6 +121,47 @@ def test_an_evicting_policy_goes_through_the_tiers_until_its_table_is_steady(off
 def test_other_families_and_mixed_layers(offloaded, family):
     outcome, tiers = offloaded("padded_batch", Full(), family)
     assert differences(outcome, without("full", "padded_batch", Full(), family)) == 0
+    assert tiers["disk"].bytes_out > 0
+
+
+PACKED = [(name, kind) for name in NARROW for kind in ("int8", "bfloat16")] + [
+    ("full", "float16"),
+    ("quest", "float16"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), PACKED)
+def test_packed_rows_are_moved_as_they_are(offloaded, name, kind):
+    for way in ("turns", "beams") if kind == "int8" else ("padded_batch",):
+        outcome, tiers = offloaded(way, NARROW[name], kv_dtype=kind)
+        assert differences(outcome, without(name, way, NARROW[name], kv_dtype=kind)) == 0
+        assert differences(outcome, without(name, way, NARROW[name])) > 0, "the numbers were not rounded"
+        assert tiers["disk"].bytes_out > 0
+        plain = sum(layer.full_nbytes for layer in outcome.cache.policy_layers)
+        assert tiers["disk"].peak_bytes < plain or name != "full"
+
+
+@pytest.mark.parametrize(("name", "kind", "host"), [
+    ("full", "int8", 17_000), ("tokenselect keep", "bfloat16", 22_000), ("tokenselect int8 reindex", "int8", 28_000),
+    ("quest", "int8", 28_000), ("tidaldecode", "float16", 20_000),
+])  # fmt: skip
+def test_packed_rows_where_the_near_tier_is_too_small(offloaded, name, kind, host):
+    outcome, tiers = offloaded("turns", NARROW[name], kv_dtype=kind, host=host)
+    assert differences(outcome, without(name, "turns", NARROW[name], kv_dtype=kind)) == 0
+    assert tiers["disk"].bytes_in > 0 and 0 < tiers["host"].peak_bytes <= host
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_packed_rows_of_an_evicting_policy(offloaded, name):
+    outcome, _ = offloaded("turns", EVICTING[name], kv_dtype="int8")
+    assert differences(outcome, without(name, "turns", EVICTING[name], kv_dtype="int8")) == 0
+    assert outcome.cache.report().evictions > 0 and outcome.cache.kv_dtype == "int8"
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_packed_rows_of_other_families(offloaded, family):
+    outcome, tiers = offloaded("padded_batch", Full(), family, kv_dtype="int8")
+    assert differences(outcome, without("full", "padded_batch", Full(), family, "int8")) == 0
     assert tiers["disk"].bytes_out > 0
 
 

@@ -100,6 +100,8 @@ def test_two_threads_with_copies_of_one_cache(model, folder):
     assert not list(folder.iterdir())
 
 
+# with KVPRESS_TEST_EVERYTHING=1 a thousand generations, else sixty
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("way", ["close", "delete", "reset"])
 def test_nothing_is_left_over_many_generations(model, folder, way):
     policies = [Full(), SELECTING, Quest(top_k=8, page_size=4, skip_layers=1), SnapKV(budget=18, window=4), INDEXED]
@@ -115,7 +117,7 @@ def test_nothing_is_left_over_many_generations(model, folder, way):
         if kept is not None:
             kept.tiers.lower(kept.policy_layers[0].stowage)
         below += cache.report().tiers[-1].bytes_in
-        reference = weakref.ref(cache)
+        reference, manager = weakref.ref(cache), cache.tiers.manager
         if way == "close":
             cache.close()
         elif way == "reset":
@@ -125,6 +127,8 @@ def test_nothing_is_left_over_many_generations(model, folder, way):
         if kept is None:
             assert reference() is None, "a cache lives on in a cycle"
             assert not list(folder.iterdir())
+            assert manager.near is None or manager.near.ledger.statistics().bytes == 0, "bytes are left in the account"
+        del manager
         now = (process.num_fds(), threading.active_count())
         if number == 4:
             start = now

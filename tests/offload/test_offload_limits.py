@@ -157,15 +157,37 @@ def test_a_disk_that_takes_no_more(model, folder, faulty, policy, code):
         assert not list(folder.iterdir())
 
 
-def test_a_disk_full_at_times_goes_on_or_is_told(model, folder, faulty):
-    cache = PolicyCache(model, "full", offload=Offload(host=240 * TOKENS // 2, disk=folder, block=4))
+@pytest.mark.parametrize("policy", [Full(), INDEXED], ids=["full", "tokenselect int8"])
+@pytest.mark.parametrize(("fails", "code"), [
+    ("open_temporary", errno.EIO), ("write", errno.ENOSPC), ("fsync", errno.ENOSPC), ("rename", errno.EIO), ("fsync_directory", errno.EIO),
+])  # fmt: skip
+def test_writes_that_fail_for_a_while_cost_nothing_but_time(model, folder, faulty, policy, fails, code):
+    """Five in a row: the block is written again, or another layer's table moves down instead."""
+    for host in (120 * TOKENS, None):
+        cache = PolicyCache(model, policy, offload=Offload(host=host, disk=folder, block=4))
 
-    def now_and_then():
-        faulty[-1].errors["fsync"], faulty[-1].times["fsync"] = errno.ENOSPC, 5
+        def now_and_then():
+            faulty[-1].errors[fails], faulty[-1].times[fails] = code, 5
 
-    right, error = right_or_error(model, cache, random_tokens(1, 150), 12, now_and_then)
-    assert (right, error) == (13, None) or isinstance(error, TierFullError)
-    assert faulty[-1].times["fsync"] < 5 and cache.report().tiers[1].failures > 0
+        assert right_or_error(model, cache, random_tokens(1, 150), 8, now_and_then) == (9, None)
+        assert faulty[-1].times[fails] == 0 and cache.report().tiers[-1].failures > 0
+        cache.close()
+        assert not list(folder.iterdir())
+
+
+def test_a_table_that_cannot_move_down_stays_as_it_was(model, folder, faulty):
+    cache = PolicyCache(model, "full", offload=Offload(host=240 * TOKENS, disk=folder, disk_limit="20KB", block=4))
+    ids = random_tokens(1, 100)
+    decode(model, cache, ids, 1)
+    layer, blocks = cache.policy_layers[3], cache.report().tiers[1].blocks
+    keys, held = layer.keys.clone(), layer.stowage.held
+    faulty[-1].errors["write"] = errno.EIO
+    near = cache.tiers.manager.near.ledger
+    assert near.reserve(near.limit - near.statistics().bytes), "no room for a copy near either"
+    with pytest.raises(TierFullError, match="disk could not be written"):
+        layer.stowage.lower()
+    assert torch.equal(layer.keys, keys) and layer.table.base == 0 and layer.stowage.blocks == []
+    assert (cache.report().tiers[1].blocks, layer.stowage.held) == (blocks, held)
     cache.close()
 
 
