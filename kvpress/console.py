@@ -1,5 +1,6 @@
 """Where people look: results go to standard output, progress and errors to standard error."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,11 @@ PIPED_WIDTH = 160
 def output_console() -> Console:
     """A console on standard output. A pipe has no width, so tables get a fixed one instead of 80 columns."""
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def write_json(value: object) -> None:
+    """Print a value of JSON types on standard output, over several lines."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def error_console() -> Console:

@@ -5,18 +5,19 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-import kvpress.longbench.cli as cli
+import kvpress.models
+from kvpress.cli import app
 
 runner = CliRunner()
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, model, tokenizer):
-    monkeypatch.setattr(cli, "_load", lambda name, dtype, device, threads: (model, tokenizer))
+    monkeypatch.setattr(kvpress.models, "load_model", lambda name, **settings: (model, tokenizer))
 
 
 def invoke(*arguments, code=0):
-    result = runner.invoke(cli.app, [str(argument) for argument in arguments])
+    result = runner.invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output + str(result.exception)
     return result
 
