@@ -63,17 +63,16 @@ def demo(
 
 def show_demo(result: "DemoResult", *, as_json: bool) -> None:
     """Print a demo; exits with 1 when the `full` policy answers otherwise than the stock cache."""
-    from kvpress.console import output_console, write_json
+    from kvpress.console import output_console, print_table, write_json
     from kvpress.demo import demo_table, verdict
     from kvpress.demo.table import full_cache_agrees
 
     if as_json:
         write_json(result.to_dict())
     else:
-        console = output_console()
-        console.print(demo_table(result))
+        print_table(demo_table(result))
         for line in verdict(result):
-            console.print(line, highlight=False)
+            output_console().print(line, highlight=False)
     if not full_cache_agrees(result):
         raise typer.Exit(FAILED)
 
@@ -164,14 +163,14 @@ def policies(
 ) -> None:
     """List the registered policies with their parameters, defaults and sources."""
     from kvpress import policy_table
-    from kvpress.console import output_console, write_json
+    from kvpress.console import print_table, write_json
 
     if as_json:
         write_json(policy_table.policies_json())
     elif markdown:
         typer.echo(policy_table.policies_markdown())
     else:
-        output_console().print(policy_table.policies_rich())
+        print_table(policy_table.policies_rich())
 
 
 def show_version(wanted: bool) -> None:

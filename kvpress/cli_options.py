@@ -66,6 +66,9 @@ class Storage:
     offload_disk_limit: Annotated[
         str | None, typer.Option(help="Bytes of these files; left out: what the file system has.")
     ] = None
+    offload_block: Annotated[
+        int | None, typer.Option(min=1, help="Slots that move together; left out: 256. Smaller ones need less memory.")
+    ] = None
 
     def offload(self) -> dict[str, Any] | None:
         """Arguments of `kvpress.offload.Offload`; `None` where no tier is named.
@@ -84,11 +87,14 @@ class Storage:
                 ("disk_limit", self.offload_disk_limit),
             )
         }
-        given: dict[str, Any] = {
-            name: value for name, value in {**sizes, "disk": self.offload_disk}.items() if value is not None
-        }
+        asked = {**sizes, "disk": self.offload_disk, "block": self.offload_block}
+        given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         if not given:
             return None
+        if self.offload_disk is None and self.offload_disk_limit is not None:
+            raise ValueError("offload-disk-limit needs offload-disk to be given")
+        if given.keys() == {"block"}:
+            raise ValueError("offload-block needs offload-device, offload-host or offload-disk to be given")
         Offload(**given)  # refuses what does not go together
         return given
 

@@ -61,7 +61,7 @@ def bench(
 
         import torch
 
-        from kvpress.console import output_console, progress_bar, write_json
+        from kvpress.console import print_table, progress_bar, write_json
         from kvpress.profiling.bench import bench as run_bench
         from kvpress.profiling.bench import check
 
@@ -85,7 +85,7 @@ def bench(
     elif checked["agree"]:
         from kvpress.profiling.table import bench_table
 
-        output_console().print(
+        print_table(
             bench_table(
                 rows, f"Decoding of {loading.model}: {facts['dtype']}, {facts['device']}, {threads_used} threads"
             )

@@ -72,7 +72,7 @@ def fit(
         fits = [find_fit(shape, candidate, room) for candidate in candidates]
     if shape.quantized and weights is None:
         note("the checkpoint's weights are quantized; they are counted as dense ones. Give --weights")
-    from kvpress.console import output_console, write_json
+    from kvpress.console import print_table, write_json
 
     if as_json:
         facts = {"model": model, "dtype": str(shape.dtype).removeprefix("torch."), "memory_bytes": room.memory}
@@ -82,7 +82,7 @@ def fit(
         from kvpress.profiling.table import fit_table
 
         title = f"What fits in {written_bytes(room.memory)}: {model}, {shape.dtype}, batch {batch}, {new_tokens:,} new tokens"
-        output_console().print(fit_table(fits, title))
+        print_table(fit_table(fits, title))
     if not any(found.context for found in fits):
         fail(
             [

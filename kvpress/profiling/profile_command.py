@@ -121,7 +121,7 @@ def run(jobs: list[Job], results: Path, *, as_json: bool) -> list[dict[str, Any]
 
 def show(rows: list[dict[str, Any]], output: Path, *, plot: bool, as_json: bool) -> None:
     """Table, figure and page; exit code 1 when a measurement failed."""
-    from kvpress.console import output_console
+    from kvpress.console import print_table
     from kvpress.profiling.table import failures, profile_table
 
     written = [output / RESULTS]
@@ -130,7 +130,7 @@ def show(rows: list[dict[str, Any]], output: Path, *, plot: bool, as_json: bool)
 
         written += write_page(rows, output, ["kvpress", *sys.argv[1:]])
     if not as_json:
-        output_console().print(profile_table(rows))
+        print_table(profile_table(rows))
         typer.echo("written: " + ", ".join(map(str, written)))
     fail(failures(rows))
 
