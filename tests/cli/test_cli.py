@@ -51,6 +51,14 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     assert "policies" in result.stdout
 
 
+def test_the_package_can_be_run_as_a_module() -> None:
+    command = [sys.executable, "-m", "kvpress"]
+    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("kvpress-cache 0.")
+    wrong = subprocess.run([*command, "demmo"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("Usage: kvpress ") and "'demo'" in wrong.stderr
+
+
 def test_version() -> None:
     result = runner.invoke(app, ["--version"])
     assert result.exit_code == 0
