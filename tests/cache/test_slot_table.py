@@ -72,6 +72,7 @@ def test_the_models_tensors_serve_until_the_end_of_the_forward():
     table, (keys, values) = SlotTable(("score",)), rows(5)
     assert table.append(keys, values) == slice(0, 5)
     assert table.keys is keys and table.values is values and not table.owned
+    assert (table.positions == -1).all() and (table.policy_columns["score"] == 0).all()  # until they are placed
     table.write_keys(slice(0, 5), keys + 1)
     assert torch.equal(table.keys, keys + 1) and torch.equal(keys, rows(5)[0])
     table.settle()
@@ -295,6 +296,32 @@ def test_growing_again_from_a_steady_table():
     assert torch.equal(table.dense()[0][:, :, 2:3], rows(1, start=1000)[0]) and not table.has_empty
 
 
+def test_growing_again_where_heads_hold_fewer():
+    table = filled_table()
+    table.keep(torch.tensor([7, 8, 9]).expand(BATCH, HEADS, 3).contiguous(), numpy.array([[1, 2, 3], [3, 3, 2]]), 1)
+    table.place(table.append(*rows(1, start=1000)), at(10), (1, 1))
+    table.retire(torch.tensor([[[1], [0], [3]], [[3], [3], [0]]]))  # an empty slot, or the newest token's
+    new = table.append(*rows(2))
+    table.place(new, torch.tensor([[11, 12]], dtype=torch.int32), (2, 2))
+    assert new == slice(3, 5) and table.has_empty
+    assert table.positions.tolist() == [
+        [[-1, 9, 10, 11, 12], [8, 9, 10, 11, 12], [7, 8, 9, 11, 12]],
+        [[7, 8, 9, 11, 12], [7, 8, 9, 11, 12], [8, 9, 10, 11, 12]],
+    ]
+    assert table.held.tolist() == [[4, 5, 5], [5, 5, 5]]
+
+
+def test_empty_slots_of_ragged_heads_have_no_score():
+    table = filled_table()
+    table.columns["score"].fill_(3)
+    counts = numpy.array([[1, 2, 3], [4, 2, 2]])
+    table.keep_ragged(torch.arange(6, 10).expand(BATCH, HEADS, 4).contiguous(), counts, counts + 1)
+    for row in range(BATCH):
+        for head in range(HEADS):
+            held = int(counts[row, head])
+            assert table.policy_columns["score"][row, head].tolist() == [3] * held + [0] * (5 - held)
+
+
 def test_state_there_and_back():
     for table in (filled_table(pads=(3, 0)), steady_table(), ragged_table()):
         made = SlotTable(("score",))
@@ -331,11 +358,13 @@ class Below:
     def __init__(self, keys, values):
         self.keys, self.values = keys, values
         self.asked = []
+        self.gatherings = 0
 
     def fetch(self, table, tokens):
         self.asked.append(("fetch", tokens))
 
     def gathered(self, table):
+        self.gatherings += 1
         own = table.count - table.base
         return torch.cat([self.keys, table.keys[:, :, :own]], dim=2), torch.cat(
             [self.values, table.values[:, :, :own]], dim=2
@@ -381,6 +410,7 @@ def test_a_table_whose_first_slots_lie_elsewhere():
     fresh = SlotTable(("score",))
     fresh.stowage = Below(keys, values)
     fresh.append(keys, values)
+    assert fresh.dense()[0] is keys and fresh.stowage.gatherings == 0  # all of it lies here
     fresh.settle()
     assert not fresh.owned and fresh.keys is keys  # the stowage copies
     fresh.take_over()
