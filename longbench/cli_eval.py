@@ -52,12 +52,14 @@ def ruler(
     """RULER's 13 tasks; without files, qa_1 and qa_2 ask about synthetic documents."""
 
     def benchmark(run: "Run") -> dict[str, Any]:
-        from .arguments import parse_names, parse_numbers
+        from kvpress.profiling.quantities import parse_list
+
+        from .arguments import parse_names
         from .benchmarks import run_ruler
         from .ruler import TASKS, RulerData
 
         names = parse_names(tasks, tuple(TASKS), "tasks")
-        sizes = [int(size) for size in parse_numbers(lengths, "lengths")]
+        sizes = parse_list(lengths, "lengths")
         return run_ruler(run, tasks=names, lengths=sizes, samples=samples, data=RulerData(haystack, squad, hotpotqa))
 
     execute(benchmark, loading, comparing, asking)
@@ -81,11 +83,13 @@ def needle(
     """One fact at every depth of every length."""
 
     def benchmark(run: "Run") -> dict[str, Any]:
+        from kvpress.profiling.quantities import parse_list
+
         from .arguments import parse_numbers
         from .benchmarks import run_needle
         from .ruler import RulerData
 
-        sizes = [int(size) for size in parse_numbers(lengths, "lengths")]
+        sizes = parse_list(lengths, "lengths")
         places = parse_numbers(depths, "depths")
         return run_needle(run, lengths=sizes, depths=places, samples=samples, haystack=kind, data=RulerData(haystack))
 

@@ -8,7 +8,9 @@ import typer
 
 from kvpress.cli_options import JsonOption, KvDtypeOption
 
-Lengths = Annotated[str, typer.Option("--lengths", "-l", help="Tokens of prompt and answer, separated by commas.")]
+Lengths = Annotated[
+    str, typer.Option("--lengths", "-l", help="Tokens of prompt and answer, separated by commas; 4k is 4 x 1,024.")
+]
 Tasks = Annotated[str, typer.Option("--tasks", "-t", help="Names separated by commas, or all.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Samples of each task; left out: all.")]
 Data = Annotated[

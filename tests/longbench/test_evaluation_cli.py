@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     ("arguments", "message"),
     [
         (["eval", "ruler", "-t", "niah"], "tasks must be among niah_single_1"),
-        (["eval", "ruler", "-t", "vt", "-l", "many"], "lengths must be numbers"),
+        (["eval", "ruler", "-t", "vt", "-l", "many"], "lengths must be a number of tokens such as 4096 or 16k"),
         (["eval", "ruler", "-t", "vt", "-l", "1200", "-n", "1", "-p", "snapkw", "-b", "9"], "snapkv"),
         (["eval", "ruler", "-t", "vt", "-l", "1200", "-n", "1", "-p", "snapkv", "-b", "-3"], "budget"),
         (["eval", "ruler", "-t", "vt", "-p", "tova", "-b", "9", "--kv-dtype", "int7"], "kv_dtype must be"),
