@@ -88,6 +88,8 @@ PARTS = {
 ONE_ROW = "the branch for batch rows that are alike"
 LAST_OF_TWO = "the mask is two-dimensional here"
 SIZE_ONE = "the dimension has one entry"
+NEGATIVE = "whatever is negative is empty, and sorts before every token"
+HELD = "there is a head, and none holds fewer than no token"
 SOONER = "only what is known is asked again"
 _ONES = (
     'rest = torch.ones(mask.shape[0], arguments["kv_length"] - mask.shape[-1], dtype=torch.bool, device=mask.device)'
@@ -100,6 +102,13 @@ _CUMULATED = "positions = torch.where(valid, start + valid.int().cumsum(-1, dtyp
 _SEEN = "seen = tuple(past + count for past, count in zip(before, counts, strict=True))"
 _SIZE = "tokens = ((self.size or 0) - fixed_bytes) // bytes_per_token - spare"
 _LENGTH = "length = None if self.rows is None else self.count"
+_SPARE_KEPT = "kept = kept.scatter(-1, self.spare, -1)"
+_SPARE_SORTED = "positions = self.positions.scatter(-1, spare, -1)"
+_KEPT_SHOWN = "kept = kept[..., : int(self.held.max(initial=0))]"
+_KEPT = "kept = int(self.held.max(initial=0))"
+_FRESH = "fresh = filled((*column.shape[:2], kept + room), 0, column, column.dtype)"
+_ADOPTED = "self.keys, self.values, self._owned, self._complete = keys, values, False, False"
+_SCALES = "if keys_scale is not None and values_scale is not None:"
 _MASKED = "if min(counts) < positions.shape[-1]:"
 
 
@@ -137,6 +146,22 @@ ACCEPTED = {  # part -> a survivor -> why it changes nothing
         (_MASKED, " < ", " <= ", SOONER),
         ("if counts.min() < kept:", " < ", " <= ", "no slot is surplus then"),
         (_LENGTH, "is None", "is not None", "columns are cut to the slots in use, or longer than those: only memory"),
+        (
+            "if TYPE_CHECKING:",
+            "if TYPE",
+            "if not TYPE",
+            "what is imported there is asked for by the type checker alone",
+        ),
+        (_SPARE_KEPT, "spare, -1", "spare, - 2", NEGATIVE),
+        (_SPARE_SORTED, "spare, -1", "spare, - 2", NEGATIVE),
+        (_KEPT_SHOWN, "initial=0", "initial= -1", HELD),
+        (_KEPT, "initial=0", "initial= -1", HELD),
+        (_KEPT, "initial=0", "initial= 1", "a steady table holds a token of some head at least"),
+        ("self.held += counts[0]", "[0]", "[ -1]", "counts are alike in that branch"),
+        (_FRESH, "room), 0,", "room), 1,", "what is not taken over is written by the append that follows"),
+        (_FRESH, "room), 0,", "room), -1,", "what is not taken over is written by the append that follows"),
+        (_ADOPTED, "False, False", "False, True", "place takes it back where a token is padding"),
+        (_SCALES, " and ", " or ", "both have a scale, or none has"),
     ),
 }
 

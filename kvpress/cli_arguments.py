@@ -15,19 +15,19 @@ def parse_budget(text: str) -> int | float | str:
     return text
 
 
-def parse_settings(settings: list[str]) -> dict[str, Any]:
+def parse_settings(settings: list[str], field: str = "set") -> dict[str, Any]:
     """`["window=64", "pooling=avg"]` as parameters; a value is read as JSON, and taken as text where it is not JSON.
 
     Raises:
-        ValueError: an item without `=`, or a name given twice.
+        ValueError: an item without `=`, or a name given twice; names `field`.
     """
     parameters: dict[str, Any] = {}
     for item in settings:
         name, equals, text = item.partition("=")
         if not (name and equals):
-            raise ValueError(f"set must be written as name=value, got {item!r}")
+            raise ValueError(f"{field} must be written as name=value, got {item!r}")
         if name in parameters:
-            raise ValueError(f"set gives {name!r} twice")
+            raise ValueError(f"{field} must give each name once, {name!r} comes twice")
         try:
             parameters[name] = json.loads(text)
         except json.JSONDecodeError:

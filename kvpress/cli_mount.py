@@ -25,7 +25,7 @@ MOUNTS: dict[str, Mount] = {
         "kvpress.profiling.fit_command:app", "Find the longest context that fits into memory, without weights."
     ),
     "bench": Mount("kvpress.profiling.bench_command:app", "Time decoding against the stock cache, as ratios."),
-    "eval": Mount("kvpress.longbench.cli:eval_app", "Measure accuracy: RULER, LongBench, needle, perplexity."),
+    "eval": Mount("kvpress.longbench.cli_eval:app", "Measure accuracy: RULER, LongBench, needle, perplexity."),
     "report": Mount("kvpress.longbench.cli:report_app", "Make one HTML page of an evaluation's results."),
     "lm-eval": Mount("kvpress.longbench.cli:lm_eval_app", "Run lm-evaluation-harness on a model with a policy."),
 }

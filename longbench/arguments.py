@@ -1,11 +1,12 @@
 """Values as they are written on the command line."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from kvpress.policies.registry import policy_class, policy_names
+from kvpress.cli_arguments import parse_budget, parse_settings
+from kvpress.policies.registry import make_policy, policy_class
+from kvpress.row_format import row_format
 
 from .runner.method import FULL, Budget, Method
 
@@ -14,51 +15,49 @@ def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
     """`snapkv` or `snapkv:window=32,pooling=max`; values are read as JSON, and as text where they are not JSON.
 
     Raises:
-        ValueError: a parameter without `=`.
+        ValueError: a parameter without `=`, or given twice.
     """
     name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not (key and equals):
-            raise ValueError(f"policy parameters must be written as name=value, not {item!r}")
-        try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
-            options[key] = value
-    return name, options
+    return name, parse_settings(list(filter(None, rest.split(","))), field="policy parameters")
 
 
-def parse_budget(text: str) -> Budget:
-    """`1024` is tokens, `0.25` a share of the prompt, anything else text such as `256MB`, which the policy checks."""
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return text
-
-
-def parse_methods(policies: Sequence[str], budgets: Sequence[str], *, full: bool) -> list[Method]:
+def parse_methods(
+    policies: Sequence[str], budgets: Sequence[str], *, full: bool, kv_dtype: str | None = None
+) -> list[Method]:
     """Every policy at every budget, after the full cache if `full`; a policy that takes no budget comes once.
 
+    Args:
+        policies: as `parse_policy` takes them; `kv_dtype` among the parameters is of the policy's cache.
+        budgets: as `kvpress.cli_arguments.parse_budget` takes them.
+        kv_dtype: of the policies that name none of their own.
+
     Raises:
-        ValueError: nothing to evaluate.
+        ValueError: nothing to evaluate, an unknown policy (the message suggests near names), or a value that it refuses.
     """
-    chosen = [parse_budget(budget) for budget in budgets] or [None]
+    chosen: list[Budget] = [parse_budget(budget) for budget in budgets] or [None]
     methods = [FULL] if full else []
     for name, options in map(parse_policy, policies):
+        if kv_dtype is not None:
+            options.setdefault("kv_dtype", kv_dtype)
         if name != "full" or options:
             methods += [Method(name, budget, options) for budget in (chosen if _takes_budget(name) else [None])]
     if not methods:
         raise ValueError("policy must name at least one policy when the full cache is left out")
+    for method in methods:
+        _check(method)
     return methods
 
 
+def _check(method: Method) -> None:
+    """Refuse what the cache would refuse, before a model is loaded."""
+    given = dict(method.options)
+    row_format(given.pop("kv_dtype", None))
+    if method.budget is not None:
+        given["budget"] = method.budget
+    make_policy(method.policy, **given)
+
+
 def _takes_budget(name: str) -> bool:
-    """Whether a policy has the parameter `budget`; an unknown one is refused later, by the cache."""
-    if name not in policy_names():
-        return True
     return any(field.name == "budget" and field.init for field in fields(policy_class(name)))
 
 

@@ -22,5 +22,5 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{purpose} needs the library {module!r}: pip install 'kvpress-cache[{extra}]'"
+            f"{purpose} needs the library {module.partition('.')[0]!r}: pip install 'kvpress-cache[{extra}]'"
         ) from error

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .arguments import parse_budget, parse_policy
+from kvpress.cli_arguments import parse_budget
+
+from .arguments import parse_policy
 from .errors import require
 from .runner.method import Method
 

@@ -1,7 +1,8 @@
-"""`KVPRESS_TEST_DEVICE=cuda`: the tests make their tensors and models on that device."""
+"""What holds for all tests. `KVPRESS_TEST_DEVICE=cuda`: they make their tensors and models on that device."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -44,3 +45,14 @@ def pytest_configure(config: pytest.Config) -> None:
     mode = MadeOnDevice(DEVICE)
     mode.__enter__()
     config.add_cleanup(lambda: mode.__exit__(None, None, None))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections, of which some tests ask for many, need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """So that the end of the process finds everything."""
+    gc.unfreeze()

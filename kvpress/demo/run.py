@@ -30,18 +30,21 @@ class DemoResult:
         prompt_tokens: length of the prompt.
         budget: tokens each policy may keep per KV head and layer.
         runs: the runs, the stock cache's first.
+        kv_dtype: how the compressing policies' caches stored keys and values.
     """
 
     key: str
     prompt_tokens: int
     budget: int
     runs: tuple[Measurement, ...]
+    kv_dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "key": self.key,
             "prompt_tokens": self.prompt_tokens,
             "budget": self.budget,
+            "kv_dtype": self.kv_dtype,
             "runs": [run.to_dict() for run in self.runs],
         }
 
@@ -65,11 +68,13 @@ class DemoPlan:
         task: the prompt.
         budget: tokens each policy may keep per KV head and layer.
         policies: names of the compressing policies.
+        kv_dtype: how their caches store keys and values, see `PolicyCache`; `full` stores them in the model's type.
     """
 
     task: PasskeyTask
     budget: int
     policies: tuple[str, ...]
+    kv_dtype: str | None = None
 
     def runs(self) -> list[tuple[str, str]]:
         """(policy, mode) of each run. The stock cache comes first, before any policy has touched the model."""
@@ -78,7 +83,14 @@ class DemoPlan:
 
 
 def plan_demo(
-    tokenizer: Any, policies: list[str], *, tokens: int, share: float = 0.25, seed: int = 0, depth: float = 0.5
+    tokenizer: Any,
+    policies: list[str],
+    *,
+    tokens: int,
+    share: float = 0.25,
+    seed: int = 0,
+    depth: float = 0.5,
+    kv_dtype: str | None = None,
 ) -> DemoPlan:
     """Write the prompt and check the budget against every policy.
 
@@ -88,6 +100,7 @@ def plan_demo(
         tokens: length of the prompt.
         share: share of the prompt's tokens that a policy may keep, above 0 and at most 1.
         seed, depth: which prompt, and where in it the key lies (0 to 1).
+        kv_dtype: of the compressing policies' caches.
 
     Raises:
         ValueError: tokens, depth or share is out of range, or a policy refuses the budget.
@@ -98,7 +111,7 @@ def plan_demo(
     budget = math.ceil(share * task.prompt_ids.shape[1])
     for name in policies:
         make_policy(name, **budget_options(name, budget))
-    return DemoPlan(task, budget, tuple(policies))
+    return DemoPlan(task, budget, tuple(policies), kv_dtype)
 
 
 def run_demo(model: Any, tokenizer: Any, plan: DemoPlan) -> DemoResult:
@@ -113,17 +126,18 @@ def run_demo(model: Any, tokenizer: Any, plan: DemoPlan) -> DemoResult:
         warm_up(model, plan.task)
         for name, mode in plan.runs():
             progress.update(bar, description=f"{name}, {mode}")
-            runs.append(measure(model, tokenizer, plan.task, name, mode, new_cache(model, name, plan.budget)))
+            cache = new_cache(model, name, plan.budget, plan.kv_dtype)
+            runs.append(measure(model, tokenizer, plan.task, name, mode, cache))
             progress.advance(bar)
-    return DemoResult(plan.task.key, int(plan.task.prompt_ids.shape[1]), plan.budget, tuple(runs))
+    return DemoResult(plan.task.key, int(plan.task.prompt_ids.shape[1]), plan.budget, tuple(runs), plan.kv_dtype)
 
 
-def new_cache(model: Any, name: str, budget: int) -> Any:
+def new_cache(model: Any, name: str, budget: int, kv_dtype: str | None = None) -> Any:
     """An empty cache of a policy that keeps `budget` tokens, or transformers' own."""
     if name == STOCK:
         return DynamicCache(config=model.config)
     options: dict[str, Any] = budget_options(name, budget)
-    return PolicyCache(model, name, **options)
+    return PolicyCache(model, name, kv_dtype=None if name == FULL else kv_dtype, **options)
 
 
 def warm_up(model: Any, task: PasskeyTask) -> None:

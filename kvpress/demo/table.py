@@ -9,7 +9,10 @@ from kvpress.demo.run import FULL, STOCK, DemoResult
 
 def demo_table(result: DemoResult) -> Table:
     """One row a run."""
-    table = Table(title=f"Pass key {result.key} in {result.prompt_tokens:,} tokens, budget {result.budget:,} tokens")
+    stored = "" if result.kv_dtype is None else f" stored as {result.kv_dtype}"
+    table = Table(
+        title=f"Pass key {result.key} in {result.prompt_tokens:,} tokens, budget {result.budget:,} tokens{stored}"
+    )
     table.add_column("policy", no_wrap=True)
     table.add_column("mode", no_wrap=True)
     table.add_column("answer", no_wrap=True, max_width=28)

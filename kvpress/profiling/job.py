@@ -19,6 +19,7 @@ class Job:
         label: name in results.
         policy: `described_policy` of a policy, `None` for the stock cache.
         kv_dtype: how the policy's cache stores keys and values.
+        offload: arguments of the policy's cache's `Offload`, `None` for none.
         context: tokens of the prompt of each row.
         batch: rows.
         new_tokens: tokens to generate, the first one comes from the prompt; at least 2.
@@ -41,6 +42,7 @@ class Job:
     seed: int = 0
     cuda_snapshot: str | None = None
     kv_dtype: str | None = None
+    offload: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""

@@ -30,13 +30,17 @@ def measure(job: Job) -> dict[str, Any]:
         torch.set_num_threads(job.threads)
     model, tokenizer = load_model(job.model, dtype=job.dtype, device=job.device)
     ids = prose_ids(tokenizer, job.context, job.batch, job.seed).to(model.device)
-    generate(model, ids[:, :WARM_UP_TOKENS], make_cache(model, job), 2, job.chunk_size)
+    warm = make_cache(model, job)
+    generate(model, ids[:, :WARM_UP_TOKENS], warm, 2, job.chunk_size)
+    close(warm)
+    del warm
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     cache = make_cache(model, job)
     with profile(model, exact_peaks=True, cuda_snapshot=job.cuda_snapshot) as found:
         generate(model, ids, cache, job.new_tokens, job.chunk_size)
+    close(cache)
     return {**facts(job, model), **figures(found)}
 
 
@@ -49,6 +53,7 @@ def facts(job: Job, model: Any) -> dict[str, Any]:
         "label": job.label,
         "policy": job.policy,
         "kv_dtype": job.kv_dtype,
+        "offload": job.offload,
         "context": job.context,
         "new_tokens": job.new_tokens,
         "chunk_size": job.chunk_size,
@@ -69,6 +74,7 @@ def figures(found: Profile) -> dict[str, Any]:
         "kv_logical_bytes": None if cache is None else cache.logical_bytes,
         "kv_held_bytes": None if cache is None else cache.held_bytes,
         "kv_full_bytes": None if cache is None else cache.full_bytes,
+        "tiers": {} if cache is None else cache.tiers,
         "layers": [] if cache is None else cache.to_dict()["layers"],
     }
 
@@ -78,8 +84,16 @@ def make_cache(model: Any, job: Job) -> Any:
     if job.policy is None:
         return DynamicCache(config=model.config)
     from kvpress.cache import PolicyCache
+    from kvpress.offload import Offload
 
-    return PolicyCache(model, policy_from(job.policy), kv_dtype=job.kv_dtype)
+    offload = None if job.offload is None else Offload(**job.offload)
+    return PolicyCache(model, policy_from(job.policy), kv_dtype=job.kv_dtype, offload=offload)
+
+
+def close(cache: Any) -> None:
+    """Free the tiers of an offloaded cache."""
+    if getattr(cache, "tiers", None) is not None:
+        cache.close()
 
 
 def generate(model: Any, ids: Tensor, cache: Any, new_tokens: int, chunk_size: int | None) -> None:

@@ -11,7 +11,7 @@ from kvpress.longbench.errors import require
 from kvpress.longbench.report.style import draw
 from kvpress.profiling.figure import profile_figure
 from kvpress.profiling.quantities import written_bytes
-from kvpress.profiling.table import Row, failures, peak_above
+from kvpress.profiling.table import Row, failures, peak_above, tier_bytes, tier_names
 
 
 def plotting_libraries() -> None:
@@ -56,6 +56,8 @@ def write_page(rows: Sequence[Row], folder: Path, command: Sequence[str]) -> tup
             failures=failures(rows),
             png=base64.b64encode(png).decode("ascii"),
             peak=peak_above,
+            tiers=tier_names(measured),
+            tier_bytes=tier_bytes,
             command=shlex.join(command),
         ),
         encoding="utf-8",

@@ -9,22 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpress.cli import DeviceOption, DtypeOption, ModelOption, ThreadsOption
-from kvpress.profiling.options import (
-    CONTEXT,
-    SETTINGS,
-    STOPPED,
-    Budgets,
-    Chunk,
-    Contexts,
-    Json,
-    Policies,
-    Stock,
-    budgets_of,
-    fail,
-    note,
-    refused,
-)
+from kvpress.cli_bundles import bundled
+from kvpress.cli_options import JsonOption, Loading, Storage
+from kvpress.cli_refusals import STOPPED, fail, note, refusals
+from kvpress.profiling.options import CONTEXT, SETTINGS, Budgets, Chunk, Contexts, Policies, Stock, budgets_of
 
 if TYPE_CHECKING:
     from kvpress.profiling.candidates import Candidate
@@ -53,8 +41,11 @@ Snapshot = Annotated[
     epilog="Examples: `kvpress profile -p snapkv,tova -c 1k,4k` · `kvpress profile -p all -b 1024 -c 16k --json`"
     " · `kvpress profile -m ./my-model -p snapkv:window=64,quest -b 0.1,0.25 -c 4k --batch 1,4 -o results/mine`",
 )
+@bundled
 def profile(
-    model: ModelOption = "smollm2",
+    *,
+    loading: Loading,
+    storage: Storage,
     policies: Policies = None,
     contexts: Contexts = "1k,4k",
     budget: Budgets = None,
@@ -66,10 +57,7 @@ def profile(
     output: Output = Path("results/profile"),
     plot: Plot = None,
     cuda_snapshot: Snapshot = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Memory and time of prefill and decoding, each policy, context and batch size in a fresh process.
 
@@ -77,30 +65,33 @@ def profile(
     lines, a figure and an HTML page to the output folder. `kvpress fit` says what memory a context takes without running
     it; `kvpress bench` gives the speed of decoding as a ratio in one process.
     """
-    with refused():
+    with refusals():
         from kvpress.profiling.candidates import make_candidates
         from kvpress.profiling.quantities import parse_list
         from kvpress.profiling.run import make_jobs
 
         lengths, sizes = parse_list(contexts, "contexts"), parse_list(batch, "batch")
-        candidates = make_candidates(policies or ["full"], budgets_of(budget), stock=stock)
+        candidates = make_candidates(policies or ["full"], budgets_of(budget), stock=stock, kv_dtype=storage.kv_dtype)
         plot = _wants_plot(plot)
-        _check_model(model, dtype, device, cuda_snapshot, max(lengths) + new_tokens)
+        offload = storage.offload()
+        _check_model(loading, cuda_snapshot, max(lengths) + new_tokens)
         jobs = make_jobs(
-            model,
+            loading.model,
             candidates,
             lengths,
             sizes,
             cuda_snapshot=cuda_snapshot,
             new_tokens=new_tokens,
-            dtype=dtype,
-            device=device,
-            threads=threads,
+            dtype=loading.dtype,
+            device=loading.device,
+            threads=loading.threads,
             chunk_size=chunk_size,
             seed=seed,
+            offload=offload,
         )
         _tell_budgetless(candidates, budget)
         output.mkdir(parents=True, exist_ok=True)
+        (output / RESULTS).touch()
     rows = run(jobs, output / RESULTS, as_json=as_json)
     show(rows, output, plot=plot, as_json=as_json)
 
@@ -130,7 +121,7 @@ def run(jobs: list[Job], results: Path, *, as_json: bool) -> list[dict[str, Any]
 
 def show(rows: list[dict[str, Any]], output: Path, *, plot: bool, as_json: bool) -> None:
     """Table, figure and page; exit code 1 when a measurement failed."""
-    from kvpress.console import output_console
+    from kvpress.console import print_table
     from kvpress.profiling.table import failures, profile_table
 
     written = [output / RESULTS]
@@ -139,7 +130,7 @@ def show(rows: list[dict[str, Any]], output: Path, *, plot: bool, as_json: bool)
 
         written += write_page(rows, output, ["kvpress", *sys.argv[1:]])
     if not as_json:
-        output_console().print(profile_table(rows))
+        print_table(profile_table(rows))
         typer.echo("written: " + ", ".join(map(str, written)))
     fail(failures(rows))
 
@@ -160,17 +151,17 @@ def _wants_plot(asked: bool | None) -> bool:
     return True
 
 
-def _check_model(model: str, dtype: str | None, device: str | None, snapshot: Path | None, longest: int) -> None:
+def _check_model(loading: Loading, snapshot: Path | None, longest: int) -> None:
     """Refuse what every child would refuse, before the first one starts."""
     from kvpress.models.load import parse_device, parse_dtype
     from kvpress.profiling.configuration import load_config
     from kvpress.support import check_config
 
-    parse_dtype(dtype)
-    chosen = parse_device(device)
+    parse_dtype(loading.dtype)
+    chosen = parse_device(loading.device)
     if snapshot is not None and chosen.type != "cuda":
         raise ValueError(f"cuda-snapshot needs a CUDA device, got {str(chosen)!r}")
-    config = load_config(model).get_text_config(decoder=True)
+    config = load_config(loading.model).get_text_config(decoder=True)
     check_config(config)
     window = getattr(config, "max_position_embeddings", None)
     if window is not None and longest > window:

@@ -31,10 +31,24 @@ def profile_table(rows: Sequence[Row]) -> Table:
     )
     for name in (*columns, "peak, prefill", "peak, decode"):
         table.add_column(name, justify="right", no_wrap=True)
+    tiers = tier_names(rows)
+    for tier in tiers:
+        table.add_column(f"{tier} tier", justify="right", no_wrap=True)
     for row in rows:
         start = [escape(row["label"]), f"{row['context']:,}", str(row["batch"])]
-        table.add_row(*start, *(["[red]failed[/]"] if "error" in row else _measured(row)))
+        shown = ["[red]failed[/]"] if "error" in row else _measured(row) + [tier_bytes(row, tier) for tier in tiers]
+        table.add_row(*start, *shown)
     return table
+
+
+def tier_names(rows: Iterable[Row]) -> list[str]:
+    """The tiers that some cache of `rows` had, the nearest first."""
+    return list(dict.fromkeys(tier for row in rows for tier in row.get("tiers", {})))
+
+
+def tier_bytes(row: Row, tier: str) -> str:
+    """What lay in a tier at the end, as text."""
+    return written_bytes(row["tiers"][tier]) if tier in row["tiers"] else "-"
 
 
 def failures(rows: Iterable[Row]) -> list[str]:

@@ -1,18 +1,15 @@
 """Totals as a table on the terminal."""
 
-import sys
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-PIPED_WIDTH = 160
+from kvpress.console import print_table
 
 
 def print_totals(totals: dict[str, Any]) -> None:
     """Print averages of scores by method, or perplexities, on standard output."""
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     methods = totals["methods"]
     table = Table(box=None, header_style="bold", pad_edge=False)
     if any("perplexity" in entry for entry in methods.values()):
@@ -33,7 +30,7 @@ def print_totals(totals: dict[str, Any]) -> None:
             table.add_column(escape(name), justify="left" if name == "group" else "right")
         for group in groups:
             table.add_row(escape(group), *(_cell(entry["groups"].get(group)) for entry in methods.values()))
-    console.print(table)
+    print_table(table)
 
 
 def _cell(entry: dict[str, Any] | None) -> str:

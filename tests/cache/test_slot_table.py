@@ -49,6 +49,7 @@ def test_an_empty_table():
     table = SlotTable(("score",))
     assert table.is_empty and table.kept_positions().shape == (0, 0, 0) and table.kept_positions().dtype == torch.long
     assert table.kv_bytes_per_token == table.full_bytes_per_token == 0 and table.nbytes == 0
+    assert table.state()["dims"] == (0, 0) and table.state()["held"].shape == (0, 0)
     table.select_batch(torch.tensor([0, 0]))
     assert table.is_empty and not table.packed and not table.has_layout
     with pytest.raises(RuntimeError, match="cannot take back 1 tokens, the cache holds 0"):
@@ -71,6 +72,7 @@ def test_the_models_tensors_serve_until_the_end_of_the_forward():
     table, (keys, values) = SlotTable(("score",)), rows(5)
     assert table.append(keys, values) == slice(0, 5)
     assert table.keys is keys and table.values is values and not table.owned
+    assert (table.positions == -1).all() and (table.policy_columns["score"] == 0).all()  # until they are placed
     table.write_keys(slice(0, 5), keys + 1)
     assert torch.equal(table.keys, keys + 1) and torch.equal(keys, rows(5)[0])
     table.settle()
@@ -107,6 +109,14 @@ def test_room_to_grow():
     table.limit = 15
     table.append(*rows(5))
     assert table.capacity == 15
+
+
+@pytest.mark.parametrize("tokens", [HEADS, KEY_DIM, VALUE_DIM])
+def test_room_is_not_read_whatever_the_sizes_are(tokens):
+    table = filled_table(tokens)
+    keys, values = table.dense()
+    assert table.keys.shape[2] == tokens + 4
+    assert torch.equal(keys, rows(tokens)[0]) and torch.equal(values, rows(tokens)[1])
 
 
 def test_new_tokens_start_without_a_score():
@@ -150,6 +160,10 @@ def test_empty_slots_are_noticed():
     full.place(full.append(*rows(1)), torch.tensor([[5], [-1]], dtype=torch.int32), (1, 0))
     assert full.has_empty
     assert filled_table(4, pads=(2, 0)).has_empty
+    many = filled_table(4)
+    assert not many.has_empty
+    many.place(many.append(*rows(3)), torch.tensor([[4, 5, 6], [-1, 4, 5]], dtype=torch.int32), (3, 2))
+    assert many.has_empty
     steady = steady_table()
     assert steady.has_empty  # the spare one, before a token comes
     steady.place(steady.append(*rows(1)), at(10), (1, 1))
@@ -192,6 +206,19 @@ def test_heads_that_keep_fewer_have_empty_slots():
     )
 
 
+def test_positions_of_heads_that_keep_fewer_end_with_minus_one():
+    table = filled_table()
+    counts = numpy.array([[1, 2, 3], [3, 3, 2]])
+    table.keep(torch.tensor([7, 8, 9]).expand(BATCH, HEADS, 3).contiguous(), counts, 1)
+    assert table.kept_positions().tolist() == [
+        [[9, -1, -1], [8, 9, -1], [7, 8, 9]],
+        [[7, 8, 9], [7, 8, 9], [8, 9, -1]],
+    ]
+    empty = filled_table(2)
+    empty.drop_last(2)
+    assert empty.kept_positions().shape == (BATCH, HEADS, 0)
+
+
 def test_vacated_slots_are_empty():
     table = steady_table()
     table.place(table.append(*rows(1)), at(10), (1, 1))
@@ -201,6 +228,12 @@ def test_vacated_slots_are_empty():
     assert table.has_empty and (table.held == 4).all() and table.spare.tolist() == [[[1]] * HEADS] * BATCH
     assert table.kept_positions().tolist() == [[[6, 8, 9, 10]] * HEADS] * BATCH
     assert table.held.dtype == numpy.int64
+    several = steady_table()
+    several.place(several.append(*rows(1)), at(10), (1, 1))
+    stays = torch.tensor([True, False, True, False, True]).expand(BATCH, HEADS, 5)
+    several.vacate(stays, numpy.full((BATCH, HEADS), 3))
+    assert several.columns[POSITION].tolist() == [[[6, -1, 8, -1, 10]] * HEADS] * BATCH
+    assert several.kept_positions().tolist() == [[[6, 8, 10]] * HEADS] * BATCH
 
 
 def test_the_empty_slot_of_a_ragged_head_is_its_own():
@@ -231,6 +264,8 @@ def test_taking_back():
     steady.place(steady.append(*rows(1)), at(10), (1, 1))
     with pytest.raises(RuntimeError, match="cannot take back 2 tokens from a cache that has evicted since"):
         steady.drop_last(2)
+    steady.drop_last(0)
+    assert (steady.held == 5).all()
     steady.drop_last(1)
     assert (steady.held == 4).all()
 
@@ -259,6 +294,32 @@ def test_growing_again_from_a_steady_table():
     assert table.positions.tolist() == [[[8, 9, 10, 11, 12, 13, 14]] * HEADS] * BATCH
     assert table.policy_columns["score"].tolist() == [[[8, 9, 10, 11, 0, 0, 0]] * HEADS] * BATCH
     assert torch.equal(table.dense()[0][:, :, 2:3], rows(1, start=1000)[0]) and not table.has_empty
+
+
+def test_growing_again_where_heads_hold_fewer():
+    table = filled_table()
+    table.keep(torch.tensor([7, 8, 9]).expand(BATCH, HEADS, 3).contiguous(), numpy.array([[1, 2, 3], [3, 3, 2]]), 1)
+    table.place(table.append(*rows(1, start=1000)), at(10), (1, 1))
+    table.retire(torch.tensor([[[1], [0], [3]], [[3], [3], [0]]]))  # an empty slot, or the newest token's
+    new = table.append(*rows(2))
+    table.place(new, torch.tensor([[11, 12]], dtype=torch.int32), (2, 2))
+    assert new == slice(3, 5) and table.has_empty
+    assert table.positions.tolist() == [
+        [[-1, 9, 10, 11, 12], [8, 9, 10, 11, 12], [7, 8, 9, 11, 12]],
+        [[7, 8, 9, 11, 12], [7, 8, 9, 11, 12], [8, 9, 10, 11, 12]],
+    ]
+    assert table.held.tolist() == [[4, 5, 5], [5, 5, 5]]
+
+
+def test_empty_slots_of_ragged_heads_have_no_score():
+    table = filled_table()
+    table.columns["score"].fill_(3)
+    counts = numpy.array([[1, 2, 3], [4, 2, 2]])
+    table.keep_ragged(torch.arange(6, 10).expand(BATCH, HEADS, 4).contiguous(), counts, counts + 1)
+    for row in range(BATCH):
+        for head in range(HEADS):
+            held = int(counts[row, head])
+            assert table.policy_columns["score"][row, head].tolist() == [3] * held + [0] * (5 - held)
 
 
 def test_state_there_and_back():
@@ -297,11 +358,13 @@ class Below:
     def __init__(self, keys, values):
         self.keys, self.values = keys, values
         self.asked = []
+        self.gatherings = 0
 
     def fetch(self, table, tokens):
         self.asked.append(("fetch", tokens))
 
     def gathered(self, table):
+        self.gatherings += 1
         own = table.count - table.base
         return torch.cat([self.keys, table.keys[:, :, :own]], dim=2), torch.cat(
             [self.values, table.values[:, :, :own]], dim=2
@@ -347,6 +410,7 @@ def test_a_table_whose_first_slots_lie_elsewhere():
     fresh = SlotTable(("score",))
     fresh.stowage = Below(keys, values)
     fresh.append(keys, values)
+    assert fresh.dense()[0] is keys and fresh.stowage.gatherings == 0  # all of it lies here
     fresh.settle()
     assert not fresh.owned and fresh.keys is keys  # the stowage copies
     fresh.take_over()

@@ -51,6 +51,14 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     assert "policies" in result.stdout
 
 
+def test_the_package_can_be_run_as_a_module() -> None:
+    command = [sys.executable, "-m", "kvpress"]
+    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("kvpress-cache 0.")
+    wrong = subprocess.run([*command, "demmo"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("Usage: kvpress ") and "'demo'" in wrong.stderr
+
+
 def test_version() -> None:
     result = runner.invoke(app, ["--version"])
     assert result.exit_code == 0
@@ -209,3 +217,38 @@ def test_a_mounted_app_is_imported_when_it_is_called(monkeypatch: pytest.MonkeyP
     assert runner.invoke(app, ["extra", "first", "--count", "2"]).output == "first first \n"
     assert runner.invoke(app, ["extra", "second"]).output == "second\n"
     assert runner.invoke(app, ["extra", "third"]).exit_code == 2
+
+
+def test_run_spills_to_a_folder_and_leaves_it_empty(folder: str, tmp_path: Path) -> None:
+    given = ["run", "-m", folder, "--prompt", "word " * 60, "--max-new-tokens", "6", "--device", "cpu", "--json"]
+    plain = json.loads(runner.invoke(app, given).stdout)
+    disk = str(tmp_path / "disk")
+    result = runner.invoke(app, [*given, "--offload-disk", disk, "--offload-block", "16"])
+    assert result.exit_code == 0, result.output
+    spilled = json.loads(result.stdout)
+    assert spilled["text"] == plain["text"] and plain["report"]["tiers"] == []
+    (tier,) = spilled["report"]["tiers"]
+    assert tier["tier"] == "disk" and tier["limit"] is None and tier["bytes_in"] > 0 and tier["blocks"] > 8
+    assert list((tmp_path / "disk").iterdir()) == []
+    limited = runner.invoke(
+        app, [*given, "--offload-host", "1MB", "--offload-disk", disk, "--offload-disk-limit", "2MB"]
+    )
+    tiers = {tier["tier"]: tier["limit"] for tier in json.loads(limited.stdout)["report"]["tiers"]}
+    assert tiers == {"host": 10**6, "disk": 2 * 10**6}
+    full = runner.invoke(app, [*given, "--offload-host", "1kB"])
+    assert full.exit_code == 1 and full.stdout == ""
+    assert full.stderr.startswith("error: ") and "has no room" in full.stderr and "Traceback" not in full.stderr
+
+
+def test_demo_stores_what_policies_keep_as_asked(folder: str) -> None:
+    given = ["demo", "-m", folder, "-p", "tova", "--tokens", "400", "--device", "cpu"]
+    narrow = json.loads(runner.invoke(app, [*given, "--kv-dtype", "int8", "--json"]).stdout)
+    wide = json.loads(runner.invoke(app, [*given, "--json"]).stdout)
+    assert (wide["kv_dtype"], narrow["kv_dtype"]) == (None, "int8")
+    held = [{(run["policy"], run["mode"]): run["held_bytes"] for run in demo["runs"]} for demo in (wide, narrow)]
+    for run, nbytes in held[0].items():
+        assert (held[1][run] < nbytes) == (run[0] == "tova")
+    shown = runner.invoke(app, [*given, "--kv-dtype", "int8"])
+    assert shown.exit_code == 0 and "stored as int8" in shown.stdout
+    refused = runner.invoke(app, [*given, "--kv-dtype", "int7"])
+    assert refused.exit_code == 2 and "kv_dtype must be" in refused.stderr

@@ -5,18 +5,19 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-import kvpress.longbench.cli as cli
+import kvpress.models
+from kvpress.cli import app
 
 runner = CliRunner()
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, model, tokenizer):
-    monkeypatch.setattr(cli, "_load", lambda name, dtype, device, threads: (model, tokenizer))
+    monkeypatch.setattr(kvpress.models, "load_model", lambda name, **settings: (model, tokenizer))
 
 
 def invoke(*arguments, code=0):
-    result = runner.invoke(cli.app, [str(argument) for argument in arguments])
+    result = runner.invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output + str(result.exception)
     return result
 
@@ -197,13 +198,36 @@ def test_longbench_v2_from_a_file(tmp_path):
     }
 
 
+def test_kv_dtype_and_a_report_as_json(tmp_path):
+    given = ["eval", "ruler", "-p", "tova", "-b", "0.5", "-t", "niah_single_1", "-l", "400", "-n", "1"]
+    for kv_dtype in ("int8", "float16"):
+        totals = json.loads(invoke(*given, "--kv-dtype", kv_dtype, "-o", tmp_path / kv_dtype, "--json").stdout)
+        assert f"tova@0.5[kv_dtype={kv_dtype}]" in totals["methods"]
+    shares = {row["method"]: row["cache_bytes"] / row["full_bytes"] for row in rows(tmp_path / "int8")}
+    assert 0.1 < shares["tova@0.5[kv_dtype=int8]"] < 0.4 and shares["full"] == 1
+    runs = json.loads(invoke("report", tmp_path, "--json").stdout)
+    assert [run["name"] for run in runs] == ["float16", "int8"]
+    assert runs[1]["totals"]["methods"].keys() == {"full", "tova@0.5[kv_dtype=int8]"}
+    assert not (tmp_path / "report").exists()
+    assert "must not be asked for at once" in invoke("report", tmp_path, "--json", "--markdown", code=2).stderr
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    result = invoke(
+        "eval", "ruler", "-t", "niah_single_1", "-l", "400", "-n", "1", "-o", tmp_path / "file" / "out", code=1
+    )
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "Not a directory" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["eval", "ruler", "-t", "niah"], "tasks must be among niah_single_1"),
-        (["eval", "ruler", "-t", "vt", "-l", "many"], "lengths must be numbers"),
+        (["eval", "ruler", "-t", "vt", "-l", "many"], "lengths must be a number of tokens such as 4096 or 16k"),
         (["eval", "ruler", "-t", "vt", "-l", "1200", "-n", "1", "-p", "snapkw", "-b", "9"], "snapkv"),
         (["eval", "ruler", "-t", "vt", "-l", "1200", "-n", "1", "-p", "snapkv", "-b", "-3"], "budget"),
+        (["eval", "ruler", "-t", "vt", "-p", "tova", "-b", "9", "--kv-dtype", "int7"], "kv_dtype must be"),
         (["eval", "ruler", "--no-full"], "policy must name at least one"),
         (["eval", "longbench", "--data", "/nowhere"], "no such folder"),
         (["eval", "perplexity", "--prefix", "9000"], "the model's window holds 4096"),

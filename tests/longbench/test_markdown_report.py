@@ -2,10 +2,11 @@
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
+from kvpress.cli import app
 from kvpress.longbench.arguments import parse_methods
-from kvpress.longbench.cli import app
 from kvpress.longbench.report.markdown import markdown_tables
 
 
@@ -77,13 +78,35 @@ def test_perplexity(tmp_path):
 
 
 def test_a_policy_without_a_budget_comes_once():
-    methods = parse_methods(["snapkv", "quest:top_k=64", "sepllm", "unheard_of"], ["0.5", "64"], full=True)
+    methods = parse_methods(["snapkv", "quest:top_k=64", "sepllm"], ["0.5", "64"], full=True)
     assert [method.label for method in methods] == [
         "full",
         "snapkv@0.5",
         "snapkv@64",
         "quest[top_k=64]",
         "sepllm",
-        "unheard_of@0.5",
-        "unheard_of@64",
     ]
+
+
+def test_kv_dtype_goes_to_every_policy_that_has_none_of_its_own():
+    methods = parse_methods(["tova", "knorm:kv_dtype=float16"], ["64"], full=True, kv_dtype="int8")
+    assert [method.label for method in methods] == ["full", "tova@64[kv_dtype=int8]", "knorm@64[kv_dtype=float16]"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "kv_dtype", "message"),
+    [
+        ("unheard_of", "64", None, "policy must be one of"),
+        ("snapkw", "64", None, "did you mean 'snapkv'"),
+        ("snapkv:windw=3", "64", None, "windw"),
+        ("snapkv:window=3,window=4", "64", None, "'window' comes twice"),
+        ("snapkv", "1.5", None, "budget must be"),
+        ("snapkv", "64", "int7", "kv_dtype must be"),
+        ("snapkv:kv_dtype=int7", "64", None, "kv_dtype must be"),
+    ],
+)
+def test_what_a_cache_would_refuse_is_refused_before_a_model_is_loaded(policy, budget, kv_dtype, message):
+    with pytest.raises(ValueError, match=message):
+        parse_methods([policy], [budget], full=True, kv_dtype=kv_dtype)
+    with pytest.raises(ValueError, match="snapkv needs budget"):
+        parse_methods(["snapkv"], [], full=True)

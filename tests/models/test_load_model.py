@@ -8,6 +8,7 @@ import torch
 from kvpress.models import ModelLoadError, load_model
 from kvpress.models.cache_folder import cache_home
 from kvpress.models.convert import is_complete
+from kvpress.models.names import choices
 from kvpress.models.packaged import PACKAGED_MODELS
 from kvpress.testing.tiny_checkpoint import save_tiny_checkpoint, save_tiny_gguf, tiny_model, tiny_tokenizer
 
@@ -60,6 +61,14 @@ def test_a_missing_model_names_itself_and_the_choices(tmp_path: Path, monkeypatc
     with pytest.raises(ModelLoadError, match=r"model .*empty.* could not be loaded.*smollm2"):
         (tmp_path / "empty").mkdir()
         load_model(tmp_path / "empty")
+    with pytest.raises(ModelLoadError, match="no such folder"):
+        load_model(str(tmp_path / "absent"))
+    with pytest.raises(ModelLoadError, match=r"'\./absent': there is no such folder"):
+        load_model("./absent")
+    (tmp_path / "file.bin").touch()
+    with pytest.raises(ModelLoadError, match=r"neither a folder nor a \.gguf file"):
+        load_model(tmp_path / "file.bin")
+    assert "did you mean 'smollm2'?" in choices("SmolM2") and "did you mean" not in choices("gpt2")
 
 
 def test_a_damaged_gguf_file_is_a_load_error(tmp_path: Path) -> None:

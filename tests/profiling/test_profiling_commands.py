@@ -150,6 +150,53 @@ def test_a_stopped_profile_keeps_what_it_has(checkpoint: str, tmp_path: Path, mo
     assert len((tmp_path / "profile.jsonl").read_text("utf-8").splitlines()) == 1
 
 
+def test_profile_tells_the_bytes_of_each_tier(checkpoint: str, tmp_path: Path, here: list[Job]) -> None:
+    disk = tmp_path / "disk"
+    given = ["profile", "-m", checkpoint, "-p", "full", "-c", "300", "--new-tokens", "3", "--device", "cpu"]
+    result = runner.invoke(app, [*given, "-o", str(tmp_path / "out"), "--offload-disk", str(disk)])
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "out" / "profile.jsonl").read_text("utf-8").splitlines()]
+    assert [row["label"] for row in rows] == ["stock", "full"] and rows[0]["tiers"] == {}
+    assert list(rows[1]["tiers"]) == ["disk"] and rows[1]["tiers"]["disk"] > rows[1]["kv_logical_bytes"] / 2
+    assert rows[1]["offload"] == {"disk": str(disk)}
+    for shown in (result.stdout, (tmp_path / "out" / "profile.html").read_text("utf-8")):
+        assert written_bytes(rows[1]["tiers"]["disk"]) in shown and "tier" in shown
+    assert list(disk.iterdir()) == []
+
+
+def test_kv_dtype_is_measured_and_predicted(checkpoint: str, tmp_path: Path, here: list[Job]) -> None:
+    given = ["-m", checkpoint, "-p", "tova,knorm:kv_dtype=bfloat16", "-b", "64", "--kv-dtype", "int8", "--json"]
+    labels = ["stock", "tova@64[kv_dtype=int8]", "knorm@64[kv_dtype=bfloat16]"]
+    profiled = runner.invoke(
+        app, ["profile", *given, "-c", "200", "--new-tokens", "3", "--no-plot", "-o", str(tmp_path)]
+    )
+    rows = [json.loads(line) for line in profiled.stdout.splitlines()]
+    assert [row["label"] for row in rows] == labels
+    predicted = runner.invoke(app, ["fit", *given, "--memory", "1GB", "--new-tokens", "3"])
+    fits = json.loads(predicted.stdout)["fits"]
+    assert [fit["label"] for fit in fits] == labels
+    assert [row["kv_held_bytes"] for row in rows[1:]] == [fit["kv_bytes"] for fit in fits[1:]]
+    benched = runner.invoke(app, ["bench", *given, "-c", "200", "--steps", "2"])
+    found = {row["label"]: row["kv_held_bytes"] for row in json.loads(benched.stdout)["rows"]}
+    assert list(found) == labels and found[labels[1]] < found[labels[2]] < found[labels[0]]
+
+
+@pytest.mark.parametrize("command", ["profile", "fit", "bench"])
+def test_budget_and_kv_dtype_are_read_even_where_no_policy_takes_one(command: str, checkpoint: str) -> None:
+    memory = ["--memory", "1GB"] if command == "fit" else []
+    for wrong in (["-b", "12XB"], ["-b", "0"], ["-b", "1.5"], ["--kv-dtype", "int7"]):
+        result = runner.invoke(app, [command, *memory, "-m", checkpoint, "-p", "full", *wrong])
+        assert result.exit_code == 2 and wrong[0].lstrip("-")[0] in result.stderr, result.output
+        assert wrong[1] in result.stderr and result.stdout == ""
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(checkpoint: str, tmp_path: Path, here: list[Job]) -> None:
+    (tmp_path / "file").touch()
+    result = runner.invoke(app, ["profile", "-m", checkpoint, "-c", "64", "-o", str(tmp_path / "file" / "out")])
+    assert result.exit_code == 1 and not here
+    assert result.stderr.splitlines()[-1] == f"error: '{tmp_path}/file/out': Not a directory"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

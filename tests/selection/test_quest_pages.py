@@ -7,7 +7,7 @@ import torch
 
 from kvpress import PolicyCache
 from kvpress.kernels.pages import page_bounds, page_scores
-from kvpress.policies import KNorm, Quest, SnapKV, StreamingLLM
+from kvpress.policies import AdaKV, KNorm, Quest, SnapKV, StreamingLLM
 from kvpress.testing.families import tiny_model
 
 SIZE, BUDGET = 4, 12
@@ -152,3 +152,26 @@ def test_beams_and_copies_keep_their_bounds(feed, llama):
         b = llama(ids[:, 32:33], past_key_values=copied).logits
     assert float((a.flip(0) - b).abs().max()) < 1e-12
     assert torch.equal(cache.selected_positions(1).flip(0), copied.selected_positions(1))
+
+
+def test_pages_forget_tokens_that_left_slots_where_they_stood(feed, llama):
+    """Heads of unequal size that evict at intervals: what is chosen is what bounds made anew would choose."""
+    cache = PolicyCache(
+        llama, [AdaKV(budget=24, window=4, kernel_size=3, interval=4), Quest(top_k=8, page_size=4, skip_layers=0)]
+    )
+    feed(llama, cache, torch.arange(3, 43)[None], (30, 1))
+    evicted = 0
+    for token in range(20, 50):
+        anew = copy.deepcopy(cache)
+        for layer in anew.policy_layers:
+            layer.selector.rearrange()
+        before = cache.report().evictions
+        with torch.no_grad():
+            for each in (cache, anew):
+                llama(torch.tensor([[token]]), past_key_values=each)
+        evicted += cache.report().evictions - before
+        for layer in (0, 1):
+            assert torch.equal(cache.selected_positions(layer), anew.selected_positions(layer))
+    table = cache.policy_layers[0].table
+    assert evicted >= 20 and table.rows is not None and table.spare is not None
+    assert cache.selected_positions(0).shape[-1] < cache.kept_positions(0).shape[-1]
