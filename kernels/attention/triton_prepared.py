@@ -75,7 +75,7 @@ class PreparedRow:
             entries, longest = self._longest, self._held
         parts = plan_splits(query, self._blocks * self._pairs, longest)
         batch, query_heads, kv_heads = self._heads
-        single = {"dtype": torch.float32, "device": query.device}
+        single: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
         output, lse = (
             torch.empty(self._shape, dtype=query.dtype, device=query.device),
             torch.empty(self._rows, **single),
