@@ -21,6 +21,8 @@ FILES = {
     "selection": 15,
     "storage": 18,
     "eviction": 30,
+    "choosing": 12,
+    "prepared": 10,
 }  # and the least number of tests in each
 
 
