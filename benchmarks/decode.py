@@ -49,7 +49,12 @@ def smollm2_shape(layers: int) -> LlamaForCausalLM:
 
 def all_policies(budget: int) -> dict[str, Policy]:
     """Policies that keep or attend to `budget` tokens, and the one that keeps all."""
-    parts = {"sinks": budget // 8, "local": budget // 4, "chunk": budget // 4, "top_k": budget - budget // 8 - budget // 4}
+    parts = {
+        "sinks": budget // 8,
+        "local": budget // 4,
+        "chunk": budget // 4,
+        "top_k": budget - budget // 8 - budget // 4,
+    }
     return {
         "full": Full(),
         "streaming_llm": StreamingLLM(budget=budget),
@@ -106,7 +111,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=[], choices=list(all_policies(1024)), help="of the policies, these")
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=list(all_policies(1024)), help="of the policies, these"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = smollm2_shape(arguments.layers)

@@ -74,7 +74,12 @@ def main() -> None:
         "h2o": PolicyCache(model, H2O(budget=budget)),
         "streaming_llm, int8": PolicyCache(model, StreamingLLM(budget=budget), kv_dtype="int8"),
     }
-    parts = {"sinks": budget // 8, "local": budget // 4, "chunk": budget // 4, "top_k": budget - budget // 8 - budget // 4}
+    parts = {
+        "sinks": budget // 8,
+        "local": budget // 4,
+        "chunk": budget // 4,
+        "top_k": budget - budget // 8 - budget // 4,
+    }
     selections: dict[str, Any] = {
         "tokenselect, reused": PolicyCache(model, TokenSelect(**parts, threshold=-1)),
         "tokenselect, anew": PolicyCache(model, TokenSelect(**parts, threshold=2)),

@@ -75,17 +75,25 @@ def attend_turned(
             },
         )
     if chosen != "native":
-        query = rotate(query, *(table[None, None, max(entries - 1, 0) : entries] for table in rotation)) if entries else query
+        query = (
+            rotate(query, *(table[None, None, max(entries - 1, 0) : entries] for table in rotation))
+            if entries
+            else query
+        )
     if chosen == "apart":
         keys, values = scale_slots(keys, keys_scale).to(query.dtype), scale_slots(values, values_scale).to(query.dtype)
         if index is not None:
             keys, values, positions = select_slots(keys, values, positions, index)
-        return attend(query, rotate(keys, cosine[None, None, :entries], sine[None, None, :entries]), values, positions=positions, **options)
+        return attend(
+            query,
+            rotate(keys, cosine[None, None, :entries], sine[None, None, :entries]),
+            values,
+            positions=positions,
+            **options,
+        )
     whole = {"positions": positions, "query_positions": None, "starts": None, "lengths": None, "index": index}
     if chosen == "native":
-        served = native.attend(
-            query, keys, values, kv_heads=kv_heads, rotation=rotation, **whole, **scales, **options
-        )
+        served = native.attend(query, keys, values, kv_heads=kv_heads, rotation=rotation, **whole, **scales, **options)
     else:
         served = import_module("kvpress.kernels.attention.triton").attend(
             query, keys, values, rotation=rotation, rotate_by="entry", **whole, **scales, **options

@@ -31,7 +31,12 @@ def best_slots(scores: Tensor, count: int, *, impl: str = "auto") -> Tensor:
 
 
 def largest_products(
-    query: Tensor, keys: Tensor, *, positions: Tensor | None = None, keys_scale: Tensor | None = None, impl: str = "auto"
+    query: Tensor,
+    keys: Tensor,
+    *,
+    positions: Tensor | None = None,
+    keys_scale: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """The largest dot product of each slot over the query heads of its KV head (TidalDecode, arXiv 2410.05076).
 
@@ -115,9 +120,7 @@ def listed_slots(chosen: Tensor, *, sinks: int, local: int, slots: int, impl: st
         ValueError: ends that do not fit, an unknown `impl`, or an explicit one that cannot serve.
     """
     _check_ends(sinks, local, slots)
-    name = choose(
-        "a list of slots", impl, {"native": lambda: native.list_refusal(chosen), "reference": lambda: None}
-    )
+    name = choose("a list of slots", impl, {"native": lambda: native.list_refusal(chosen), "reference": lambda: None})
     return (native if name == "native" else reference).listed_slots(chosen, sinks, local, slots)
 
 

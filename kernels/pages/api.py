@@ -135,7 +135,9 @@ def page_slots(
         raise ValueError(f"scores must be [batch, a multiple of {kv_heads} heads, pages], got {tuple(scores.shape)}")
     batch, _, pages = scores.shape
     _check_choice(count, page_size, batch, kv_heads, first, newest)
-    chosen = choose("slots of pages", impl, {"native": lambda: native.scores_refusal(scores), "reference": lambda: None})
+    chosen = choose(
+        "slots of pages", impl, {"native": lambda: native.scores_refusal(scores), "reference": lambda: None}
+    )
     return (native if chosen == "native" else reference).page_slots(
         scores, min(count, pages), kv_heads, page_size, slots, first, newest
     )
