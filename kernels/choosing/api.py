@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kvpress.kernels.choosing import native, reference
@@ -113,8 +112,7 @@ def reused_slots(
 
 
 def listed_slots(chosen: Tensor, *, sinks: int, local: int, slots: int, impl: str = "auto") -> Tensor:
-    """The first `sinks` slots, `chosen [batch, kv_heads or 1, n]` int64, and the last `local` of `slots`: `[batch, kv_heads or 1, sinks + n +
-    local]` int64.
+    """The first `sinks` slots, `chosen [batch, kv_heads or 1, n]` int64, and the last `local` of `slots`, in this order.
 
     Raises:
         ValueError: ends that do not fit, an unknown `impl`, or an explicit one that cannot serve.

@@ -63,7 +63,7 @@ class RowWriter:
         for (item, fields), row in zip(self._fields, rows, strict=False):
             strides, shape = row.stride(), row.shape
             if len(shape) == 4 and strides[3] != 1:
-                row = row.contiguous()  # noqa: PLW2901
+                row = row.contiguous()
                 strides = row.stride()
             overwrite(
                 *fields,

@@ -11,8 +11,8 @@ import kvpress.eviction
 import kvpress.keeper
 from kvpress import PolicyCache
 from kvpress.keeper import Keeper
-from kvpress.slots import POSITION, SlotTable
 from kvpress.prepared import PreparedSlots
+from kvpress.slots import POSITION, SlotTable
 from kvpress.testing.families import random_tokens, tiny_model
 
 

@@ -51,7 +51,7 @@ def test_the_best_slots_are_the_last_of_a_sorted_list(level, poisoned, impl, kin
 def test_what_cannot_be_chosen_is_refused():
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         best_slots(made(4), 0)
-    with pytest.raises(ValueError, match="fp32 scores, not torch.float64"):
+    with pytest.raises(ValueError, match="fp32 scores, not"):
         best_slots(made(4).double(), 1, impl="native")
     assert best_slots(made(4).double(), 1).shape == (1,)
     with pytest.raises(ValueError, match="a single row to choose, got 2"):
