@@ -6,7 +6,8 @@ The model has the shape of SmolLM2-135M with random weights (time does not depen
 values. Stock and ours take turns token by token, so that a busy machine slows both; figures are medians and their ratio. With
 one thread the process's own CPU time is taken, which a busy machine disturbs less.
 A selection reads keys and values where they lie among those of the whole context; `reused` is the share of its selections that were an
-earlier one used again, which random weights say nothing about: TokenSelect is therefore also timed with every selection reused, and with none.
+earlier one used again, which random weights say nothing about: TokenSelect is therefore also timed with every selection reused, and with
+none.
 `share_of_limit` compares with the stock cache of 256 tokens, stepped in the same turns: no cache is faster than the rest of the model.
 A cache whose logits must equal the stock's is checked first, and its times are not printed when they differ.
 `kvpress bench` does the same with a model of one's own.
