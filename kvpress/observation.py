@@ -14,7 +14,7 @@ from kvpress.recent_queries import RecentQueries
 from kvpress.tensor_parallel import ALONE, HeadShards
 
 
-@dataclass
+@dataclass(slots=True)
 class AttentionArguments:
     """How the model attends in this layer: scores are `scaling * q . k`, capped, with per-head sinks in the softmax."""
 

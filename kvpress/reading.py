@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _ALL = slice(None)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rows:
     """Query rows and the slots before them.
 

@@ -50,7 +50,9 @@ class Rotation:
         parameters = getattr(config, "rope_parameters", None) or {}
         self._follows_length = parameters.get("rope_type") in ("dynamic", "longrope")
         self._trained = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
-        self._seen: dict[torch.device, tuple[Tensor, PreparedRotation]] = {}  # position ids of this forward, and the way back
+        self._seen: dict[
+            torch.device, tuple[Tensor, PreparedRotation]
+        ] = {}  # position ids of this forward, and the way back
         self._halves = False  # whether cosines are given once for both halves of a head
         self._by_kernel = False  # whether the rotation is the one that `kvpress.kernels.rotation` knows
         self._reindexed = (

@@ -125,7 +125,8 @@ class PageSelector(Selector):
         elif self.low is not None and view.ordered and slots == self.covered + 1:
             self._with_room(self.covered // size + 1, self.low)
             self.covered = slots
-            return view.keys[:, :, slots - 1 : slots]
+            newest: Tensor = view.keys[:, :, slots - 1 : slots]
+            return newest
         elif self.low is None or self.covered != slots:
             first = 0
             if self.low is not None:  # from the first page that was not full, in whichever row

@@ -28,7 +28,7 @@ def best_slots(scores: Tensor, count: int, positions: Tensor | None = None) -> T
     return chosen if order is None else order.gather(-1, chosen)
 
 
-@dataclass
+@dataclass(slots=True)
 class SlotView:
     """What a selector sees when some query rows are about to attend.
 

@@ -123,7 +123,7 @@ class PreparedAttention:
         rotation: tuple[Tensor, Tensor] | None,
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        keys, values, layout = self.keys, self.values, self._layout
+        keys, values, layout = self.keys, self.values, dict[str, Any](self._layout)
         if self._dense:
             keys, values = keys[:, :, :slots], values[:, :, :slots]
             layout = {name: scale[:, :, :slots] for name, scale in layout.items()}

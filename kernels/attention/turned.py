@@ -59,7 +59,7 @@ def attend_turned(
     if query.shape[2] != 1:
         raise ValueError(f"query must have a single row where keys are turned as they are read, got {query.shape[2]}")
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    scales = {"keys_scale": keys_scale, "values_scale": values_scale}
+    scales: dict[str, Any] = {"keys_scale": keys_scale, "values_scale": values_scale}
     kv_heads = keys.shape[1]
     chosen = "apart"
     if not torch.compiler.is_compiling():
@@ -91,7 +91,13 @@ def attend_turned(
             positions=positions,
             **options,
         )
-    whole = {"positions": positions, "query_positions": None, "starts": None, "lengths": None, "index": index}
+    whole: dict[str, Any] = {
+        "positions": positions,
+        "query_positions": None,
+        "starts": None,
+        "lengths": None,
+        "index": index,
+    }
     if chosen == "native":
         served = native.attend(query, keys, values, kv_heads=kv_heads, rotation=rotation, **whole, **scales, **options)
     else:

@@ -235,7 +235,7 @@ def packed(fields: tuple[float, ...]) -> array[int]:
 
 
 def prefer_large_pages(tensor: Tensor) -> None:
-    """Ask the system to back a tensor in host memory, not yet written to, with large pages, so that reading scattered rows of it needs fewer
-    look-ups of addresses. Does nothing without the extension, or where the system knows no such thing."""
+    """Ask the system to back a tensor in host memory, not yet written to, with large pages, so that reading scattered rows of it needs
+    fewer look-ups of addresses. Does nothing without the extension, or where the system knows no such thing."""
     if missing is None:
         built().prefer_large_pages(tensor.data_ptr(), tensor.nbytes)

@@ -11,8 +11,8 @@ import kvpress.eviction
 import kvpress.keeper
 from kvpress import PolicyCache
 from kvpress.keeper import Keeper
+from kvpress.prepared import PreparedSlots
 from kvpress.slots import POSITION, SlotTable
-from kvpress.steady import SteadySlots
 from kvpress.testing.families import random_tokens, tiny_model
 
 
@@ -97,14 +97,14 @@ def keys_and_values_in_different_order(patch):
 
 def a_new_token_starts_with_a_score(patch):
     """The column of an overwritten slot is not cleared but set."""
-    original = SteadySlots.overwrite
+    original = PreparedSlots.overwrite
 
     def overwrite(self, slot, keys, values):
         original(self, slot, keys, values)
         for column in self._columns.columns:
             column.scatter_(-1, slot, 50.0)
 
-    patch.setattr(SteadySlots, "overwrite", overwrite)
+    patch.setattr(PreparedSlots, "overwrite", overwrite)
 
 
 def budget_is_one_too_large(patch):
