@@ -382,7 +382,7 @@ class PolicyLayer(CacheLayerMixin):
 
     def _stow(self, rows: int) -> None:
         if self.stowage is not None:
-            selected = [] if self.selector is None else self.selector.tensors()
+            selected = [] if self.reader is None else self.reader.tensors()
             self.stowage.stow(self.table, rows, (*self.keeper.tensors(), *selected))
 
     def commit(self) -> None:

@@ -243,6 +243,11 @@ class Reader:
             self.selector.rearrange()
             self.selector.hits = self.selector.misses = 0
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held, of the selection and of what was read last."""
+        last = [] if self._last is None else [tensor for tensor in self._last if tensor is not None]
+        return last if self.selector is None else [*self.selector.tensors(), *last]
+
     def read_positions(self) -> Tensor:
         """Positions that the last rows attended to: `[batch, n]`, or `[batch, kv_heads, n]` where heads differ; `-1` last."""
         if self._last is None:

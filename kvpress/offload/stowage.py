@@ -8,7 +8,7 @@ are put together in working memory. A *steady* table overwrites slots anywhere, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ class Stowage:
         self._fetched = table.keys
         self.attached.prefetch(self.layer)
 
-    def stow(self, table: SlotTable, rows: int, beside: Iterable[Tensor] = ()) -> None:
+    def stow(self, table: SlotTable, rows: int, beside: Sequence[Tensor] = ()) -> None:
         """The end of a forward: what does not stay near goes to the tiers.
 
         Args:
@@ -121,11 +121,13 @@ class Stowage:
         self.attached.check_open()
         if table.is_empty:
             return
-        self._beside = held_bytes(beside)
+        self._beside = _bytes_beside(table, beside)
         self._broken = True  # until all is put away
         self._stow(table)
         self._broken = False
-        if rows > 1:
+        if rows > 1:  # columns may have grown into other buffers, and what is beside them hold the old ones
+            self._beside = _bytes_beside(table, beside)
+            self._settle(table)
             self.attached.let_go(rows * table.full_bytes_per_token)
 
     def _stow(self, table: SlotTable) -> None:
@@ -327,7 +329,7 @@ class Stowage:
     def _stays_near(self, table: SlotTable) -> bool:
         """Account for a table that lies in buffers of its own, or of the model; False where there is no room for it."""
         if table.spare is not None or table.rows is not None:
-            self._account(self._near_bytes(table))
+            self._settle(table)
             return True
         if not self.attached.keeps_near:
             return table.owned and table.count < self.attached.options.block
@@ -444,10 +446,8 @@ class Stowage:
 
     def _settle(self, table: SlotTable) -> None:
         """Make the account equal what lies near."""
-        self._account(self._near_bytes(table))
-
-    def _account(self, size: int) -> None:
-        self._hold_more(size - self.held)
+        self._hold_more(self._near_bytes(table) - self.held)
+        size = self._near_bytes(table)  # less than before where near copies had to go
         self.attached.account.release(self.held - size)
         self.held = size
 
@@ -517,6 +517,11 @@ class Stowage:
         if gone:
             with suppress(TierClosedError):
                 self.attached.manager.drop(self.attached.name, [key for block in gone for key in block.keys])
+
+
+def _bytes_beside(table: SlotTable, beside: Sequence[Tensor]) -> int:
+    """Bytes of tensors that the table does not hold anyway."""
+    return held_bytes((*table.tensors(), *beside)) - held_bytes(table.tensors())
 
 
 def _stored(table: SlotTable, rows: Tensor) -> Tensor:
