@@ -54,6 +54,7 @@ PLAIN = (
     "ReplaceUnaryOperator_Delete_Invert",
     "ReplaceUnaryOperator_USub_UAdd",
 )
+PYTEST = ("-x", "-q", "--no-header", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
 OPERATORS = (
     *(f"core/ReplaceBinaryOperator_{name}" for name in BINARY),
     *(f"core/ReplaceComparisonOperator_{name}" for name in COMPARED),
@@ -250,8 +251,7 @@ def run(part: Part, source: str, timeout: float) -> str:
         import pytest
 
         sys.meta_path.insert(0, _Swap(part, source))
-        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
-        code = pytest.main([*options, *(str(ROOT / test) for test in part.tests)])
+        code = pytest.main([*PYTEST, *(str(ROOT / test) for test in part.tests)])
         os._exit(int(code))
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -310,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a mutant, at least")
     given = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     if given.list:
         for name in given.parts:
             for mutant in mutants((ROOT / PARTS[name].path).read_text()):
