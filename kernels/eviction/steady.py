@@ -47,7 +47,7 @@ class SteadyWeakest:
             ValueError: as `weakest`.
         """
         alike = isinstance(sinks, int) and isinstance(first_recent, int)  # limits by head are looked up at every call
-        kind = (scores.shape, scores.stride(), scores.dtype)
+        kind = (scores.shape, scores.stride(), scores.dtype, scores.data_ptr() % triton_support.ALIGNED)
         if not alike or kind != self._kind or torch.compiler.is_compiling():
             if alike:
                 self._kind = kind if self._prepare(scores) else None

@@ -91,7 +91,9 @@ class PreparedWrite:
 
     def write(self, slot: Tensor, rows: Sequence[Tensor]) -> None:
         """Write `rows`, for the first of the columns, or all."""
-        kind = tuple([(row.shape, row.stride(), row.data_ptr() % ALIGNED) for row in rows])
+        kind = tuple(
+            [slot.data_ptr() % ALIGNED, *[(row.shape, row.stride(), row.data_ptr() % ALIGNED) for row in rows]]
+        )
         launches = self._launches.get(kind)
         if launches is None:
             launches = self._launches[kind] = [
