@@ -27,7 +27,7 @@ class Forward:
         layer: whose keys these are.
         rows: tokens, padding included.
         new: slots of the new tokens: a slice, or `[batch, kv_heads, 1]` overwritten ones.
-        new_keys: `[batch, kv_heads, rows, dim]` as stored.
+        new_keys: `[batch, kv_heads, rows, dim]` as stored; gone when the forward has ended.
         before: real tokens of each batch row before this forward.
         tokens: set once the mask is known.
         token_ids: `[batch, rows]`, where the policy needs them.

@@ -98,6 +98,7 @@ class Keeper:
                 self._keep(forward, query, keys, arguments, taken_back)
         else:
             self._keep(forward, query, keys, arguments, taken_back)
+        del forward.new_keys  # they may carry the forward (`hand_over`): each would keep the other alive
 
     def _keep(
         self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments, taken_back: bool

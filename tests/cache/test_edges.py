@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -110,6 +111,30 @@ def test_nbytes_counts_every_storage(share):
             continue
         todo.extend(gc.get_referents(item))
     assert sum(found.values()) == cache.nbytes
+
+
+@pytest.mark.parametrize("name", ["full", "snapkv", "h2o", "streaming_llm"])
+def test_a_forward_goes_when_it_ends(name, monkeypatch):
+    """With its keys, and without waiting for the collector of cycles: at long prompts that would be keys of many layers at once."""
+    model = tiny_model("llama")
+    cache = PolicyCache(model, name, **row(name).small)
+    update, forwards = cache.update, []
+
+    def watched(keys, values, layer_idx, *arguments, **named):
+        handed = update(keys, values, layer_idx, *arguments, **named)
+        forwards.append(weakref.ref(cache.layers[layer_idx].forward))
+        return handed
+
+    monkeypatch.setattr(cache, "update", watched)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for ids in (random_tokens(1, 60), random_tokens(1, 1), random_tokens(1, 5), random_tokens(1, 1)):
+                model(ids, past_key_values=cache)
+                assert [forward() for forward in forwards] == [None] * model.config.num_hidden_layers
+                forwards.clear()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("size", [4_000, 4_096, 5_000, 6_144, 7_777])
