@@ -1,9 +1,12 @@
 """Facts of the slot table that its state machine does not ask for: sizes, layouts, states, refusals."""
 
+import copy
+
 import numpy
 import pytest
 import torch
 
+from kvpress import memory
 from kvpress.row_format import row_format
 from kvpress.slots import POSITION, SlotTable
 
@@ -249,6 +252,57 @@ def test_the_empty_slot_of_a_ragged_head_is_its_own():
         [9, 14, 17],
     ]
     assert set(layout) == {"starts", "lengths"}
+
+
+@pytest.mark.parametrize("form", [None, "bfloat16", "int8"])
+def test_tokens_appended_one_by_one_are_those_appended_together(form):
+    single, together = filled_table(6, form=form), filled_table(6, form=form)
+    keys, values = rows(20, start=100)
+    first = single.prepared
+    assert first is not None
+    for token in range(20):
+        new = single.append(keys[:, :, token : token + 1], values[:, :, token : token + 1])
+        assert new == slice(6 + token, 7 + token)
+        single.place(new, at(6 + token), (1, 1))
+        if token == 7:  # taken back, and another in its place
+            single.policy_columns["score"].fill_(3.0)
+            single.drop_last(1)
+            single.place(single.append(keys[:, :, 7:8], values[:, :, 7:8]), at(13), (1, 1))
+            assert (single.policy_columns["score"][..., -1] == 0).all()
+            single.policy_columns["score"].zero_()
+        if token == 12:
+            other = copy.deepcopy(single)
+            other.place(other.append(keys[:, :, :1], values[:, :, :1]), at(19), (1, 1))
+            assert other.prepared is not single.prepared
+            assert not torch.equal(other.stored()[0][:, :, -1], single.stored()[0][:, :, -1])
+    assert single.prepared is not first, "buffers grew"
+    together.place(together.append(keys, values), torch.arange(6, 26, dtype=torch.int32)[None], (20, 20))
+    for own, expected in zip(single.stored(), together.stored(), strict=True):
+        assert torch.equal(own, expected)
+    assert torch.equal(single.positions, together.positions) and (single.held == together.held).all()
+    assert torch.equal(single.policy_columns["score"], together.policy_columns["score"])
+
+
+def test_a_token_of_another_type_is_converted():
+    table = filled_table(6)
+    keys, values = rows(1, start=100, dtype=torch.float64)
+    table.place(table.append(keys, values), at(6), (1, 1))
+    stored_keys, stored_values = table.stored()
+    assert stored_keys.dtype == torch.float32
+    assert torch.equal(stored_keys[:, :, 6:], keys.float()) and torch.equal(stored_values[:, :, 6:], values.float())
+
+
+def test_large_buffers_ask_for_large_pages(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "prefer_large_pages", lambda tensor: asked.append(tensor.nbytes))
+    like = torch.empty(0)
+    memory.allocate((memory.LARGE // 4 - 1,), like)
+    assert asked == []
+    memory.allocate((memory.LARGE // 4,), like)
+    assert asked == [memory.LARGE]
+    monkeypatch.undo()
+    buffer = memory.allocate((3, memory.LARGE // 4), like).fill_(2.0)
+    assert buffer.sum() == 2 * 3 * (memory.LARGE // 4)
 
 
 def test_taking_back():
