@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,15 @@ from torch import Tensor
 from kvpress.errors import CacheStateError
 from kvpress.memory import growth, held_bytes
 from kvpress.offload.attached import Attached
+from kvpress.offload.block_writer import NAMES, BlockWriter, as_stored, stored_shapes
 from kvpress.offload.errors import TierClosedError, TierFullError
 from kvpress.offload.hot_slots import HotSlots, StoredSlots
-from kvpress.offload.key import BlockKey
-from kvpress.offload.slot_rows import NAME as SLOT_ROWS
-from kvpress.offload.slot_rows import RowLayout
 from kvpress.offload.working import Reading, StoredBlock, WorkingMemory, buffer_like, read_all, shaped, shaped_bytes
 
 if TYPE_CHECKING:
     from kvpress.slots import SlotTable
 
 Buffers = tuple[Tensor, Tensor]
-NAMES = ("key", "value")
 
 
 class Stowage:
@@ -42,8 +39,7 @@ class Stowage:
         selecting: the forward under way reads only some slots: they are taken with `stored_slots`, and nothing else is fetched.
 
     Args:
-        apart: keys and values are written apart, for a selection that reads them at different times.
-        together: they are written as slot rows, for a selection that reads single slots: all KV heads of a slot together, or each apart.
+        apart, together: how blocks are written, see `BlockWriter`.
     """
 
     def __init__(self, attached: Attached, layer: int, apart: bool = False, together: bool | None = None) -> None:
@@ -52,9 +48,7 @@ class Stowage:
         self.blocks: list[StoredBlock] = []
         self.held = 0
         self.selecting = False
-        self.apart = apart
-        self.together = together
-        self._serial = 0  # of the blocks written, so that no two share a name
+        self._writer = BlockWriter(attached.name, layer, attached.options.block, apart, together)
         self._tail: Buffers | None = None  # set aside while the table is in working memory
         self._fetched: Tensor | None = None  # the keys in working memory
         self._ahead: Buffers | None = None  # into which the next forward's blocks are read
@@ -170,7 +164,7 @@ class Stowage:
     @property
     def reads_rows(self) -> bool:
         """Whether decoded tokens need few slots of this layer."""
-        return self.together is not None
+        return self._writer.together is not None
 
     def make_room(self, beside: int) -> None:
         """Hold `beside` bytes more, until the end of the forward, for what a selection is about to keep.
@@ -245,13 +239,9 @@ class Stowage:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stowage:
         attached = memo.get(id(self.attached)) or self.attached.__deepcopy__(memo)
-        copied = memo[id(self)] = Stowage(attached, self.layer, self.apart, self.together)
-        copied.blocks, copied.held, copied._serial, copied._beside = (
-            list(self.blocks),
-            self.held,
-            self._serial,
-            self._beside,
-        )
+        copied = memo[id(self)] = Stowage(attached, self.layer)
+        copied._writer = self._writer.copy(attached.name)
+        copied.blocks, copied.held, copied._beside = list(self.blocks), self.held, self._beside
         return copied
 
     # -- what selected slots ask for -----------------------------------------------------------------------------------
@@ -264,7 +254,7 @@ class Stowage:
         start, behind = number * size, -(-last // size)
         end = table.count if last > table.base else behind * size
         memory = self._borrow(table, end - start)
-        shapes, dtypes = self._shapes(table, end - start)
+        shapes, dtypes = stored_shapes(table, end - start)
         keys = shaped(memory.buffer, shapes[:1], dtypes[:1])[0]
         readings = []
         for place, block in enumerate(self.blocks[number:behind]):
@@ -277,7 +267,7 @@ class Stowage:
     def block_tensors(self, table: SlotTable, block: StoredBlock, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors `names` of a block as they were written; valid until the next is asked for."""
         manager = self.attached.manager
-        shapes, dtypes = self._shapes(table, self.attached.options.block)
+        shapes, dtypes = stored_shapes(table, self.attached.options.block)
         like = {
             name: torch.empty(shape, dtype=dtype, device="meta")
             for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)
@@ -333,8 +323,8 @@ class Stowage:
             return True
         if not self.attached.keeps_near:
             return table.owned and table.count < self.attached.options.block
-        block = self._block_layout(table)
-        tail = shaped_bytes(*self._shapes(table, self.attached.options.block))
+        block = self._writer.layout(table)
+        tail = shaped_bytes(*stored_shapes(table, self.attached.options.block))
         self.attached.set_aside(tail + (0 if block is None else block.nbytes(table.keys.shape[0])))
         size = self._near_bytes(table)
         if not table.owned:
@@ -351,7 +341,7 @@ class Stowage:
         size, full = self.attached.options.block, None
         try:
             while (len(self.blocks) + 1) * size <= table.count:
-                self._put(table, len(self.blocks))
+                self.blocks.append(self._writer.put(self.attached.manager, table, len(self.blocks), self._holding))
         except TierFullError as error:
             full = error
         base = len(self.blocks) * size
@@ -362,65 +352,20 @@ class Stowage:
             except TierFullError as error:
                 raise full or error from error
         for part, whole in zip(tail, (table.keys, table.values), strict=True):
-            part[:, :, :count] = _stored(table, whole[:, :, base - table.base : table.count - table.base])
+            part[:, :, :count] = as_stored(table, whole[:, :, base - table.base : table.count - table.base])
         table.lie(*tail, base)
         self._leave_working_memory()
         self._settle(table)
 
-    def _put(self, table: SlotTable, number: int) -> None:
-        size = self.attached.options.block
-        first = number * size - table.base
-        packs = 0 if table.owned else self._packed_bytes(table)
-        self._hold_more(packs)
-        try:
-            parts = (_stored(table, whole[:, :, first : first + size]) for whole in (table.keys, table.values))
-            self._put_block(table, dict(zip(NAMES, parts, strict=True)), number)
-        finally:
-            self.held -= packs
-            self.attached.account.release(packs)
-
-    def _put_block(self, table: SlotTable, tensors: dict[str, Tensor], number: int) -> None:
-        manager = self.attached.manager
-        layout = self._block_layout(table)
-        if layout is not None:
-            self._put_rows(layout, tensors, number)
-            return
-        parts: list[tuple[tuple[str, ...], BlockKey]] = []
-        for names in (("key",), ("value",)) if self.apart else (("key", "value"),):
-            key = BlockKey(self.attached.name, self.layer, number, self._serial, "+".join(names))
-            self._serial += 1
-            try:
-                manager.put(key, {name: tensors[name] for name in names}, self.attached.name)
-            except BaseException:
-                manager.drop(self.attached.name, [each for _, each in parts])
-                raise
-            parts.append((names, key))
-        self.blocks.append(StoredBlock(tuple(parts), table.keys.shape[0]))
-
-    def _put_rows(self, layout: RowLayout, tensors: dict[str, Tensor], number: int) -> None:
-        batch = tensors["key"].shape[0]
-        key = BlockKey(self.attached.name, self.layer, number, self._serial, SLOT_ROWS)
-        self._serial += 1
-        nbytes = layout.nbytes(batch)
+    @contextmanager
+    def _holding(self, nbytes: int) -> Iterator[None]:
+        """Account for `nbytes` of copies meanwhile."""
         self._hold_more(nbytes)
         try:
-            rows = buffer_like(nbytes, torch.empty(0)).view(layout.shape(batch))
-            layout.pack(tensors, rows, key)
-            self.attached.manager.put(key, {SLOT_ROWS: rows}, self.attached.name)
+            yield
         finally:
             self.held -= nbytes
             self.attached.account.release(nbytes)
-        self.blocks.append(StoredBlock((((SLOT_ROWS,), key),), batch, layout=layout))
-
-    def _block_layout(self, table: SlotTable) -> RowLayout | None:
-        if self.together is None:
-            return None
-        shapes, dtypes = self._shapes(table, 1)
-        like = {
-            name: torch.empty(shape, dtype=dtype, device="meta")
-            for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)
-        }
-        return RowLayout.of(like, self.attached.options.block, together=self.together)
 
     def _new_tail(self, table: SlotTable, slots: int) -> Buffers:
         """Buffers for the tail, accounted for before they exist.
@@ -428,12 +373,12 @@ class Stowage:
         Raises:
             TierFullError: there is no room.
         """
-        shapes, dtypes = self._shapes(table, slots)
+        shapes, dtypes = stored_shapes(table, slots)
         self._hold_more(shaped_bytes(shapes, dtypes))
         return self._allocated(table, slots)
 
     def _allocated(self, table: SlotTable, slots: int) -> Buffers:
-        shapes, dtypes = self._shapes(table, slots)
+        shapes, dtypes = stored_shapes(table, slots)
         keys, values = (self.allocate(shape, table.keys, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
         return keys, values
 
@@ -456,10 +401,6 @@ class Stowage:
             self.cool()
             self.must_hold(nbytes)
 
-    def _shapes(self, table: SlotTable, slots: int) -> tuple[list[tuple[int, ...]], list[torch.dtype]]:
-        stored = [table.form.stored_as(dim, table.dtype) for dim in table.dims]
-        return [(*table.keys.shape[:2], slots, size) for size, _ in stored], [dtype for _, dtype in stored]
-
     def _borrow(self, table: SlotTable, slots: int, *, again: bool = False) -> WorkingMemory:
         """Working memory for `slots` slots and some spare ones; `again`: what this layer has is enough."""
         mine = self.attached.lent_to(self.layer) if again else None
@@ -469,27 +410,23 @@ class Stowage:
         return memory
 
     def _try_borrow(self, table: SlotTable, slots: int, *, ahead: bool = False) -> WorkingMemory | None:
-        size = shaped_bytes(*self._shapes(table, _roomy(slots)))
+        size = shaped_bytes(*stored_shapes(table, _roomy(slots)))
         return self.attached.borrow(self.layer, size, self._block_bytes(table), ahead=ahead)
 
     def _block_bytes(self, table: SlotTable) -> int:
         """Of one block on its way, with the most batch rows that any has."""
-        shapes, dtypes = self._shapes(table, self.attached.options.block)
+        shapes, dtypes = stored_shapes(table, self.attached.options.block)
         batch = max((block.batch for block in self.blocks), default=1)
-        layout = self._block_layout(table)
+        layout = self._writer.layout(table)
         if layout is not None:
             return layout.nbytes(batch)
         return shaped_bytes([(batch, *shape[1:]) for shape in shapes], dtypes)
-
-    def _packed_bytes(self, table: SlotTable) -> int:
-        """Of a block of the model's own keys and values while they are packed."""
-        return 0 if table.form.plain else shaped_bytes(*self._shapes(table, self.attached.options.block))
 
     def _block_buffer(self, table: SlotTable) -> Tensor:
         return buffer_like(self._block_bytes(table), torch.empty(0))
 
     def _buffers(self, table: SlotTable, tokens: int, memory: WorkingMemory) -> Buffers:
-        keys, values = shaped(memory.buffer, *self._shapes(table, _roomy(table.count + tokens)))
+        keys, values = shaped(memory.buffer, *stored_shapes(table, _roomy(table.count + tokens)))
         return keys, values
 
     def _readings(self, buffers: Buffers) -> list[Reading]:
@@ -522,11 +459,6 @@ class Stowage:
 def _bytes_beside(table: SlotTable, beside: Sequence[Tensor]) -> int:
     """Bytes of tensors that the table does not hold anyway."""
     return held_bytes((*table.tensors(), *beside)) - held_bytes(table.tensors())
-
-
-def _stored(table: SlotTable, rows: Tensor) -> Tensor:
-    """Keys or values of `table` as they are stored."""
-    return rows if table.owned else table.form.pack(rows)
 
 
 def _roomy(slots: int) -> int:

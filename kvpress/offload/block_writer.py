@@ -1,0 +1,120 @@
+"""Writing the blocks of one layer to the tiers: keys and values together, apart, or as slot rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvpress.offload.key import BlockKey
+from kvpress.offload.slot_rows import NAME as SLOT_ROWS
+from kvpress.offload.slot_rows import RowLayout
+from kvpress.offload.working import StoredBlock, buffer_like, shaped_bytes
+
+if TYPE_CHECKING:
+    from kvpress.offload.manager import TierManager
+    from kvpress.slots import SlotTable
+
+NAMES = ("key", "value")
+
+
+class BlockWriter:
+    """Makes blocks of consecutive slots of a layer's table.
+
+    Args:
+        owner: name of the cache, to which the blocks belong.
+        layer: index of the layer.
+        slots: of a block.
+        apart: keys and values are written apart, for a selection that reads them at different times.
+        together: they are written as slot rows, for a selection that reads single slots: all KV heads of a slot together, or each apart.
+    """
+
+    def __init__(self, owner: str, layer: int, slots: int, apart: bool, together: bool | None) -> None:
+        self.owner, self.layer, self.slots = owner, layer, slots
+        self.apart, self.together = apart, together
+        self.serial = 0  # of the blocks written, so that no two share a name
+
+    def copy(self, owner: str) -> BlockWriter:
+        """For a copied cache."""
+        copied = BlockWriter(owner, self.layer, self.slots, self.apart, self.together)
+        copied.serial = self.serial
+        return copied
+
+    def layout(self, table: SlotTable) -> RowLayout | None:
+        """Of slot rows, where they are written."""
+        if self.together is None:
+            return None
+        shapes, dtypes = stored_shapes(table, 1)
+        like = {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)
+        }
+        return RowLayout.of(like, self.slots, together=self.together)
+
+    def put(
+        self,
+        manager: TierManager,
+        table: SlotTable,
+        number: int,
+        holding: Callable[[int], AbstractContextManager[None]],
+    ) -> StoredBlock:
+        """Store block `number`, whose slots lie in the table's buffers.
+
+        Args:
+            holding: accounts for so many bytes of copies meanwhile.
+
+        Raises:
+            TierFullError: no tier has room for it; nothing of it is stored.
+        """
+        first = number * self.slots - table.base
+        packs = 0 if table.owned or table.form.plain else shaped_bytes(*stored_shapes(table, self.slots))
+        with holding(packs):
+            tensors = {
+                name: as_stored(table, whole[:, :, first : first + self.slots])
+                for name, whole in zip(NAMES, (table.keys, table.values), strict=True)
+            }
+            layout = self.layout(table)
+            if layout is None:
+                return self._put_parts(manager, tensors, number)
+            with holding(layout.nbytes(table.keys.shape[0])):
+                return self._put_rows(manager, layout, tensors, number)
+
+    def _put_parts(self, manager: TierManager, tensors: dict[str, Tensor], number: int) -> StoredBlock:
+        parts: list[tuple[tuple[str, ...], BlockKey]] = []
+        for names in (("key",), ("value",)) if self.apart else (NAMES,):
+            key = self._key(number, "+".join(names))
+            try:
+                manager.put(key, {name: tensors[name] for name in names}, self.owner)
+            except BaseException:
+                manager.drop(self.owner, [each for _, each in parts])
+                raise
+            parts.append((names, key))
+        return StoredBlock(tuple(parts), tensors["key"].shape[0])
+
+    def _put_rows(
+        self, manager: TierManager, layout: RowLayout, tensors: dict[str, Tensor], number: int
+    ) -> StoredBlock:
+        batch, key = tensors["key"].shape[0], self._key(number, SLOT_ROWS)
+        rows = buffer_like(layout.nbytes(batch), torch.empty(0)).view(layout.shape(batch))
+        layout.pack(tensors, rows, key)
+        manager.put(key, {SLOT_ROWS: rows}, self.owner)
+        return StoredBlock((((SLOT_ROWS,), key),), batch, layout=layout)
+
+    def _key(self, number: int, context: str) -> BlockKey:
+        key = BlockKey(self.owner, self.layer, number, self.serial, context)
+        self.serial += 1
+        return key
+
+
+def stored_shapes(table: SlotTable, slots: int) -> tuple[list[tuple[int, ...]], list[torch.dtype]]:
+    """Shapes and types of the keys and of the values of `slots` slots, as they are stored."""
+    stored = [table.form.stored_as(dim, table.dtype) for dim in table.dims]
+    return [(*table.keys.shape[:2], slots, size) for size, _ in stored], [dtype for _, dtype in stored]
+
+
+def as_stored(table: SlotTable, rows: Tensor) -> Tensor:
+    """Keys or values of `table` as they are stored: the model's own are packed."""
+    return rows if table.owned else table.form.pack(rows)
