@@ -147,6 +147,7 @@ ACCEPTED = {  # part -> a survivor -> why it changes nothing
     ),
     "slots": _accepted(
         (_MASKED, " < ", " <= ", SOONER),
+        (_MASKED, "[-1]", "[+1]", "positions are two-dimensional"),
         ("if counts.min() < kept:", " < ", " <= ", "no slot is surplus then"),
         (_LENGTH, "is None", "is not None", "columns are cut to the slots in use, or longer than those: only memory"),
         (
