@@ -150,6 +150,7 @@ ACCEPTED = {  # part -> a survivor -> why it changes nothing
         (_MASKED, "[-1]", "[+1]", "positions are two-dimensional"),
         ("if counts.min() < kept:", " < ", " <= ", "no slot is surplus then"),
         (_LENGTH, "is None", "is not None", "columns are cut to the slots in use, or longer than those: only memory"),
+        (_LENGTH, "self.rows is", "not self.rows is", "as the line before"),
         (
             "if TYPE_CHECKING:",
             "if TYPE",
