@@ -108,6 +108,7 @@ _SPARE_SORTED = "positions = self.positions.scatter(-1, spare, -1)"
 _KEPT_SHOWN = "kept = kept[..., : int(self.held.max(initial=0))]"
 _KEPT = "kept = int(self.held.max(initial=0))"
 _ORDER = "order = positions.argsort(dim=-1, stable=True)[..., self.count - kept :]"
+_UNKNOWN = "self._complete = False  # known to have no empty slot; real tokens appended or exchanged do not change that"
 _FRESH = "fresh = filled((*column.shape[:2], kept + room), 0, column, column.dtype)"
 _ADOPTED = "self.keys, self.values, self._owned, self._complete = keys, values, False, False"
 _SCALES = "if keys_scale is not None and values_scale is not None:"
@@ -146,8 +147,10 @@ ACCEPTED = {  # part -> a survivor -> why it changes nothing
     ),
     "slots": _accepted(
         (_MASKED, " < ", " <= ", SOONER),
+        (_MASKED, "[-1]", "[+1]", "positions are two-dimensional"),
         ("if counts.min() < kept:", " < ", " <= ", "no slot is surplus then"),
         (_LENGTH, "is None", "is not None", "columns are cut to the slots in use, or longer than those: only memory"),
+        (_LENGTH, "self.rows is", "not self.rows is", "as the line before"),
         (
             "if TYPE_CHECKING:",
             "if TYPE",
@@ -163,6 +166,7 @@ ACCEPTED = {  # part -> a survivor -> why it changes nothing
         (_FRESH, "room), 0,", "room), 1,", "what is not taken over is written by the append that follows"),
         (_FRESH, "room), 0,", "room), -1,", "what is not taken over is written by the append that follows"),
         (_ORDER, "stable=True", "stable=False", "only empty slots have equal positions"),
+        (_UNKNOWN, "= False", "= True", "the first tokens, or a loaded state, begin anew"),
         (_ADOPTED, "False, False", "False, True", "place takes it back where a token is padding"),
         (_SCALES, " and ", " or ", "both have a scale, or none has"),
     ),

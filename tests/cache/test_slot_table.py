@@ -222,6 +222,7 @@ def test_positions_of_heads_that_keep_fewer_end_with_minus_one():
     empty = filled_table(2)
     empty.drop_last(2)
     assert empty.kept_positions().shape == (BATCH, HEADS, 0)
+    assert filled_table(2, pads=(2, 2)).kept_positions().shape == (BATCH, HEADS, 0)  # padding alone
 
 
 def test_vacated_slots_are_empty():

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from kvpress import cli_mount
 from kvpress.cli import app
 from kvpress.cli_arguments import parse_budget, parse_settings, read_prompt
+from kvpress.demo import table as demo_table
 from kvpress.policies import policy_names
+from kvpress.prompting import encode_prompt
 from kvpress.testing.tiny_checkpoint import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 runner = CliRunner()
@@ -252,3 +254,32 @@ def test_demo_stores_what_policies_keep_as_asked(folder: str) -> None:
     assert shown.exit_code == 0 and "stored as int8" in shown.stdout
     refused = runner.invoke(app, [*given, "--kv-dtype", "int7"])
     assert refused.exit_code == 2 and "kv_dtype must be" in refused.stderr
+
+
+def test_the_prompt_may_come_through_a_pipe(folder: str) -> None:
+    given = ["run", "-m", folder, "--prompt-file", "-", "--max-new-tokens", "12", "--device", "cpu"]
+    assert runner.invoke(app, given, input="The lighthouse").stdout == plain_answer("The lighthouse", 12) + "\n"
+
+
+def test_sampling_follows_the_seed(folder: str) -> None:
+    given = ["run", "-m", folder, "--prompt", "The lighthouse", "--max-new-tokens", "12", "--device", "cpu"]
+    sampled = [
+        runner.invoke(app, [*given, "--temperature", "2", "--seed", seed]).stdout.strip() for seed in ("1", "1", "2")
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_prompt_in_the_chat_template() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<answer>{% endif %}"
+    )
+    expected = tokenizer("<user>Who?<answer>", add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, "Who?", chat=True).tolist() == [expected]
+
+
+def test_a_demo_in_which_the_full_policy_answers_otherwise_failed(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_table, "full_cache_agrees", lambda result: False)
+    result = runner.invoke(app, ["demo", "-m", folder, "-p", "knorm", "--tokens", "400", "--device", "cpu"])
+    assert result.exit_code == 1 and "that is a fault of this package" in result.stdout
