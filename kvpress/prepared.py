@@ -12,7 +12,6 @@ from torch import Tensor
 from kvpress.kernels.attention.prepared import PreparedAttention
 from kvpress.kernels.eviction import RowWriter
 from kvpress.kernels.eviction.steady import SteadyWeakest
-from kvpress.memory import filled
 
 if TYPE_CHECKING:
     from kvpress.slots import SlotTable
@@ -48,39 +47,26 @@ class PreparedSlots:
         self.whole = table.form.readable(table.keys, table.values, layout)
         self.attention = PreparedAttention(*self.whole)
         self.weakest = SteadyWeakest(table.columns[POSITION], None if table.rows is None else table.rows.lengths)
-        self._position_column = table.columns[POSITION]
-        self._same: Tensor | None = None
-        self._number = 0
+        self._nothing = _no_score(table.columns[POSITION].device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Of a copied table there is none yet: addresses are those of the original."""
 
-    def same_slot(self, number: int) -> Tensor:
-        """`number` for every head, `[batch, kv_heads, 1]`, until the next call."""
-        if self._same is None:
-            self._same = filled((*self._position_column.shape[:2], 1), number, self._position_column, torch.long)
-        elif number != self._number:
-            self._same.fill_(number)
-        self._number = number
-        return self._same
-
-    def overwrite(self, slot: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put a token `[batch, kv_heads, 1, dim]` in `slot [batch, kv_heads, 1]`, with scores of 0."""
+    def overwrite(self, slot: Tensor | int, keys: Tensor, values: Tensor) -> None:
+        """Put a token `[batch, kv_heads, 1, dim]` in `slot [batch, kv_heads, 1]`, or one for all heads, with scores of 0."""
         self._rows.write(slot, [self._form.pack(keys), self._form.pack(values)])
         if self._scores:
-            self._columns.write(slot, [_no_score(slot.device)] * self._scores)
+            self._columns.write(slot, [self._nothing] * self._scores)
 
-    def write_keys(self, slot: Tensor, keys: Tensor) -> None:
+    def write_keys(self, slot: Tensor | int, keys: Tensor) -> None:
         """Put `keys [batch, kv_heads, 1, dim]` there."""
         self._rows.write(slot, [self._form.pack(keys)])
 
-    def place(self, slot: Tensor, positions: Tensor) -> None:
+    def place(self, slot: Tensor | int, positions: Tensor) -> None:
         """Put `positions [batch or 1, 1]` int32 there."""
         self._position.write(slot, [positions])
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held beside the table's tensors."""
-        if self._same is not None:
-            yield self._same
         for writer in (self._rows, self._columns, self._position):
             yield from writer.tensors()

@@ -222,7 +222,7 @@ class SlotTable:
         self.count += tokens
         new = slice(first, self.count)
         if tokens == 1 and keys.dtype == self.dtype and (prepared := self.prepared) is not None:
-            prepared.overwrite(prepared.same_slot(first), keys, values)
+            prepared.overwrite(first, keys, values)
             return new
         place = slice(first - self.base, first - self.base + tokens)
         self.keys[:, :, place], self.values[:, :, place] = self.form.pack(keys), self.form.pack(values)
@@ -241,7 +241,7 @@ class SlotTable:
         if isinstance(new, Tensor):
             self.steady.place(new, positions)
         elif positions.shape[1] == 1 and self._prepared is not None:
-            self._prepared.place(self._prepared.same_slot(new.start), positions)
+            self._prepared.place(new.start, positions)
         else:
             self.columns[POSITION][:, :, new] = positions[:, None]
         if min(counts) == max(counts):
@@ -256,7 +256,7 @@ class SlotTable:
         if isinstance(new, Tensor):
             self.steady.write_keys(new, keys)
         elif keys.shape[2] == 1 and self._prepared is not None:
-            self._prepared.write_keys(self._prepared.same_slot(new.start), keys)
+            self._prepared.write_keys(new.start, keys)
         elif self._owned:
             self.keys[:, :, new.start - self.base : new.stop - self.base] = self.form.pack(keys)
         else:

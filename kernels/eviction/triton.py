@@ -89,20 +89,21 @@ class PreparedWrite:
         self._grid = (heads[0] * heads[1], 1, 1)
         self._launches: dict[tuple[object, ...], list[PreparedLaunch]] = {}
 
-    def write(self, slot: Tensor, rows: Sequence[Tensor]) -> None:
+    def write(self, slot: Tensor | int, rows: Sequence[Tensor]) -> None:
         """Write `rows`, for the first of the columns, or all."""
-        kind = tuple(
-            [slot.data_ptr() % ALIGNED, *[(row.shape, row.stride(), row.data_ptr() % ALIGNED) for row in rows]]
-        )
+        rows = [row if row.dim() < 4 or row.stride(-1) == 1 else row.contiguous() for row in rows]
+        aligned = None if isinstance(slot, int) else slot.data_ptr() % ALIGNED
+        kind = (aligned, *[(row.shape, row.stride(), row.data_ptr() % ALIGNED) for row in rows])
+        place, number = (None, slot) if isinstance(slot, int) else (slot, 0)
         launches = self._launches.get(kind)
         if launches is None:
             launches = self._launches[kind] = [
                 self._prepare(first, rows[first : first + COLUMNS]) for first in range(0, len(rows), COLUMNS)
             ]
-        with on_device(slot):
-            for number, launch in enumerate(launches):
-                some = rows[COLUMNS * number : COLUMNS * (number + 1)]
-                launch(self._grid, slot=slot, **dict(zip(ROWS, some, strict=False)))
+        with on_device(rows[0]):
+            for part, launch in enumerate(launches):
+                some = rows[COLUMNS * part : COLUMNS * (part + 1)]
+                launch(self._grid, slot=place, number=number, **dict(zip(ROWS, some, strict=False)))
 
     def _prepare(self, first: int, rows: Sequence[Tensor]) -> PreparedLaunch:
         leading = 1 if self._starts is not None else 3

@@ -64,18 +64,22 @@ def write_row(column, row, at, source, exists, DIM: tl.constexpr, BLOCK_D: tl.co
 
 
 @Remembered
-@triton.jit(do_not_specialize=["slots", "stride_0b", "stride_0h", "stride_1b", "stride_1h", "stride_2b", "stride_2h"])
+@triton.jit(
+    do_not_specialize=["slots", "number", "stride_0b", "stride_0h", "stride_1b", "stride_1h", "stride_2b", "stride_2h"]
+)
 def write_kernel(
-    slot, starts, column_0, row_0, column_1, row_1, column_2, row_2, slots,
+    slot, number, starts, column_0, row_0, column_1, row_1, column_2, row_2, slots,
     stride_0b, stride_0h, stride_1b, stride_1h, stride_2b, stride_2h,
     HEADS: tl.constexpr, DIM_0: tl.constexpr, DIM_1: tl.constexpr, DIM_2: tl.constexpr,
     BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr,
 ):  # fmt: skip
-    """One program: the new row of one head in up to three columns. A slot below 0 writes nothing."""
+    """One program: the new row of one head in up to three columns, at a slot of its own or at `number`. A slot below 0 writes nothing."""
     pair = tl.program_id(0).to(tl.int64)
     batch = pair // HEADS
     head = pair % HEADS
-    place = tl.load(slot + pair).to(tl.int64)
+    place = number.to(tl.int64)
+    if slot is not None:
+        place = tl.load(slot + pair).to(tl.int64)
     exists = tl.full([1], 0, tl.int64) + place >= 0
     at = pair * slots + place
     if starts is not None:

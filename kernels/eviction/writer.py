@@ -46,11 +46,11 @@ class RowWriter:
         if self._impl == "triton":
             self._launches = import_module("kvpress.kernels.eviction.triton").PreparedWrite(columns, heads, starts)
 
-    def write(self, slot: Tensor, rows: Sequence[Tensor]) -> None:
+    def write(self, slot: Tensor | int, rows: Sequence[Tensor]) -> None:
         """Write `rows`.
 
         Args:
-            slot: `[batch, kv_heads, 1]` int64, contiguous.
+            slot: `[batch, kv_heads, 1]` int64, contiguous; or one number for all heads.
             rows: for the first of the columns, or all: `[batch, kv_heads]`, or `[batch, kv_heads, 1, dim]`, of the
                 column's type; sizes of 1 stand for all.
 
@@ -63,7 +63,8 @@ class RowWriter:
         if self._impl == "triton":
             self._launches.write(slot, rows)
             return
-        overwrite, place = native.built().overwrite, slot.data_ptr()
+        overwrite = native.built().overwrite
+        place, same = (0, slot) if isinstance(slot, int) else (slot.data_ptr(), 0)
         batch, kv_heads = self.heads
         for (item, fields), row in zip(self._fields, rows, strict=False):
             strides, shape = row.stride(), row.shape
@@ -76,6 +77,7 @@ class RowWriter:
                 row.data_ptr(),
                 strides[0] * item if shape[0] == batch else 0,
                 strides[1] * item if shape[1] == kv_heads else 0,
+                same,
             )
 
     def tensors(self) -> Iterator[Tensor]:
@@ -101,15 +103,15 @@ class RowWriter:
         start = 0 if self.starts is None else self.starts.data_ptr()
         return item, (batch, kv_heads, slots, row_bytes, column.data_ptr(), *strides, row_bytes, start)
 
-    def _index_copy(self, slot: Tensor, rows: Sequence[Tensor]) -> None:
+    def _index_copy(self, slot: Tensor | int, rows: Sequence[Tensor]) -> None:
         batch, kv_heads = self.heads
         if self._first_rows is None:
             if self.starts is not None:
                 self._first_rows = self.starts.view(-1)
             else:
                 slots = self.columns[0].shape[2]
-                self._first_rows = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device)
-        where = slot.view(-1) + self._first_rows
+                self._first_rows = torch.arange(0, batch * kv_heads * slots, slots, device=self.columns[0].device)
+        where = (slot if isinstance(slot, int) else slot.view(-1)) + self._first_rows
         leading = 1 if self.starts is not None else 3
         for column, row in zip(self.columns, rows, strict=False):
             dim = (column.shape[-1],) if column.dim() > leading else ()

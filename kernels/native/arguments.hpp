@@ -119,9 +119,10 @@ struct Overwrite {       // one column: rows of `bytes` bytes, one new row a hea
   char* column;
   int64_t batch_stride, head_stride, slot_stride;  // bytes
   const int64_t* starts;                           // flat layout, else null
-  const int64_t* slot;                             // [batch, heads], contiguous
+  const int64_t* slot;                             // [batch, heads], contiguous, or null: `same` for all
   const char* source;
   int64_t source_batch, source_head;               // bytes
+  int64_t same;
 };
 
 struct Weakest {

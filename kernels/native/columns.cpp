@@ -28,11 +28,12 @@ int gather(const Gather& g) {
 
 int overwrite(const Overwrite& o) {
   for (int64_t i = 0; i < o.batch * o.heads; ++i) {
-    const int64_t row = o.starts ? o.starts[i] + o.slot[i] : o.slot[i];
-    if (o.slot[i] < 0 || row < 0 || row >= o.slots) return INDEX_OUT_OF_RANGE;  // before anything is written
+    const int64_t slot = o.slot ? o.slot[i] : o.same, row = o.starts ? o.starts[i] + slot : slot;
+    if (slot < 0 || row < 0 || row >= o.slots) return INDEX_OUT_OF_RANGE;  // before anything is written
   }
   for (int64_t i = 0; i < o.batch * o.heads; ++i) {
-    const int64_t b = i / o.heads, h = i % o.heads, row = o.starts ? o.starts[i] + o.slot[i] : o.slot[i];
+    const int64_t b = i / o.heads, h = i % o.heads, slot = o.slot ? o.slot[i] : o.same;
+    const int64_t row = o.starts ? o.starts[i] + slot : slot;
     std::memcpy(o.column + b * o.batch_stride + h * o.head_stride + row * o.slot_stride,
                 o.source + b * o.source_batch + h * o.source_head, size_t(o.bytes));
   }

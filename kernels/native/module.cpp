@@ -113,7 +113,7 @@ OPERATION(choose_pages, ChoosePages, PAGE_SCORES PAGE_SLOTS "ii" "iii" "ii", use
 OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "i", used->level->rotate)
 OPERATION(pack_int8, Packing, "iiiii" "iiii" "i" "i", used->level->pack_int8)
 OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)
-OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii", overwrite)
+OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii" "i", overwrite)
 OPERATION(best_slots, BestSlots, "iiii" "ii" "i", best_slots)
 OPERATION(listed_slots, ListedSlots, "iiiii" "ii", listed_slots)
 OPERATION(page_slots, PageSlots, PAGE_SLOTS, page_slots)

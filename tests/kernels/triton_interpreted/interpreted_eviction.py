@@ -65,6 +65,11 @@ def test_rows_are_written_in_place(generator, flat, dtype):
     RowWriter(twins, (2, 3), starts, impl="reference").write(slot, rows)
     for column, twin in zip(columns, twins, strict=True):
         assert torch.equal(column, twin) and int((column != 0).sum()) > 0
+    for impl, given in (("triton", columns), ("reference", twins)):
+        rows[0] = rows[0].repeat_interleave(2, -1)[..., ::2]  # not side by side
+        RowWriter(given, (2, 3), starts, impl=impl).write(4, rows)  # one number for all heads
+    for column, twin in zip(columns, twins, strict=True):
+        assert torch.equal(column, twin)
     RowWriter(columns, (2, 3), starts, impl="triton").write(torch.full_like(slot, -1), [row + 1 for row in rows])
     assert all(torch.equal(column, twin) for column, twin in zip(columns, twins, strict=True))
 
