@@ -151,7 +151,7 @@ class PreparedAttention:
             return False  # a copy would not follow what is written there
         lengths = layout.get("lengths")
         self._longest = 0 if lengths is None else int(lengths.max())
-        found, self._owners = fields.attention_fields(
+        found, owners = fields.attention_fields(
             query,
             keys,
             values,
@@ -170,6 +170,8 @@ class PreparedAttention:
             rotation=rotation,
             **options,
         )
+        passing = [id(tensor) for tensor in (query, options["index"], *(rotation or ()))]  # of this call alone
+        self._owners = [tensor for tensor in owners if id(tensor) not in passing]
         self._fields = fields.packed(found)
         batch, heads, rows, _ = query.shape
         self._shape, self._heads = (batch, heads, rows, values.shape[-1]), (batch, kv_heads)
