@@ -47,7 +47,7 @@ class PreparedSlots:
         self.whole = table.form.readable(table.keys, table.values, layout)
         self.attention = PreparedAttention(*self.whole)
         self.weakest = SteadyWeakest(table.columns[POSITION], None if table.rows is None else table.rows.lengths)
-        self._nothing = _no_score(table.columns[POSITION].device)
+        self._device = table.columns[POSITION].device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Of a copied table there is none yet: addresses are those of the original."""
@@ -56,7 +56,7 @@ class PreparedSlots:
         """Put a token `[batch, kv_heads, 1, dim]` in `slot [batch, kv_heads, 1]`, or one for all heads, with scores of 0."""
         self._rows.write(slot, [self._form.pack(keys), self._form.pack(values)])
         if self._scores:
-            self._columns.write(slot, [self._nothing] * self._scores)
+            self._columns.write(slot, [_no_score(self._device)] * self._scores)
 
     def write_keys(self, slot: Tensor | int, keys: Tensor) -> None:
         """Put `keys [batch, kv_heads, 1, dim]` there."""

@@ -27,7 +27,11 @@ def test_head_vote(generator, within_budget, group, splits):
     positions = torch.arange(270).view(1, 1, -1).repeat(2, 1, 1)
     positions[:, :, :9] = positions[0, :, 200:] = -1
     votes = head_vote(query, keys, positions=positions, splits=splits)
-    within_budget(votes, softmax_votes(query.double(), keys.double(), positions), softmax_votes(query, keys, positions))
+    exact = softmax_votes(query.double(), keys.double(), positions)
+    orders = [softmax_votes(query, keys, positions), softmax_votes(query.flip(-1), keys.flip(-1), positions)]
+    within_budget(
+        votes, exact, max(orders, key=lambda order: float((order - exact).abs().max()))
+    )  # of two orders of sums
     assert (votes[:, :9] == 0).all()
     torch.testing.assert_close(votes.sum(-1), torch.full((2,), 3.0 * group))
 
