@@ -46,7 +46,7 @@ class PreparedWeakest:
     ) -> None:
         self._heads = batch, kv_heads = torch.broadcast_shapes(scores.shape, positions.shape)[:2]
         slots = positions.shape[-1]
-        limits = [limit[..., 0] if isinstance(limit, Tensor) else None for limit in (sinks, first_recent)]
+        limits = [_limit(limit)[0] for limit in (sinks, first_recent)]
         self._launch = PreparedLaunch(
             triton_kernels.weakest_kernel,
             dict(
@@ -74,6 +74,7 @@ class PreparedWeakest:
 
 
 def _limit(limit: int | Tensor | None) -> tuple[Tensor | None, int]:
+    """Of each head `[batch or 1, kv_heads or 1]`, or one number for all."""
     return (limit[..., 0], 0) if isinstance(limit, Tensor) else (None, limit or 0)
 
 

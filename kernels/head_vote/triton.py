@@ -58,8 +58,3 @@ def head_vote(
             scores, lse.contiguous(), votes, query_heads, slots, BLOCK_H=BLOCK_HEADS, BLOCK_N=BLOCK_SLOTS
         )
     return votes
-
-
-def top_slots(votes: Tensor, top_k: int) -> Tensor:
-    """The `top_k` slots with most votes `[batch, top_k]` in ascending order; all of them where there are fewer."""
-    return votes.topk(min(top_k, votes.shape[-1]), dim=-1).indices.sort(dim=-1).values

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from kvpress.kernels.head_vote.triton import head_vote, top_slots
+from kvpress.kernels.head_vote import top_slots
+from kvpress.kernels.head_vote.triton import head_vote
 from kvpress.kernels.pages.triton import page_bounds, page_scores
 
 
