@@ -20,7 +20,7 @@ from kvpress.row_format import part, parts, unpacked
 from kvpress.tensor_parallel import ALONE, HeadShards
 
 if TYPE_CHECKING:
-    from kvpress.prepared import PreparedSlots
+    from kvpress.kernels.attention.prepared import PreparedAttention
     from kvpress.slots import SlotTable
 
 
@@ -37,7 +37,7 @@ class Rows:
         row_positions: `[batch or 1, rows]`.
         newest: position of the last row: an int where all batch rows are alike, else `[batch, 1, 1]`.
         new: slots of the rows' own tokens.
-        prepared: of a decoded token the table's slots, where there are prepared calls to read them.
+        attention: of a decoded token, over all the memory that these slots lie in, where it is prepared.
     """
 
     query: Tensor
@@ -47,7 +47,7 @@ class Rows:
     row_positions: Tensor
     newest: int | Tensor
     new: slice | Tensor
-    prepared: PreparedSlots | None = None
+    attention: PreparedAttention | None = None
 
     def block(self, first: int, last: int, end: int) -> Rows:
         """Rows `first … last - 1`, which see at most the first `end` slots."""
@@ -104,7 +104,8 @@ class Reader:
             self._make_room(table, keys)
         tokens = forward.placed
         prepared = None if forward.prepared is None else table.prepared
-        rows = Rows(query, keys, values, table.positions, tokens.positions, tokens.newest, forward.new, prepared)
+        attention = None if prepared is None else prepared.attention
+        rows = Rows(query, keys, values, table.positions, tokens.positions, tokens.newest, forward.new, attention)
         padded = forward.visible is not None
         if forward.rows == 1 or not tokens.padded or self.policy is None or not self.policy.selects_for_prompts:
             return self._read(rows, padded, arguments)
@@ -225,16 +226,21 @@ class Reader:
         )
         self._last = (positions, index)
         if index is None:
-            index = torch.arange(table.count, device=query.device)[None, None]
-        keys, values = stored.take(index)
-        whole = index.expand(positions.shape[0], positions.shape[1], -1)
-        chosen = positions.gather(-1, whole.clamp(min=0)).masked_fill(whole < 0, -1)
-        rows = Rows(query, keys, values, chosen, tokens.positions, newest, forward.new)
-        if self.rotation is not None:
-            in_order = ordered and self.selector.complete_lists
-            return self._attend(rows, None, padded, in_order, arguments)
-        listed = torch.arange(index.shape[-1], device=index.device).expand_as(index).masked_fill(index < 0, -1)
-        return _attend_kept(rows, listed, padded, arguments)
+            lists = 1 if self.shared else positions.shape[1]
+            index = torch.arange(table.count, device=query.device).expand(positions.shape[0], lists, -1).contiguous()
+        in_order = ordered and self.selector.complete_lists
+        held = positions[:, : index.shape[1]]
+        if padded:
+            index = index.masked_fill(held.gather(-1, index.clamp(min=0)) < 0, -1)
+        places, copies = stored.places(index)
+        keys, values = stored.copies
+        rows = Rows(query, keys, values, positions, tokens.positions, newest, forward.new, copies.attention)
+        if self.rotation is None:
+            return _attend_slots(rows, places, arguments)
+        if in_order and (tables := self.rotation.tables(query, index.shape[-1])) is not None:
+            return _attend_slots(rows, places, arguments, rotation=tables)
+        rows.positions = held.gather(-1, copies.holder.clamp(min=0).long())  # of the copies
+        return self._attend_reindexed(rows, places, padded, arguments)
 
     def reset(self) -> None:
         """Forget what was read, and start the selection anew."""
@@ -318,8 +324,8 @@ def _attend_slots(rows: Rows, index: Tensor | None, arguments: AttentionArgument
     options |= {
         "index": index, "scaling": arguments.scaling, "softcap": arguments.softcap, "sinks": arguments.sinks
     }  # fmt: skip
-    if rows.prepared is not None:
-        return rows.prepared.attention.attend(rows.query, rows.keys.shape[2], **options)[0]
+    if rows.attention is not None:
+        return rows.attention.attend(rows.query, rows.keys.shape[2], **options)[0]
     (keys, keys_scale), (values, values_scale) = parts(rows.keys), parts(rows.values)
     served = attend if options.get("rotation") is None else attend_turned
     return served(rows.query, keys, values, keys_scale=keys_scale, values_scale=values_scale, **options)[0]

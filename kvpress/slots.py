@@ -359,7 +359,7 @@ class SlotTable:
         dropped = self.columns[POSITION][:, :, self.count - tokens : self.count] >= 0
         self.held = self.held - dropped.sum(dim=-1).cpu().numpy()
         self.count -= tokens
-        if self.stowage is not None and self.base > self.count:
+        if self.stowage is not None:
             self.stowage.cut(self)
 
     def select_batch(self, index: Tensor) -> None:

@@ -183,6 +183,16 @@ struct ReusedSlots {
   ListedSlots listed;          // written where the selection serves once more
 };
 
+struct FindPlaces {
+  int64_t lists, count, slots, capacity, now;
+  const int64_t* index;        // [lists, count], -1 for none
+  int32_t* place;              // [lists, slots] of the copies, -1 for nowhere
+  int32_t* holder;             // [lists, capacity] the slot of each copy, -1 for none
+  int32_t* used;               // [lists, capacity] when
+  int64_t* found;              // [lists, count]
+  int64_t* missing;            // how many had no copy, then their entries
+};
+
 enum Status : int { OK = 0, OUT_OF_MEMORY = 1, INDEX_OUT_OF_RANGE = 2, FLAT_OUT_OF_RANGE = 3 };
 
 struct Level {  // the operations compiled for one instruction set

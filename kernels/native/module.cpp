@@ -10,6 +10,7 @@
 #include "columns.hpp"
 #include "files.hpp"
 #include "memory.hpp"
+#include "places.hpp"
 
 namespace baseline { extern const Level level; }
 #if defined(__x86_64__)
@@ -117,6 +118,7 @@ OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii" "i", overwrite)
 OPERATION(best_slots, BestSlots, "iiii" "ii" "i", best_slots)
 OPERATION(listed_slots, ListedSlots, "iiiii" "ii", listed_slots)
 OPERATION(page_slots, PageSlots, PAGE_SLOTS, page_slots)
+OPERATION(find_places, FindPlaces, "iiiii" "i" "iii" "ii", find_places)
 OPERATION(read_rows, ReadRows, "iiiiiiiiiiiii", read_rows)
 OPERATION(prefer_large_pages, Region, "ii", prefer_large_pages)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
@@ -203,6 +205,7 @@ PyMethodDef methods[] = {
     {"page_slots", FAST(call_page_slots), "The slots of the best pages of each head."},
     {"listed_slots", FAST(call_listed_slots), "Sinks, chosen slots and the last ones."},
     {"reused_slots", FAST(call_reused_slots), "A selection used once more, if the query has hardly turned."},
+    {"find_places", FAST(call_find_places), "Where copies of slots lie, and which give way."},
     {"read_rows", FAST(call_read_rows), "Rows of files of equal rows."},
     {"prefer_large_pages", FAST(call_prefer_large_pages), "Ask the system to back memory with large pages."},
     {"weakest", FAST(call_weakest), "The slot to evict of each head."},

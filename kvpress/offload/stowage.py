@@ -21,7 +21,8 @@ from kvpress.memory import growth, held_bytes
 from kvpress.offload.attached import Attached
 from kvpress.offload.block_writer import NAMES, BlockWriter, as_stored, stored_shapes
 from kvpress.offload.errors import TierClosedError, TierFullError
-from kvpress.offload.hot_slots import HotSlots, StoredSlots
+from kvpress.offload.hot_slots import HotSlots
+from kvpress.offload.stored_slots import StoredSlots
 from kvpress.offload.working import Reading, StoredBlock, WorkingMemory, buffer_like, read_all, shaped, shaped_bytes
 
 if TYPE_CHECKING:
@@ -178,10 +179,10 @@ class Stowage:
         """The slots of a table of which only some will be read."""
         return StoredSlots(self, table)
 
-    def hot_slots(self) -> HotSlots:
+    def hot_slots(self, table: SlotTable) -> HotSlots:
         """The near copies of this layer."""
         if self._hot is None:
-            self._hot = HotSlots()
+            self._hot = HotSlots(table.form)
         return self._hot
 
     @staticmethod
@@ -194,6 +195,10 @@ class Stowage:
 
     def cut(self, table: SlotTable) -> None:
         """Tokens were taken back, down to `table.count` slots: later blocks go, the rest of the first of them returns to the tail."""
+        if self._hot is not None:
+            self._hot.forget_from(table.count)
+        if table.count >= table.base:
+            return
         self._invalidate()
         block = self.attached.options.block
         whole = table.count // block

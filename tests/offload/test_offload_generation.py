@@ -248,9 +248,9 @@ def ignores_rows(self, rows):
     return self
 
 
-def brings_nothing(self, slot, wanted):
-    place, missing = HotSlots.found(self, slot, wanted)
-    return place, missing & False
+def brings_nothing(self, index):
+    place, missing = HotSlots.found(self, index)
+    return place, missing[:0]
 
 
 def keeps_what_was_read_ahead(self):

@@ -1,0 +1,4 @@
+#pragma once
+#include "arguments.hpp"
+
+int find_places(const FindPlaces&);

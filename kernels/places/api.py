@@ -1,0 +1,48 @@
+"""Finding places: validation and dispatch. `reference.py` is the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress.kernels.dispatch import choose
+from kvpress.kernels.places import native, reference
+
+
+def find_places(
+    index: Tensor, place: Tensor, holder: Tensor, used: Tensor, now: int, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Places of the copies of slots; slots that have none get those of the least recently used copies, of equal ones the first.
+
+    Args:
+        index: `[batch, lists, n]` int64 slots, `-1` for none; a slot listed twice has one place.
+        place: `[batch, lists, slots]` int32, where the copy of each slot lies, `-1` for nowhere. It is updated, as the next two are.
+        holder: `[batch, lists, capacity]` int32, which slot each copy is of, `-1` for none.
+        used: `[batch, lists, capacity]` int32, when each copy was used last, less than `now`.
+        now: becomes the time of those in `index`.
+        impl: `"auto"` or the name of an implementation.
+
+    Returns:
+        `[batch, lists, n]` int64 places, `-1` for none; and the entries `[missing]` int64, ascending, of the flat `index` whose slots had none.
+
+    Raises:
+        ValueError: shapes or types that do not fit, more slots than copies, an unknown `impl`, or an explicit one that cannot serve.
+        IndexError: a slot beyond those of `place`.
+    """
+    state = (place, holder, used)
+    if index.dim() != 3 or any(each.dim() != 3 or each.shape[:2] != index.shape[:2] for each in state):
+        raise ValueError(
+            f"index, place, holder and used must be [batch, lists, …], got {[tuple(each.shape) for each in (index, *state)]}"
+        )
+    if index.dtype != torch.int64 or any(each.dtype != torch.int32 for each in state):
+        raise ValueError(
+            f"index must be int64, place, holder and used int32, got {[each.dtype for each in (index, *state)]}"
+        )
+    if holder.shape != used.shape or index.shape[-1] > holder.shape[-1]:
+        raise ValueError(
+            f"holder and used must have a copy for each of {index.shape[-1]} slots, got {holder.shape[-1]} and {used.shape[-1]}"
+        )
+    chosen = choose(
+        "places of near copies", impl, {"native": lambda: native.refusal(index, *state), "reference": lambda: None}
+    )
+    return (native if chosen == "native" else reference).find_places(index, place, holder, used, now)

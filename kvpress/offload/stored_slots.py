@@ -1,0 +1,216 @@
+"""Stands for the keys of a table whose first slots lie in the tiers, and brings the selected ones near."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from kvpress.memory import growth
+from kvpress.offload.errors import TierFullError
+from kvpress.offload.hot_slots import HotSlots
+from kvpress.offload.slot_rows import RowLayout, RowsWanted
+from kvpress.row_format import PackedRows, Rows, unpacked
+
+if TYPE_CHECKING:
+    from kvpress.offload.stowage import Stowage
+    from kvpress.slots import SlotTable
+
+SPARE = 2  # near copies for so many times the slots that one forward reads
+
+
+class StoredSlots:
+    """Stands for the keys `[batch, kv_heads, slots, dim]` of a table whose first slots lie in the tiers: reads what is asked of it.
+
+    It knows the shape, a range of slots (`keys[:, :, first:last]`), and where near copies of some slots of each head lie (`places`).
+    """
+
+    def __init__(self, stowage: Stowage, table: SlotTable) -> None:
+        self._stowage, self._table = stowage, table
+        self._read: tuple[int, Tensor] | None = None  # the keys from a slot on that were asked for last
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """As of the keys."""
+        batch, heads = self._table.keys.shape[:2]
+        return batch, heads, self._table.count, self._table.dims[0]
+
+    @property
+    def device(self) -> torch.device:
+        """As of the keys."""
+        return self._table.keys.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of the keys."""
+        return self._table.dtype
+
+    def __getitem__(self, item: tuple[slice, slice, slice]) -> Tensor:
+        """Keys of consecutive slots, in the model's type.
+
+        Raises:
+            TierError: a block is lost or cannot be read, or there is no room to put them together.
+        """
+        return unpacked(self.part(*item))
+
+    def part(self, batch: slice, heads: slice, slots: slice) -> Rows:
+        """As `[]`, in the form in which they are stored."""
+        first, last, _ = slots.indices(self._table.count)
+        start, keys = self._between(first, last)
+        return self._rows(keys[batch, heads, first - start : last - start])
+
+    def _rows(self, stored: Tensor) -> Rows:
+        form = self._table.form
+        return stored if form.plain else PackedRows(stored, form, self._table.dtype)
+
+    def _between(self, first: int, last: int) -> tuple[int, Tensor]:
+        """A slot not behind `first`, and the keys from there to slot `last - 1` or beyond."""
+        table = self._table
+        if first >= table.base:
+            return table.base, table.keys
+        if self._read is None or self._read[0] > first or self._read[0] + self._read[1].shape[2] < last:
+            self._read = self._stowage.keys_between(table, first, last)
+        return self._read
+
+    @property
+    def copies(self) -> tuple[Rows, Rows]:
+        """Keys and values `[batch, kv_heads, capacity, dim]` of the near copies."""
+        return self._rows(self._hot.tensors["key"]), self._rows(self._hot.tensors["value"])
+
+    @property
+    def _hot(self) -> HotSlots:
+        return self._stowage.hot_slots(self._table)
+
+    def places(self, index: Tensor) -> tuple[Tensor, HotSlots]:
+        """Places `[batch, lists, n]` of the slots `index [batch, lists, n]` among the near copies, `-1` for `-1`; and these. `lists` is 1, or
+        one for each KV head.
+
+        Raises:
+            TierError: a block is lost or cannot be read, or there is no room for the copies.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            index = index.contiguous()
+            if not self._hot.fits(index):
+                self._make(index)
+            elif self._hot.place.shape[-1] < self._table.count:
+                self._widen(index)
+            hot = self._hot
+            places, missing = hot.find(index)
+            if len(missing):
+                self._bring(hot, index, places, missing)
+        return places, hot
+
+    def _widen(self, index: Tensor) -> None:
+        """Room to look up all slots, and some to come."""
+        slots = self._table.count + growth(self._table.count)
+        self._stowage.make_room(index.shape[0] * index.shape[1] * slots * torch.int32.itemsize)
+        if not self._hot.fits(index):  # making room cost the copies
+            self._make(index)
+        self._hot.widen(slots)
+
+    def _make(self, index: Tensor) -> None:
+        stowage, table, wanted, slots = self._stowage, self._table, index.shape[-1], self._table.count
+        layout = stowage.blocks[0].layout
+        if layout is not None and not (
+            layout.groups == index.shape[1] and stowage.attached.manager.computes_in_host_memory
+        ):
+            layout = None
+        batch, lists, _ = index.shape
+        tail = {"key": table.keys, "value": table.values}
+        if layout is not None:
+            per_slot = batch * layout.groups * layout.width
+        else:
+            per_slot = sum(batch * each.shape[1] * each.shape[-1] * each.element_size() for each in tail.values())
+        per_slot += batch * lists * 8
+        roomy = slots + growth(slots)
+        fixed = batch * lists * 4 * roomy
+        stowage.cool()
+        share, capacity = stowage.attached.share(), SPARE * wanted
+        if share is not None and stowage.reads_rows:
+            capacity = min(max((share - stowage.held - fixed) // per_slot, wanted), capacity)
+        if not stowage.may_hold(capacity * per_slot + fixed):
+            capacity = wanted
+            try:
+                stowage.must_hold(capacity * per_slot + fixed)
+            except TierFullError:  # what was put together for the selection has served
+                self._read = None
+                stowage.attached.release(stowage.layer)
+                stowage.must_hold(capacity * per_slot + fixed)
+        self._hot.make(index, capacity, roomy, tail, layout)
+
+    def _bring(self, hot: HotSlots, index: Tensor, places: Tensor, missing: Tensor) -> None:
+        """Copy the slots of the flat entries `missing` of `index` to their places.
+
+        Raises:
+            TierError: not all could be had; those that could not have no place.
+        """
+        slot, place = index.view(-1)[missing], places.view(-1)[missing]
+        number = missing // index.shape[-1]
+        batch, row = number // index.shape[1], number % index.shape[1]
+        try:
+            near = slot >= self._table.base
+            if not bool(near.all()):
+                stored = (each[~near] for each in (batch, row, slot, place))
+                self._bring_rows(hot, *stored) if hot.rows is not None else self._bring_parts(hot, index, *stored)
+            if bool(near.any()):
+                self._bring_tail(hot, index, *(each[near] for each in (batch, row, slot, place)))
+        except BaseException:
+            hot.forget(batch, row, slot)
+            raise
+
+    def _bring_tail(
+        self, hot: HotSlots, index: Tensor, batch: Tensor, row: Tensor, slot: Tensor, place: Tensor
+    ) -> None:
+        """From the table's own memory."""
+        heads: Any = slice(None) if index.shape[1] == 1 else row
+        for name, tail in (("key", self._table.keys), ("value", self._table.values)):
+            hot.tensors[name][batch, heads, place] = tail[batch, heads, slot - self._table.base]
+
+    def _bring_parts(
+        self, hot: HotSlots, index: Tensor, batch: Tensor, row: Tensor, slot: Tensor, place: Tensor
+    ) -> None:
+        """Block by block."""
+        size = self._stowage.attached.options.block
+        heads: Any = slice(None) if index.shape[1] == 1 else row
+        names = ["key", "value"]
+        if self._read is not None and bool((slot >= self._read[0]).all() & (slot < self._end_of_read).all()):
+            start, keys = self._read
+            hot.tensors["key"][batch, heads, place] = keys[batch, heads, slot - start]
+            names = ["value"]
+        order = (slot // size).argsort(stable=True)
+        numbers, counts = (slot // size)[order].unique_consecutive(return_counts=True)
+        for number, chosen in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
+            some: Any = heads if isinstance(heads, slice) else heads[chosen]
+            rows, goes = batch[chosen], place[chosen]
+            inside = slot[chosen] - number * size
+            block = self._stowage.blocks[number]
+            old = rows if block.rows is None else torch.tensor(block.rows, device=rows.device)[rows]
+            for name, tensor in self._stowage.block_tensors(self._table, block, names):
+                item = (each if isinstance(each, slice) else each.to(tensor.device) for each in (old, some, inside))
+                hot.tensors[name][rows, some, goes] = tensor[tuple(item)].to(self.device)
+
+    @property
+    def _end_of_read(self) -> int:
+        return 0 if self._read is None else self._read[0] + self._read[1].shape[2]
+
+    def _bring_rows(self, hot: HotSlots, batch: Tensor, row: Tensor, slot: Tensor, place: Tensor) -> None:
+        """Row by row into place: nothing else of a block is read."""
+        stowage, size, batches = self._stowage, self._stowage.attached.options.block, self._table.keys.shape[0]
+        layout: RowLayout | None = stowage.blocks[0].layout
+        if layout is None or hot.rows is None:
+            raise RuntimeError("these blocks do not lie in slot rows")
+        order = (((slot // size * batches + batch) * layout.groups + row) * size + slot % size).argsort()
+        slots, sample, group, goes = (each[order].numpy() for each in (slot, batch, row, place))
+        numbers = slots // size
+        firsts = numpy.concatenate([[0], numpy.flatnonzero(numpy.diff(numbers)) + 1, [len(slots)]])
+        blocks = [stowage.blocks[number] for number in numbers[firsts[:-1]].tolist()]
+        old = sample
+        if any(block.rows is not None for block in blocks):
+            rows_then = numpy.array([block.rows or range(block.batch) for block in blocks])
+            old = rows_then[numpy.repeat(numpy.arange(len(blocks)), numpy.diff(firsts)), sample]
+        goes = (sample * layout.groups + group) * hot.capacity + goes
+        wanted = RowsWanted((old * layout.groups + group) * size + slots % size, firsts, goes)
+        out = hot.rows.view(-1, layout.width)
+        stowage.attached.manager.read_rows([block.keys[0] for block in blocks], wanted, layout, out)
