@@ -30,12 +30,17 @@ def filled(shape: Sequence[int], value: float, like: Tensor, dtype: torch.dtype)
 
 def held_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of the storages behind `tensors`, each counted once."""
-    storages = {}
+    return sum(storages(tensors).values())
+
+
+def storages(tensors: Iterable[Tensor | None]) -> dict[tuple[int, torch.device], int]:
+    """The storages behind `tensors`, by where they are, and their bytes."""
+    found = {}
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "meta":
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr(), str(tensor.device)] = storage.nbytes()
-    return sum(storages.values())
+            found[storage.data_ptr(), tensor.device] = storage.nbytes()
+    return found
 
 
 def growth(count: int) -> int:

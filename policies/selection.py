@@ -34,8 +34,8 @@ class SlotView:
 
     Attributes:
         query: `[batch, query_heads, rows, dim]`: rotated, or before rotation where positions are re-indexed.
-        keys: `[batch, kv_heads, slots, dim]` likewise. With offload it may be a stand-in (`kvpress.offload.stored_slots.StoredSlots`) that has
-            a shape and a device, and reads `keys[:, :, first:last]` from the tiers: ask for no more than is needed.
+        keys: `[batch, kv_heads, slots, dim]` likewise. With offload it may be a stand-in (`kvpress.offload.stored_slots.StoredSlots`)
+            that has a shape and a device, and reads `keys[:, :, first:last]` from the tiers: ask for no more than is needed.
         positions: `[batch, kv_heads, slots]` int32, `-1` for an empty slot.
         newest: position of the last of these rows: an int when all batch rows are alike, else `[batch, 1, 1]`.
         scaling: factor of the dot products in attention.

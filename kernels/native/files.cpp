@@ -44,7 +44,7 @@ uint64_t checksum(const char* data, int64_t bytes, uint64_t seed) {  // `bytes` 
 }
 
 bool is_intact(const ReadRows& r, int64_t file, int64_t row) {
-  const char* data = r.output + r.places[row] * r.width;
+  const char* data = r.output + r.places[row] * r.stride;
   const int64_t bytes = r.width - 8;
   return word_at(data + bytes) == checksum(data, bytes, r.seeds[file] ^ uint64_t(r.numbers[row]));
 }
@@ -55,7 +55,7 @@ constexpr int64_t MOST = 256;  // rows a call; below the least limit of any syst
 bool read_run(const ReadRows& r, int handle, int64_t file, int64_t first, int64_t count) {
   iovec pieces[MOST];
   for (int64_t i = 0; i < count; ++i) {
-    pieces[i].iov_base = r.output + r.places[first + i] * r.width;
+    pieces[i].iov_base = r.output + r.places[first + i] * r.stride;
     pieces[i].iov_len = size_t(r.width);
   }
   ssize_t got;
@@ -85,9 +85,11 @@ bool read_file(const ReadRows& r, int64_t file) {
 }  // namespace
 
 int read_rows(const ReadRows& r) {
-  int64_t file = 0;
-  while (file < r.files && read_file(r, file)) ++file;
-  *r.done = file;
+  int64_t failed = r.files;  // the first that is not as expected
+#pragma omp parallel for schedule(dynamic) num_threads(int(r.threads)) if (r.threads > 1 && r.files > 3) reduction(min : failed)
+  for (int64_t file = 0; file < r.files; ++file)
+    if (file < failed && !read_file(r, file)) failed = file;
+  *r.done = failed;
   return OK;
 }
 

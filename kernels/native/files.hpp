@@ -2,6 +2,7 @@
 #include "arguments.hpp"
 
 struct ReadRows {
+  int64_t threads;
   int64_t directory;           // an open handle
   const char* names;           // of the files in it, `name_bytes` each, ended by 0
   int64_t name_bytes, files;
@@ -13,6 +14,7 @@ struct ReadRows {
   const uint64_t* seeds;       // of the checksums of each file's rows
   int64_t width;               // bytes of a row, the last 8 of which are its checksum
   char* output;
+  int64_t stride;              // bytes from one of its rows to the next
   int64_t* done;               // files that were read, from the first on; the next one is not as expected
 };
 

@@ -16,8 +16,9 @@ void oldest_of(const int32_t* used, int64_t capacity, int64_t count, uint64_t* o
 }  // namespace
 
 int find_places(const FindPlaces& f) {
-  for (int64_t i = 0; i < f.lists * f.count; ++i)
-    if (f.index[i] >= f.slots) return INDEX_OUT_OF_RANGE;
+  int64_t largest = -1;
+  for (int64_t i = 0; i < f.lists * f.count; ++i) largest = f.index[i] > largest ? f.index[i] : largest;
+  if (largest >= f.slots) return INDEX_OUT_OF_RANGE;
   uint64_t* order = static_cast<uint64_t*>(std::malloc(sizeof(uint64_t) * size_t(f.capacity + 1)));
   if (!order) return OUT_OF_MEMORY;
   int64_t* missing = f.missing + 1;

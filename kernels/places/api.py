@@ -23,7 +23,8 @@ def find_places(
         impl: `"auto"` or the name of an implementation.
 
     Returns:
-        `[batch, lists, n]` int64 places, `-1` for none; and the entries `[missing]` int64, ascending, of the flat `index` whose slots had none.
+        `[batch, lists, n]` int64 places, `-1` for none; and `[missing]` int64: the entries of the flat `index`, ascending, whose
+        slots had none.
 
     Raises:
         ValueError: shapes or types that do not fit, more slots than copies, an unknown `impl`, or an explicit one that cannot serve.

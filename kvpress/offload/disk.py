@@ -48,7 +48,8 @@ class DiskTier:
     ) -> None:
         self.ledger = Ledger(limit)
         self._lock = Lock()
-        self._headers: dict[str, int] = {}  # of the files that are there, and the bytes before their tensors
+        # of the files that are there: the bytes before their tensors, the bytes in all, the seed of their rows' checksums
+        self._files: dict[str, tuple[int, int, int]] = {}
         self._stuck: dict[str, int] = {}  # files that could not be removed, and their bytes
         namespace = Namespace(root)
         self.path = namespace.path
@@ -85,7 +86,7 @@ class DiskTier:
             self.ledger.count(failures=1)
             kind = TierFullError if error.errno in FULL else TierWriteError
             raise kind(self.name, f"could not be written ({error.strerror or error})", key) from error
-        self._headers[key.digest] = size - layout.nbytes
+        self._files[key.digest] = size - layout.nbytes, size, seed_of(key)
         self.ledger.count(bytes_in=size, blocks=1)
 
     def read(self, key: BlockKey, layout: BlockLayout, out: Mapping[str, Tensor]) -> None:
@@ -105,10 +106,9 @@ class DiskTier:
 
         Returns None, or which block failed first and why, as `read` would raise it; those places are then undefined.
         """
+        files = [self._files[key.digest] for key, _ in blocks]
         names = [key.digest for key, _ in blocks]
-        starts = numpy.array([self._headers[name] for name in names])
-        sizes = starts + numpy.array([layout.nbytes for _, layout in blocks])
-        seeds = numpy.array([seed_of(key) for key, _ in blocks], dtype=numpy.uint64)
+        starts, sizes, seeds = numpy.array(files, dtype=numpy.uint64).T.copy()
         first = 0
         while first < len(blocks):
             behind = names[first:], sizes[first:], starts[first:], wanted.firsts[first:], wanted.numbers, wanted.places
@@ -156,7 +156,7 @@ class DiskTier:
 
     def remove(self, key: BlockKey, layout: BlockLayout) -> None:
         """Remove the block's file. When that fails its bytes stay accounted for, and it is tried again later."""
-        self._headers.pop(key.digest, None)
+        self._files.pop(key.digest, None)
         self.ledger.count(blocks=-1)
         try:
             self.store.unlink(key.digest)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
 from kvpress.kernels.attention.prepared import PreparedAttention
 from kvpress.kernels.places import find_places
 from kvpress.memory import allocate, filled
-from kvpress.offload.slot_rows import NAME as SLOT_ROWS
-from kvpress.offload.slot_rows import RowLayout
+from kvpress.offload.slot_rows import NAME, RowLayout
 from kvpress.row_format import RowFormat
+
+ROW_BYTES = 64  # slot rows begin at multiples of it: a vector that lies across two lines of the processor's cache takes longer to load
 
 
 class HotSlots:
@@ -29,6 +31,7 @@ class HotSlots:
 
     def __init__(self, form: RowFormat) -> None:
         self.form = form
+        self._memory: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
         self.rows: Tensor | None = None
         self.holder = self.place = self.used = torch.empty(0, 0, 0, dtype=torch.int32)
@@ -47,34 +50,29 @@ class HotSlots:
     def make(
         self, index: Tensor, capacity: int, slots: int, like: dict[str, Tensor], layout: RowLayout | None = None
     ) -> None:
-        """Begin anew with room for `capacity` copies of tensors `like` these, or of slot rows of this `layout`."""
-        batch, lists, _ = index.shape
-        self.holder = filled((batch, lists, capacity), -1, index, torch.int32)
-        self.used = filled((batch, lists, capacity), -1, index, torch.int32)
-        self.place = filled((batch, lists, slots), -1, index, torch.int32)
+        """Begin anew with room for `capacity` copies of tensors `like` these, which of slot rows are `row_memory` of their `layout`."""
+        lists = index.shape[:2]
+        self.holder = filled((*lists, capacity), -1, index, torch.int32)
+        self.used = filled((*lists, capacity), -1, index, torch.int32)
+        self.place = filled((*lists, slots), -1, index, torch.int32)
         self._now, self._layout = 0, layout
-        if layout is not None:
-            self.rows = allocate((batch, layout.groups, capacity, layout.width), index, torch.uint8)
-        else:
-            self.tensors = {
-                name: allocate((*each.shape[:2], capacity, each.shape[-1]), each) for name, each in like.items()
-            }
-        for tensor in self._memory():
-            tensor.zero_()
+        self._memory = {
+            name: allocate((*each.shape[:2], capacity, each.shape[-1]), index, each.dtype).zero_()
+            for name, each in like.items()
+        }
         self._open()
 
-    def _memory(self) -> list[Tensor]:
-        return list(self.tensors.values()) if self.rows is None else [self.rows]
-
     def _open(self) -> None:
-        if self.rows is not None and self._layout is not None:
+        self.tensors, self.rows = self._memory, None
+        if self._layout is not None:
+            self.rows = self._memory[NAME][..., : self._layout.width]
             self.tensors = self._layout.unpack(self.rows)
         self.attention = PreparedAttention(*self.form.readable(self.tensors["key"], self.tensors["value"], {}))
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in (*self._memory(), self.holder, self.used, self.place))
+        return sum(tensor.nbytes for tensor in (*self._memory.values(), self.holder, self.used, self.place))
 
     def widen(self, slots: int) -> None:
         """Room in `place` for `slots` slots."""
@@ -87,10 +85,11 @@ class HotSlots:
         self._now += 1
         return find_places(index, self.place, self.holder, self.used, self._now)
 
-    def forget(self, batch: Tensor, row: Tensor, slot: Tensor) -> None:
-        """The copies of these slots of lists `row` were not made after all."""
-        self.holder[batch, row, self.place[batch, row, slot].long()] = -1
-        self.place[batch, row, slot] = -1
+    def forget(self, row: numpy.ndarray, group: numpy.ndarray, slot: numpy.ndarray) -> None:
+        """The copies of these slots, of these batch rows and lists, were not made after all."""
+        which = tuple(torch.from_numpy(each).to(self.place.device) for each in (row, group, slot))
+        self.holder[(*which[:2], self.place[which].long())] = -1
+        self.place[which] = -1
 
     def forget_from(self, slot: int) -> None:
         """Slots from `slot` on hold other tokens from now on."""
@@ -103,8 +102,11 @@ class HotSlots:
         if self.capacity:
             with torch.inference_mode(False), torch.no_grad():
                 self.holder, self.place, self.used = self.holder[index], self.place[index], self.used[index]
-                if self.rows is not None:
-                    self.rows = self.rows[index]
-                else:
-                    self.tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
+                self._memory = {name: tensor[index] for name, tensor in self._memory.items()}
                 self._open()
+
+
+def row_memory(layout: RowLayout, batch: int) -> dict[str, Tensor]:
+    """What memory for slot rows is like, each at a multiple of `ROW_BYTES`: `[batch, groups, 0, bytes]` of uint8."""
+    width = -(-layout.width // ROW_BYTES) * ROW_BYTES
+    return {NAME: torch.empty(batch, layout.groups, 0, width, dtype=torch.uint8)}

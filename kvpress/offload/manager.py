@@ -218,7 +218,7 @@ class TierManager(HeldBlocks):
             try:
                 for key in keys:
                     block = mover.blocks.get(key.digest)
-                    if block is None or block.busy:
+                    if block is None or block.moved_by is not None:
                         block = self._settled(key)
                     if block is None or not block.owners:
                         raise TierLostError("manager", "is not held", key)

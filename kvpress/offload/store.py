@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy
+import torch
 from torch import Tensor
 
 from kvpress.kernels.native import extension
@@ -21,6 +22,7 @@ from kvpress.kernels.native import extension
 Result = TypeVar("Result")
 
 NAME = re.compile(r"[0-9a-f]{64}")
+HEXADECIMAL = b"0123456789abcdef"
 NAME_BYTES = 65  # with the 0 that ends it
 TEMPORARY_NAME = re.compile(r"[0-9a-f]{64}\.[0-9]+\.tmp")
 PIECE = 1 << 20  # bytes a hash sees while they are still in the processor's cache
@@ -113,20 +115,21 @@ class FileStore:
         native = getattr(extension, "read_rows", None)
         if native is None:
             return 0
-        listed = numpy.frombuffer("".join(f"{checked(name)}\0" for name in names).encode(), dtype=numpy.uint8)
+        listed = numpy.frombuffer(_checked_list(names), dtype=numpy.uint8)
         done = numpy.zeros(1, dtype=numpy.int64)
         columns = [each.ctypes.data for each in (sizes, starts, firsts, numbers, places, seeds)]
-        width, output = out.shape[1], out.data_ptr()
         self.step(
             "read",
             native,
+            torch.get_num_threads(),
             self._handle,
             listed.ctypes.data,
             NAME_BYTES,
             len(names),
             *columns,
-            width,
-            output,
+            out.shape[1],
+            out.data_ptr(),
+            out.stride(0),
             done.ctypes.data,
         )
         return int(done[0])
@@ -185,3 +188,12 @@ def checked(name: str) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f"name must be 64 lower-case hexadecimal digits, got {name!r}")
     return name
+
+
+def _checked_list(names: Sequence[str]) -> bytes:
+    """As `checked`, of each; a byte of 0 after every one."""
+    listed = "\0".join([*names, ""]).encode()
+    ends = listed[NAME_BYTES - 1 :: NAME_BYTES]
+    if listed.translate(None, HEXADECIMAL) != ends or len(ends) != len(names) or len(listed) != NAME_BYTES * len(names):
+        raise ValueError(f"names must be 64 lower-case hexadecimal digits each, got {names!r}")
+    return listed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpress.memory import growth
 from kvpress.offload.errors import TierFullError
-from kvpress.offload.hot_slots import HotSlots
+from kvpress.offload.hot_slots import HotSlots, row_memory
 from kvpress.offload.slot_rows import RowLayout, RowsWanted
 from kvpress.row_format import PackedRows, Rows, unpacked
 
@@ -84,8 +84,8 @@ class StoredSlots:
         return self._stowage.hot_slots(self._table)
 
     def places(self, index: Tensor) -> tuple[Tensor, HotSlots]:
-        """Places `[batch, lists, n]` of the slots `index [batch, lists, n]` among the near copies, `-1` for `-1`; and these. `lists` is 1, or
-        one for each KV head.
+        """Places `[batch, lists, n]` of the slots `index [batch, lists, n]` among the near copies, `-1` for `-1`; and these. `lists` is
+        1, or one for each KV head.
 
         Raises:
             TierError: a block is lost or cannot be read, or there is no room for the copies.
@@ -112,17 +112,13 @@ class StoredSlots:
 
     def _make(self, index: Tensor) -> None:
         stowage, table, wanted, slots = self._stowage, self._table, index.shape[-1], self._table.count
-        layout = stowage.blocks[0].layout
-        if layout is not None and not (
-            layout.groups == index.shape[1] and stowage.attached.manager.computes_in_host_memory
-        ):
-            layout = None
         batch, lists, _ = index.shape
-        tail = {"key": table.keys, "value": table.values}
-        if layout is not None:
-            per_slot = batch * layout.groups * layout.width
+        like, layout = {"key": table.keys, "value": table.values}, stowage.blocks[0].layout
+        if layout is None or layout.groups != lists or not stowage.attached.manager.computes_in_host_memory:
+            layout = None
         else:
-            per_slot = sum(batch * each.shape[1] * each.shape[-1] * each.element_size() for each in tail.values())
+            like = row_memory(layout, batch)
+        per_slot = sum(batch * each.shape[1] * each.shape[-1] * each.element_size() for each in like.values())
         per_slot += batch * lists * 8
         roomy = slots + growth(slots)
         fixed = batch * lists * 4 * roomy
@@ -138,79 +134,102 @@ class StoredSlots:
                 self._read = None
                 stowage.attached.release(stowage.layer)
                 stowage.must_hold(capacity * per_slot + fixed)
-        self._hot.make(index, capacity, roomy, tail, layout)
+        self._hot.make(index, capacity, roomy, like, layout)
 
     def _bring(self, hot: HotSlots, index: Tensor, places: Tensor, missing: Tensor) -> None:
         """Copy the slots of the flat entries `missing` of `index` to their places.
 
         Raises:
-            TierError: not all could be had; those that could not have no place.
+            TierError: not all could be had; none of them has a place then.
         """
-        slot, place = index.view(-1)[missing], places.view(-1)[missing]
-        number = missing // index.shape[-1]
-        batch, row = number // index.shape[1], number % index.shape[1]
+        if len(missing) == hot.holder.shape[0] == hot.holder.shape[1] == 1:
+            entry = int(missing)
+            behind = int(index[0, 0, entry]) - self._table.base
+            if behind >= 0:  # a decoded token's own
+                goes = int(places[0, 0, entry])
+                for name, tail in (("key", self._table.keys), ("value", self._table.values)):
+                    hot.tensors[name][:, :, goes] = tail[:, :, behind]
+                return
+        entries = missing.cpu().numpy()
+        slot, place = (each.view(-1)[missing].cpu().numpy() for each in (index, places))
+        row, group = numpy.divmod(entries // index.shape[-1], index.shape[1])
+        wanted = _Wanted(row, group, slot, place)
         try:
             near = slot >= self._table.base
-            if not bool(near.all()):
-                stored = (each[~near] for each in (batch, row, slot, place))
-                self._bring_rows(hot, *stored) if hot.rows is not None else self._bring_parts(hot, index, *stored)
-            if bool(near.any()):
-                self._bring_tail(hot, index, *(each[near] for each in (batch, row, slot, place)))
+            if not near.all():
+                stored = wanted if not near.any() else wanted.some(~near)
+                self._bring_parts(hot, stored) if hot.rows is None else self._bring_rows(hot, stored)
+            if near.any():
+                self._bring_tail(hot, wanted if near.all() else wanted.some(near))
         except BaseException:
-            hot.forget(batch, row, slot)
+            hot.forget(row, group, slot)
             raise
 
-    def _bring_tail(
-        self, hot: HotSlots, index: Tensor, batch: Tensor, row: Tensor, slot: Tensor, place: Tensor
-    ) -> None:
+    def _bring_tail(self, hot: HotSlots, wanted: _Wanted) -> None:
         """From the table's own memory."""
-        heads: Any = slice(None) if index.shape[1] == 1 else row
         for name, tail in (("key", self._table.keys), ("value", self._table.values)):
-            hot.tensors[name][batch, heads, place] = tail[batch, heads, slot - self._table.base]
+            row, heads, slot, place = wanted.tensors(self.device, one_list=hot.holder.shape[1] == 1)
+            hot.tensors[name][row, heads, place] = tail[row, heads, slot - self._table.base]
 
-    def _bring_parts(
-        self, hot: HotSlots, index: Tensor, batch: Tensor, row: Tensor, slot: Tensor, place: Tensor
-    ) -> None:
+    def _bring_parts(self, hot: HotSlots, wanted: _Wanted) -> None:
         """Block by block."""
-        size = self._stowage.attached.options.block
-        heads: Any = slice(None) if index.shape[1] == 1 else row
+        size, one_list = self._stowage.attached.options.block, hot.holder.shape[1] == 1
         names = ["key", "value"]
-        if self._read is not None and bool((slot >= self._read[0]).all() & (slot < self._end_of_read).all()):
+        if self._read is not None and wanted.slot.min() >= self._read[0] and wanted.slot.max() < self._end_of_read:
             start, keys = self._read
-            hot.tensors["key"][batch, heads, place] = keys[batch, heads, slot - start]
+            row, heads, slot, place = wanted.tensors(self.device, one_list)
+            hot.tensors["key"][row, heads, place] = keys[row, heads, slot - start]
             names = ["value"]
-        order = (slot // size).argsort(stable=True)
-        numbers, counts = (slot // size)[order].unique_consecutive(return_counts=True)
-        for number, chosen in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
-            some: Any = heads if isinstance(heads, slice) else heads[chosen]
-            rows, goes = batch[chosen], place[chosen]
-            inside = slot[chosen] - number * size
+        order = (wanted.slot // size).argsort(kind="stable")
+        numbers, firsts = numpy.unique(wanted.slot[order] // size, return_index=True)
+        for number, chosen in zip(numbers.tolist(), numpy.split(order, firsts[1:]), strict=True):
+            row, heads, slot, place = wanted.some(chosen).tensors(self.device, one_list)
+            inside = slot - number * size
             block = self._stowage.blocks[number]
-            old = rows if block.rows is None else torch.tensor(block.rows, device=rows.device)[rows]
+            old = row if block.rows is None else torch.tensor(block.rows, device=row.device)[row]
             for name, tensor in self._stowage.block_tensors(self._table, block, names):
-                item = (each if isinstance(each, slice) else each.to(tensor.device) for each in (old, some, inside))
-                hot.tensors[name][rows, some, goes] = tensor[tuple(item)].to(self.device)
+                item = (each if isinstance(each, slice) else each.to(tensor.device) for each in (old, heads, inside))
+                hot.tensors[name][row, heads, place] = tensor[tuple(item)].to(self.device)
 
     @property
     def _end_of_read(self) -> int:
         return 0 if self._read is None else self._read[0] + self._read[1].shape[2]
 
-    def _bring_rows(self, hot: HotSlots, batch: Tensor, row: Tensor, slot: Tensor, place: Tensor) -> None:
+    def _bring_rows(self, hot: HotSlots, wanted: _Wanted) -> None:
         """Row by row into place: nothing else of a block is read."""
         stowage, size, batches = self._stowage, self._stowage.attached.options.block, self._table.keys.shape[0]
         layout: RowLayout | None = stowage.blocks[0].layout
         if layout is None or hot.rows is None:
             raise RuntimeError("these blocks do not lie in slot rows")
-        order = (((slot // size * batches + batch) * layout.groups + row) * size + slot % size).argsort()
-        slots, sample, group, goes = (each[order].numpy() for each in (slot, batch, row, place))
-        numbers = slots // size
-        firsts = numpy.concatenate([[0], numpy.flatnonzero(numpy.diff(numbers)) + 1, [len(slots)]])
+        if batches * layout.groups > 1 or not (numpy.diff(wanted.slot) > 0).all():
+            row = (wanted.slot // size * batches + wanted.row) * layout.groups + wanted.group
+            wanted = wanted.some((row * size + wanted.slot % size).argsort())
+        numbers = wanted.slot // size
+        firsts = numpy.concatenate([[0], numpy.flatnonzero(numpy.diff(numbers)) + 1, [len(numbers)]])
         blocks = [stowage.blocks[number] for number in numbers[firsts[:-1]].tolist()]
-        old = sample
+        old = wanted.row
         if any(block.rows is not None for block in blocks):
             rows_then = numpy.array([block.rows or range(block.batch) for block in blocks])
-            old = rows_then[numpy.repeat(numpy.arange(len(blocks)), numpy.diff(firsts)), sample]
-        goes = (sample * layout.groups + group) * hot.capacity + goes
-        wanted = RowsWanted((old * layout.groups + group) * size + slots % size, firsts, goes)
-        out = hot.rows.view(-1, layout.width)
-        stowage.attached.manager.read_rows([block.keys[0] for block in blocks], wanted, layout, out)
+            old = rows_then[numpy.repeat(numpy.arange(len(blocks)), numpy.diff(firsts)), wanted.row]
+        places = (wanted.row * layout.groups + wanted.group) * hot.capacity + wanted.place
+        rows = RowsWanted((old * layout.groups + wanted.group) * size + wanted.slot % size, firsts, places)
+        keys = [block.parts[0][1] for block in blocks]
+        stowage.attached.manager.read_rows(keys, rows, layout, hot.rows.flatten(0, 2))
+
+
+class _Wanted:
+    """Slots to bring near: batch row, list, slot, and place among the copies of that list, each `[n]` int64."""
+
+    def __init__(self, row: numpy.ndarray, group: numpy.ndarray, slot: numpy.ndarray, place: numpy.ndarray) -> None:
+        self.row, self.group, self.slot, self.place = row, group, slot, place
+
+    def some(self, which: numpy.ndarray) -> _Wanted:
+        """Those of a mask, or in an order."""
+        return _Wanted(self.row[which], self.group[which], self.slot[which], self.place[which])
+
+    def tensors(self, device: torch.device, one_list: bool) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """Batch row, KV heads, slot and place to index tensors with: all heads where they have one list."""
+        row, group, slot, place = (
+            torch.from_numpy(each).to(device) for each in (self.row, self.group, self.slot, self.place)
+        )
+        return row, slice(None) if one_list else group, slot, place

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import CacheStateError
-from kvpress.memory import growth, held_bytes
+from kvpress.memory import growth, held_bytes, storages
 from kvpress.offload.attached import Attached
 from kvpress.offload.block_writer import NAMES, BlockWriter, as_stored, stored_shapes
 from kvpress.offload.errors import TierClosedError, TierFullError
@@ -396,8 +396,10 @@ class Stowage:
 
     def _settle(self, table: SlotTable) -> None:
         """Make the account equal what lies near."""
-        self._hold_more(self._near_bytes(table) - self.held)
-        size = self._near_bytes(table)  # less than before where near copies had to go
+        hot, size = self._hot, self._near_bytes(table)
+        self._hold_more(size - self.held)
+        if self._hot is not hot:  # near copies had to go
+            size = self._near_bytes(table)
         self.attached.account.release(self.held - size)
         self.held = size
 
@@ -463,7 +465,8 @@ class Stowage:
 
 def _bytes_beside(table: SlotTable, beside: Sequence[Tensor]) -> int:
     """Bytes of tensors that the table does not hold anyway."""
-    return held_bytes((*table.tensors(), *beside)) - held_bytes(table.tensors())
+    own = storages(table.tensors())
+    return sum(nbytes for where, nbytes in storages(beside).items() if where not in own)
 
 
 def _roomy(slots: int) -> int:

@@ -241,6 +241,32 @@ def test_a_saved_cache_holds_what_lay_in_the_tiers(folder):
     cache.close()
 
 
+def logits_after_other_tokens(folder, policy, other):
+    """Of decoded tokens, some of which were taken back for others: with offload, and without."""
+    model, ids = model_of("llama"), random_tokens(1, 60)
+    caches = [PolicyCache(model, policy, offload=offload) for offload in (None, Offload(disk=folder, block=16))]
+    found = []
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :36], past_key_values=cache)
+            for token in ids[0, 36:43]:
+                model(token.view(1, 1), past_key_values=cache)
+            cache.crop(-other)  # back to token 43 - other, in the tail of blocks of 16 slots
+            logits = [model(token.view(1, 1), past_key_values=cache).logits for token in ids[0, 43:55]]
+            found.append(torch.cat(logits, dim=1))
+    caches[1].close()
+    return found
+
+
+@pytest.mark.parametrize("name", ["tokenselect int8 keep", "tokenselect int8 reindex", "quest"])
+def test_a_token_in_the_place_of_one_taken_back_is_read(folder, name, monkeypatch):
+    expected, found = logits_after_other_tokens(folder, NARROW[name], 5)
+    assert torch.equal(expected, found)
+    monkeypatch.setattr(HotSlots, "forget_from", lambda self, slot: None)
+    expected, found = logits_after_other_tokens(folder, NARROW[name], 5)
+    assert not torch.equal(expected, found), "copies of tokens taken back that stay are not noticed"
+
+
 # -- variants that must be noticed -------------------------------------------------------------------------------------
 
 

@@ -11,10 +11,10 @@ from kvpress.kernels.native import extension
 from kvpress.offload import Offload, TierCorruptError, TierLostError, TierReadError
 from kvpress.offload import slot_rows as module
 from kvpress.offload import store as store_module
-from kvpress.offload.stored_slots import StoredSlots
 from kvpress.offload.key import BlockKey
 from kvpress.offload.manager import TierManager
 from kvpress.offload.slot_rows import NAME, RowLayout, RowsWanted, runs
+from kvpress.offload.stored_slots import StoredSlots
 from kvpress.policies import Quest, TokenSelect
 from kvpress.testing.families import random_tokens, tiny_model
 from kvpress.testing.faulty_store import FaultyStore
@@ -235,8 +235,8 @@ def test_decoded_tokens_read_selected_rows_only(monkeypatch, folder, policy):
 def test_a_row_in_the_wrong_place_is_noticed(monkeypatch, folder):
     bring = StoredSlots._bring_rows
     monkeypatch.setattr(
-        StoredSlots, "_bring_rows", lambda self, hot, batch, row, slot, place: bring(
-            self, hot, batch, row, slot.flip(0), place
+        StoredSlots, "_bring_rows", lambda self, hot, wanted: bring(
+            self, hot, type(wanted)(wanted.row, wanted.group, wanted.slot, wanted.place[::-1])
         )
     )  # fmt: skip
     keep = monkeypatch.undo
