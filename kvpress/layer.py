@@ -323,6 +323,8 @@ class PolicyLayer(CacheLayerMixin):
         if self.reader is not None:
             if self.rotation is not None:
                 query = self.rotation.undo(query, forward.rotated)
+            if forward.prepared is not None:
+                return self.reader.read_one(self.table, forward, query, arguments)
             whole = (keys, values) if self.expands_keys or self.table.base else self.table.views()
             return self.reader.read(self.table, forward, query, *whole, arguments)
         if forward.prepared is not None:

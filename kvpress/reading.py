@@ -14,9 +14,11 @@ from kvpress.kernels.attention.turned import attend_turned
 from kvpress.kernels.scores import select_slots
 from kvpress.observation import AttentionArguments
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
+from kvpress.prepared import POSITION
 from kvpress.rope import Rotation
 from kvpress.row_format import Rows as StoredRows
 from kvpress.row_format import part, parts, unpacked
+from kvpress.table_view import TableView
 from kvpress.tensor_parallel import ALONE, HeadShards
 
 if TYPE_CHECKING:
@@ -81,7 +83,8 @@ class Reader:
     rotation: Rotation | None
     shared: bool
     heads: HeadShards = ALONE
-    _last: tuple[Tensor, Tensor | None] | None = None  # positions, and the slots the last rows attended to (None: all)
+    # what the last rows attended to: positions, how many slots were in use, and which of these (None: all)
+    _last: tuple[Tensor, int, Tensor | None] | None = None
 
     def read(
         self,
@@ -103,9 +106,7 @@ class Reader:
         if forward.rows == 1 or (self.policy is not None and self.policy.selects_for_prompts):
             self._make_room(table, keys)
         tokens = forward.placed
-        prepared = None if forward.prepared is None else table.prepared
-        attention = None if prepared is None else prepared.attention
-        rows = Rows(query, keys, values, table.positions, tokens.positions, tokens.newest, forward.new, attention)
+        rows = Rows(query, keys, values, table.positions, tokens.positions, tokens.newest, forward.new)
         padded = forward.visible is not None
         if forward.rows == 1 or not tokens.padded or self.policy is None or not self.policy.selects_for_prompts:
             return self._read(rows, padded, arguments)
@@ -139,7 +140,38 @@ class Reader:
             last_read = [item if item.dim() == 3 else item[:, None].expand(-1, keys.shape[1], -1) for item in last_read]
         longest = max(item.shape[-1] for item in last_read)
         padding = [torch.nn.functional.pad(item, (0, longest - item.shape[-1]), value=-1) for item in last_read]
-        self._last = (torch.cat(padding), None)
+        self._last = (torch.cat(padding), longest, None)
+        return output
+
+    def read_one(self, table: SlotTable, forward: Forward, query: Tensor, arguments: AttentionArguments) -> Tensor:
+        """As `read`, of a decoded token over a table whose buffers stay where they are, by prepared calls."""
+        prepared, visible, newest = table.prepared, forward.visible, forward.placed.newest
+        if prepared is None:
+            return self.read(table, forward, query, *table.views(), arguments)
+        count, index, rotation = table.count, None, None
+        ordered = visible is None and isinstance(newest, int) and count == newest + 1
+        if self.selector is not None:
+            if table.stowage is not None:
+                self._make_room(table, table.views()[0])
+            index = self.selector.select(TableView(table, forward, query, arguments.scaling, ordered, self))
+        self._last = (table.columns[POSITION], count, index)
+        if self.rotation is not None:
+            if ordered and (index is None or (self.selector is not None and self.selector.complete_lists)):
+                rotation = self.rotation.tables(query, count if index is None else index.shape[-1])
+            if rotation is None:
+                tokens = forward.placed
+                rows = Rows(query, *table.views(), table.positions, tokens.positions, tokens.newest, forward.new)
+                return self._attend_reindexed(rows, index, arguments)
+        output, _ = prepared.attention.attend(
+            query,
+            count,
+            index=index,
+            positions=visible,
+            rotation=rotation,
+            scaling=arguments.scaling,
+            softcap=arguments.softcap,
+            sinks=arguments.sinks,
+        )
         return output
 
     def _read(self, rows: Rows, padded: bool, arguments: AttentionArguments) -> Tensor:
@@ -167,7 +199,7 @@ class Reader:
             )
             index = None if self.selector is None else self.selector.select(view)
             outputs.append(self._attend(block, index, padded, ordered, arguments))
-            self._last = (block.positions, index)
+            self._last = (block.positions, block.positions.shape[2], index)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _attend(
@@ -182,7 +214,7 @@ class Reader:
             tables = self.rotation.tables(rows.query, entries)
             if tables is not None:
                 return _attend_slots(rows, index, arguments, rotation=tables)
-        return self._attend_reindexed(rows, index, padded, arguments)
+        return self._attend_reindexed(rows, index, arguments)
 
     def _make_room(self, table: SlotTable, keys: Any) -> None:
         """With offload: for what the selection will keep, before it exists."""
@@ -224,7 +256,7 @@ class Reader:
                 heads=self.heads,
             )
         )
-        self._last = (positions, index)
+        self._last = (positions, table.count, index)
         if index is None:
             lists = 1 if self.shared else positions.shape[1]
             index = torch.arange(table.count, device=query.device).expand(positions.shape[0], lists, -1).contiguous()
@@ -240,7 +272,7 @@ class Reader:
         if in_order and (tables := self.rotation.tables(query, index.shape[-1])) is not None:
             return _attend_slots(rows, places, arguments, rotation=tables)
         rows.positions = held.gather(-1, copies.holder.clamp(min=0).long())  # of the copies
-        return self._attend_reindexed(rows, places, padded, arguments)
+        return self._attend_reindexed(rows, places, arguments)
 
     def reset(self) -> None:
         """Forget what was read, and start the selection anew."""
@@ -251,15 +283,15 @@ class Reader:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, of the selection and of what was read last."""
-        last = [] if self._last is None else [tensor for tensor in self._last if tensor is not None]
+        last = [] if self._last is None else [held for held in self._last if isinstance(held, Tensor)]
         return last if self.selector is None else [*self.selector.tensors(), *last]
 
     def read_positions(self) -> Tensor:
         """Positions that the last rows attended to: `[batch, n]`, or `[batch, kv_heads, n]` where heads differ; `-1` last."""
         if self._last is None:
             return torch.empty(0, 0, dtype=torch.long)
-        positions, index = self._last
-        positions = positions.long()
+        positions, count, index = self._last
+        positions = positions[..., :count].long()
         if positions.dim() == 2:
             return positions
         if self.shared and (index is None or index.shape[1] == 1):
@@ -273,9 +305,7 @@ class Reader:
         read = read.masked_fill(read == last, -1)
         return read[:, 0] if read.shape[1] == 1 else read
 
-    def _attend_reindexed(
-        self, rows: Rows, index: Tensor | None, padded: bool, arguments: AttentionArguments
-    ) -> Tensor:
+    def _attend_reindexed(self, rows: Rows, index: Tensor | None, arguments: AttentionArguments) -> Tensor:
         """Keys rotated to 0 … n-1 in the order of their positions, rows to where their own tokens stand among them."""
         if self.rotation is None:
             raise RuntimeError("positions are not re-indexed here")

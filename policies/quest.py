@@ -91,7 +91,7 @@ class PageSelector(Selector):
     def select(self, view: SlotView) -> Tensor | None:
         if not view.decoding:
             self.rearrange()  # a prompt may move the slots of earlier tokens
-        if self.skip or not view.decoding or view.keys.shape[2] <= self.policy.top_k:
+        if self.skip or not view.decoding or view.slots <= self.policy.top_k:
             return None
         self.misses += 1
         key = self._follow(view)
@@ -102,7 +102,7 @@ class PageSelector(Selector):
             high,
             self.policy.top_k // self.policy.page_size,
             page_size=self.policy.page_size,
-            slots=view.keys.shape[2],
+            slots=view.slots,
             key=key,
             first=None if _begins_at_once(view) else first_tokens(view),
             newest=view.new if isinstance(view.new, Tensor) else None,
@@ -110,7 +110,7 @@ class PageSelector(Selector):
 
     def _follow(self, view: SlotView) -> Tensor | None:
         """Bring the bounds up to the slots of `view`; what is left to do is to take the key that is returned into the last page."""
-        slots, size = view.keys.shape[2], self.policy.page_size
+        slots, size = view.slots, self.policy.page_size
         if self.low is not None and self.high is not None and isinstance(view.new, Tensor) and self.covered == slots:
             heads, dim = view.keys.shape[1], view.keys.shape[-1]
             page = (view.new // size).expand(-1, heads, -1)  # a token took an evicted one's place: its page anew

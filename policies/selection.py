@@ -61,6 +61,11 @@ class SlotView:
     rotation: Rotation | None = None
     heads: HeadShards = ALONE
 
+    @property
+    def slots(self) -> int:
+        """How many slots there are."""
+        return int(self.keys.shape[2])
+
 
 class Selector:
     """The selection of one layer of one cache: a policy's state. Subclasses hold what they must, and follow the cache's verbs."""

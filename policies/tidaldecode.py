@@ -75,7 +75,7 @@ class TidalSelector(Selector):
         return not self.dense and not self.chooses and slots > self.top_k
 
     def select(self, view: SlotView) -> Tensor | None:
-        if self.dense or not view.decoding or view.keys.shape[2] <= self.top_k:
+        if self.dense or not view.decoding or view.slots <= self.top_k:
             return None
         if not self.chooses:
             self.hits += 1

@@ -156,7 +156,7 @@ class VoteSelector(Selector):
         policy = self.policy
         if not view.decoding:
             self._choose_anew()  # a prompt brings tokens that an earlier selection could not choose
-        if not self.narrows(view.keys.shape[2]):
+        if not self.narrows(view.slots):
             return None
         if self.index is not None:
             self.index.follow(view)
@@ -197,7 +197,7 @@ class VoteSelector(Selector):
             threshold=self.policy.threshold - ROUNDING,
             sinks=self.policy.sinks,
             local=self.policy.local,
-            slots=view.keys.shape[2],
+            slots=view.slots,
         )
 
     def _choose_anew(self) -> None:
@@ -223,7 +223,7 @@ class VoteSelector(Selector):
             votes = self._count(view, query, first, last, None)
             return best_slots(votes, policy.top_k) + first, torch.ones(batch, dtype=torch.bool, device=votes.device)
         candidates = candidate_slots(view, policy.sinks, policy.local)
-        votes = self._count(view, query, 0, view.keys.shape[2], candidates)
+        votes = self._count(view, query, 0, view.slots, candidates)
         candidates = candidates[:, : votes.shape[1]]
         votes = votes.masked_fill(~candidates, -1.0)
         live = (candidates.sum(dim=-1) > policy.top_k).any(dim=-1)
