@@ -52,3 +52,11 @@ class TableView(SlotView):
     @property
     def slots(self) -> int:
         return self.table.count
+
+    @property
+    def buffer(self) -> tuple[Tensor, Tensor | None] | tuple[None, None]:
+        prepared = self.table.prepared
+        if prepared is None or self.table.rows is not None:
+            return None, None
+        keys, _, layout = prepared.whole
+        return keys, layout.get("keys_scale")

@@ -66,6 +66,12 @@ class SlotView:
         """How many slots there are."""
         return int(self.keys.shape[2])
 
+    @property
+    def buffer(self) -> tuple[Tensor, Tensor | None] | tuple[None, None]:
+        """Keys `[batch, kv_heads, room, dim]` with all that there is room for, those of the slots first, and scales `[batch, kv_heads,
+        room]` of int8 ones, where this memory stays what it is from one token to the next."""
+        return None, None
+
 
 class Selector:
     """The selection of one layer of one cache: a policy's state. Subclasses hold what they must, and follow the cache's verbs."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from kvpress.kernels.choosing import listed_slots, reused_slots
+from kvpress.kernels.choosing.prepared import PreparedVote
 from kvpress.kernels.head_vote import head_vote
 from kvpress.policies.base import check_choice, check_integer
 from kvpress.policies.key_index import KeyIndex
@@ -106,7 +107,8 @@ class VoteSelector(Selector):
         self.hits = self.misses = 0
         self.query: Tensor | None = None  # [batch, query_heads * dim]
         self.chosen: Tensor | None = None  # slots, [batch, kv_heads or 1, top_k]
-        self.chosen_positions: Tensor | None = None
+        self.chosen_positions: Tensor | None = None  # of slots in order there are none: they are the slots
+        self._step: PreparedVote | None = None
         self.live: Tensor | None = (
             None  # [batch] rows that had more candidates than top_k: the others chose nothing yet
         )
@@ -125,6 +127,7 @@ class VoteSelector(Selector):
         for name in CACHED:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor[index.to(tensor.device)])
+        self._step = None
         if self.index is not None:
             self.index.select_batch(index)
 
@@ -139,13 +142,15 @@ class VoteSelector(Selector):
         return chosen + self.index.bytes_for(keys)
 
     def state(self) -> dict[str, Any]:
-        cached = {name: getattr(self, name) for name in CACHED}
+        tensors = {name: getattr(self, name) for name in CACHED}
+        cached = {name: None if tensor is None else tensor.clone() for name, tensor in tensors.items()}
         return {**super().state(), **cached, "index": None if self.index is None else self.index.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         for name in CACHED:
             setattr(self, name, state[name])
+        self._step = None
         if self.index is not None:
             self.index.load_state(state["index"])
 
@@ -162,6 +167,8 @@ class VoteSelector(Selector):
             self.index.follow(view)
         if not view.decoding:
             return assemble(view, self._vote(view, view.query.mean(dim=2))[0], policy.sinks, policy.local)
+        if view.ordered and (index := self._at_once(view)) is not None:
+            return index
         in_order = view.ordered and view.heads.size == 1
         if in_order and (again := self._reuse(view)) is not None:
             self.hits += 1
@@ -182,8 +189,51 @@ class VoteSelector(Selector):
             chosen = torch.where(same[:, None, None], self._still_there(positions), chosen)
             flat, live = torch.where(same[:, None], self.query, flat), live | same
         self.query, self.chosen, self.live = flat.clone(), chosen, live  # the rows may be a view of the model's own
-        self.chosen_positions = chosen.int() if view.ordered else positions.gather(-1, chosen.clamp(min=0))
+        self.chosen_positions = None if view.ordered else positions.gather(-1, chosen.clamp(min=0))
         return assemble(view, chosen, policy.sinks, policy.local)
+
+    def _at_once(self, view: SlotView) -> Tensor | None:
+        """A decoded token's step over slots in order by one call of the compiled kernel, where it can serve."""
+        keys, scales = view.buffer if self.index is None else (self.index.codes, self.index.scales)
+        if keys is None or not view.shared or view.heads.size > 1:
+            return None
+        step = self._step
+        if step is None or not step.serves(view.query, keys):
+            step = self._step = self._prepared(view, keys, scales)
+            if step is None:
+                return None
+        if self.query is None or self.live is None or self.chosen is None:
+            step.live.zero_()
+        elif self.query is not step.former:
+            step.remember(self.query, self.live, self.chosen)
+        index, again = step.choose(view.query, view.slots)
+        if again:
+            self.hits += 1
+        else:
+            self.misses += 1
+        self.query, self.live, self.chosen, self.chosen_positions = step.former, step.live, step.chosen, None
+        return index
+
+    def _prepared(self, view: SlotView, keys: Tensor, scales: Tensor | None) -> PreparedVote | None:
+        policy, turn = self.policy, None
+        if PreparedVote.refusal(view.query, keys) is not None:
+            return None
+        if view.rotation is not None:
+            tables = view.rotation.tables(view.query, policy.local + 1)
+            if tables is None:
+                return None
+            turn = (tables[0][policy.local], tables[1][policy.local])
+        return PreparedVote(
+            view.query,
+            keys,
+            scales,
+            threshold=policy.threshold - ROUNDING,
+            sinks=policy.sinks,
+            top_k=policy.top_k,
+            local=policy.local,
+            regroup=policy.group == "mod",
+            turn=turn,
+        )
 
     def _reuse(self, view: SlotView) -> Tensor | None:
         """The former selection among slots that are in order, where each of a chosen token stays its own."""
@@ -201,13 +251,14 @@ class VoteSelector(Selector):
         )
 
     def _choose_anew(self) -> None:
-        self.query = self.chosen = self.chosen_positions = self.live = None
+        self.query = self.chosen = self.chosen_positions = self.live = self._step = None
 
     def _still_there(self, positions: Tensor) -> Tensor:
         """The chosen slots, `-1` where another token has taken the place."""
-        if self.chosen is None or self.chosen_positions is None:
+        if self.chosen is None:
             raise RuntimeError("nothing was selected yet")
-        return self.chosen.where(positions.gather(-1, self.chosen.clamp(min=0)) == self.chosen_positions, -1)
+        before = self.chosen if self.chosen_positions is None else self.chosen_positions
+        return self.chosen.where(positions.gather(-1, self.chosen.clamp(min=0)) == before, -1)
 
     def _vote(self, view: SlotView, query: Tensor) -> tuple[Tensor, Tensor]:
         """The `top_k` candidates with most votes, slots `[batch, kv_heads or 1, top_k]`, `-1` where there are fewer; and `[batch]`

@@ -193,6 +193,17 @@ struct FindPlaces {
   int64_t* missing;            // how many had no copy, then their entries
 };
 
+struct VotedSlots {            // of one decoded token a batch row, over slots in order
+  Attention attention;         // as of Vote, of all slots from the first; tables: one row, by which the query is turned before it votes
+  double threshold;            // the least cosine with the former query under which its choice serves once more
+  int64_t sinks, top_k, local;
+  int64_t regroup;             // not 0: query head h belongs to KV head h % kv_heads
+  void* former;                // [batch, query_heads, dim], contiguous, of query_kind: the query that chose; written where one chooses anew
+  uint8_t* live;               // [batch]: whether one has
+  int64_t* chosen;             // [batch, top_k]
+  int64_t* index;              // [batch, sinks + top_k + local]
+};
+
 enum Status : int { OK = 0, OUT_OF_MEMORY = 1, INDEX_OUT_OF_RANGE = 2, FLAT_OUT_OF_RANGE = 3 };
 
 struct Level {  // the operations compiled for one instruction set
@@ -205,4 +216,5 @@ struct Level {  // the operations compiled for one instruction set
   int (*choose_pages)(const ChoosePages&);
   int (*rotate)(const Rotation&);
   int (*pack_int8)(const Packing&);
+  int (*voted_slots)(const VotedSlots&, bool* anew);
 };

@@ -13,6 +13,8 @@
 #include "choose_pages.hpp"
 #include "rotation.hpp"
 #include "packing.hpp"
+#include "voted_slots.hpp"
 
 extern const Level level;
-const Level level = {attention, attention_mass, head_vote, group_products, page_bounds, page_scores, choose_pages, rotate, pack_int8};
+const Level level = {attention,   attention_mass, head_vote, group_products, page_bounds,
+                     page_scores, choose_pages,   rotate,    pack_int8,      voted_slots};

@@ -86,22 +86,32 @@ double number(const void* base, int64_t kind, int64_t i) {
   return bits & 0x8000 ? -size : size;
 }
 
-// The cosine of two vectors, in double; no less than 1e-8 is taken for a length (as torch.cosine_similarity).
-double cosine_of(const ReusedSlots& r, int64_t b) {
-  double product = 0, own = 0, former = 0;
-  for (int64_t h = 0; h < r.query_heads; ++h)
-    for (int64_t d = 0; d < r.dim; ++d) {
-      const double x = number(r.query, r.kind, b * r.query_batch + h * r.query_head + d);
-      const double y = number(r.former, r.kind, (b * r.query_heads + h) * r.dim + d);
-      product += x * y;
-      own += x * x;
-      former += y * y;
-    }
-  const double least = 1e-8;
-  return product / (std::fmax(std::sqrt(own), least) * std::fmax(std::sqrt(former), least));
-}
-
 }  // namespace
+
+double cosine_of(const void* query, int64_t query_head, const void* former, int64_t kind, int64_t heads, int64_t dim) {
+  constexpr int SUMS = 8;  // side by side: one alone would wait for each addition
+  double product[SUMS] = {}, own[SUMS] = {}, before[SUMS] = {};
+  const auto add = [&](int i, double x, double y) {
+    product[i] += x * y;
+    own[i] += x * x;
+    before[i] += y * y;
+  };
+  for (int64_t h = 0; h < heads; ++h) {
+    int64_t d = 0;
+    if (kind == FP32)
+      for (; d + SUMS <= dim; d += SUMS)
+        for (int i = 0; i < SUMS; ++i)
+          add(i, static_cast<const float*>(query)[h * query_head + d + i], static_cast<const float*>(former)[h * dim + d + i]);
+    for (; d < dim; ++d) add(0, number(query, kind, h * query_head + d), number(former, kind, h * dim + d));
+  }
+  for (int i = 1; i < SUMS; ++i) {
+    product[0] += product[i];
+    own[0] += own[i];
+    before[0] += before[i];
+  }
+  const double least = 1e-8;
+  return product[0] / (std::fmax(std::sqrt(own[0]), least) * std::fmax(std::sqrt(before[0]), least));
+}
 
 int best_slots(const BestSlots& o) {
   if (o.rows == 0 || o.size == 0) return OK;
@@ -165,8 +175,12 @@ int listed_slots(const ListedSlots& l) {
 }
 
 bool reused_slots(const ReusedSlots& r) {
-  for (int64_t b = 0; b < r.batch; ++b)
-    if (!r.live[b] || !(cosine_of(r, b) >= r.threshold)) return false;
+  const int64_t item = r.kind == FP32 ? 4 : 2;
+  for (int64_t b = 0; b < r.batch; ++b) {
+    const char* query = static_cast<const char*>(r.query) + b * r.query_batch * item;
+    const char* former = static_cast<const char*>(r.former) + b * r.query_heads * r.dim * item;
+    if (!r.live[b] || !(cosine_of(query, r.query_head, former, r.kind, r.query_heads, r.dim) >= r.threshold)) return false;
+  }
   listed_slots(r.listed);
   return true;
 }

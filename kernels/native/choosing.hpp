@@ -5,3 +5,7 @@ int best_slots(const BestSlots&);
 int page_slots(const PageSlots&);
 int listed_slots(const ListedSlots&);
 bool reused_slots(const ReusedSlots&);
+
+// The cosine of two sets of rows, all heads together, in double; no less than 1e-8 is taken for a length (as torch.cosine_similarity).
+// `former` is contiguous, the heads of `query` lie `query_head` numbers apart.
+double cosine_of(const void* query, int64_t query_head, const void* former, int64_t kind, int64_t heads, int64_t dim);

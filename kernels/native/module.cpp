@@ -166,23 +166,38 @@ PyObject* call_reused_slots(PyObject*, PyObject* const* args, Py_ssize_t count) 
   return PyBool_FromLong(reused_slots(arguments));
 }
 
-// As `attention`, from a buffer that holds the struct: a caller that calls again and again changes what differs in it.
-PyObject* call_attention_again(PyObject*, PyObject* fields) {
+// Fill a struct from a buffer that holds it: a caller that calls again and again changes what differs in the buffer.
+template <class Arguments>
+bool read_buffer(PyObject* fields, Arguments* to) {
   Py_buffer view;
-  if (PyObject_GetBuffer(fields, &view, PyBUF_SIMPLE)) return nullptr;
-  Attention arguments;
-  const bool fits = view.len == Py_ssize_t(sizeof arguments);
-  if (fits) std::memcpy(&arguments, view.buf, sizeof arguments);
+  if (PyObject_GetBuffer(fields, &view, PyBUF_SIMPLE)) return false;
+  const bool fits = view.len == Py_ssize_t(sizeof *to);
+  if (fits) std::memcpy(to, view.buf, sizeof *to);
   PyBuffer_Release(&view);
-  if (!fits) {
-    PyErr_Format(PyExc_TypeError, "expected a buffer of %zd bytes", Py_ssize_t(sizeof arguments));
-    return nullptr;
-  }
+  if (!fits) PyErr_Format(PyExc_TypeError, "expected a buffer of %zd bytes", Py_ssize_t(sizeof *to));
+  return fits;
+}
+
+PyObject* call_attention_again(PyObject*, PyObject* fields) {
+  Attention arguments;
+  if (!read_buffer(fields, &arguments)) return nullptr;
   int status;
   Py_BEGIN_ALLOW_THREADS
   status = used->level->attention(arguments);
   Py_END_ALLOW_THREADS
   return finish(status);
+}
+
+// Whether a selection was made anew: True or False.
+PyObject* call_voted_slots(PyObject*, PyObject* fields) {
+  VotedSlots arguments;
+  if (!read_buffer(fields, &arguments)) return nullptr;
+  int status;
+  bool anew = false;
+  Py_BEGIN_ALLOW_THREADS
+  status = used->level->voted_slots(arguments, &anew);
+  Py_END_ALLOW_THREADS
+  return status ? finish(status) : PyBool_FromLong(anew);
 }
 
 #define FAST(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(function)), METH_FASTCALL
@@ -204,6 +219,7 @@ PyMethodDef methods[] = {
     {"best_slots", FAST(call_best_slots), "The slots of highest score of each row."},
     {"page_slots", FAST(call_page_slots), "The slots of the best pages of each head."},
     {"listed_slots", FAST(call_listed_slots), "Sinks, chosen slots and the last ones."},
+    {"voted_slots", call_voted_slots, METH_O, "A selection used once more, or made anew by votes; its fields in a buffer."},
     {"reused_slots", FAST(call_reused_slots), "A selection used once more, if the query has hardly turned."},
     {"find_places", FAST(call_find_places), "Where copies of slots lie, and which give way."},
     {"read_rows", FAST(call_read_rows), "Rows of files of equal rows."},

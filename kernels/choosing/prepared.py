@@ -1,0 +1,131 @@
+"""TokenSelect's step for decoded tokens over slots in order, in one call: what is the same at every token is looked up once."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpress.kernels.choosing import native
+from kvpress.kernels.native import tensors as fields
+
+THREADS, QUERY, SLOTS = fields.PLACE["threads"], fields.PLACE["query"], fields.PLACE["slots"]
+_BEHIND = struct.Struct("=dqqqqqqqq")  # the fields of `VotedSlots` behind those of `Attention`, in `arguments.hpp`
+
+
+class PreparedVote:
+    """`reused_slots`, or where a batch row cannot use its selection again `head_vote`, `best_slots` and `listed_slots`.
+
+    Args:
+        query: `[batch, query_heads, 1, dim]`, like those that will be asked for.
+        keys: `[batch, kv_heads, room, dim]`; those of the slots in use come first.
+        keys_scale: `[batch, kv_heads, room]` of int8 keys.
+        threshold: the least cosine under which a selection is used again.
+        sinks, top_k, local: the first slots and the last, always attended to, and how many between them are chosen.
+        regroup: query head `h` votes with KV head `h % kv_heads`, not `h // (query_heads // kv_heads)`.
+        turn: cosines and sines `[rotary_dim]` by which the query is turned before it votes.
+
+    Attributes:
+        former: `[batch, query_heads * dim]`, of each row the query that chose.
+        live: `[batch]` bool: whether one has.
+        chosen: `[batch, 1, top_k]` int64, what it chose. All three are written where a selection is made anew.
+
+    Raises:
+        ValueError: tensors that `refusal` would name.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        keys_scale: Tensor | None,
+        *,
+        threshold: float,
+        sinks: int,
+        top_k: int,
+        local: int,
+        regroup: bool = False,
+        turn: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        reason = self.refusal(query, keys)
+        if reason is not None:
+            raise ValueError(f"a vote cannot be prepared: {reason}")
+        batch, heads, _, dim = query.shape
+        self.keys = keys
+        self._kind = (query.shape, query.stride(), query.dtype)
+        self._least = sinks + top_k + local
+        self._shape = (batch, 1, self._least)
+        self.former = torch.zeros(batch, heads * dim, dtype=query.dtype)
+        self.live = torch.zeros(batch, dtype=torch.bool)
+        self.chosen = torch.zeros(batch, 1, top_k, dtype=torch.int64)
+        tables = None if turn is None else (turn[0][None], turn[1][None])
+        found, self._owners = fields.attention_fields(
+            query,
+            keys,
+            keys,
+            kv_heads=keys.shape[1],
+            scaling=1.0,
+            positions=None,
+            query_positions=None,
+            starts=None,
+            lengths=None,
+            index=None,
+            causal=False,
+            softcap=None,
+            sinks=None,
+            keys_scale=keys_scale,
+            values_scale=None,
+            output=0,
+            lse=0,
+            weights=0,
+            reduction=0,
+            entries=0,
+            rotation=tables,
+        )
+        written = (self.former.data_ptr(), self.live.data_ptr(), self.chosen.data_ptr())
+        behind = _BEHIND.pack(threshold, sinks, top_k, local, int(regroup), *written, 0)
+        self._fields = fields.packed(found) + array("q", behind)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Of a copied selection there is none yet: addresses are those of the original."""
+
+    @staticmethod
+    def refusal(query: Tensor, keys: Tensor) -> str | None:
+        """Why the compiled kernel cannot serve such calls, or `None`."""
+        return native.refusal(query, keys)
+
+    def serves(self, query: Tensor, keys: Tensor) -> bool:
+        """Whether a call with `query` is of the kind that was prepared, and the keys are those."""
+        return (
+            keys is self.keys
+            and (query.shape, query.stride(), query.dtype) == self._kind
+            and not torch.compiler.is_compiling()
+            and not (query.requires_grad and torch.is_grad_enabled())
+        )
+
+    def remember(self, former: Tensor, live: Tensor, chosen: Tensor) -> None:
+        """Go on with a selection that was made elsewhere."""
+        for own, given in ((self.former, former), (self.live, live), (self.chosen, chosen)):
+            own.copy_(given)
+
+    def choose(self, query: Tensor, slots: int) -> tuple[Tensor, bool]:
+        """`[batch, 1, sinks + top_k + local]` int64, ascending; and whether every row used its selection again.
+
+        Args:
+            query: of the kind that was prepared.
+            slots: in use, all of them tokens.
+
+        Raises:
+            ValueError: fewer slots than are listed.
+        """
+        if slots < self._least:
+            raise ValueError(f"slots must be at least {self._least}, those that are listed, got {slots}")
+        index = torch.empty(self._shape, dtype=torch.int64)
+        call = self._fields
+        call[THREADS], call[QUERY], call[SLOTS] = torch.get_num_threads(), query.data_ptr(), slots
+        call[-1] = index.data_ptr()
+        anew: bool = fields.built().voted_slots(call)
+        return index, not anew
