@@ -303,7 +303,9 @@ class PolicyLayer(CacheLayerMixin):
                 self.rotation.begin()
             ids = tokens.positions.clamp(min=0) if ids is None or ids.dim() != 2 else ids
             forward.rotated_to = self.clock.same_ids(ids)
-            self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
+            buffer, slot = self.table.place_of_key(forward.new)
+            if buffer is None or not self.rotation.undo_in_place(buffer, slot, forward.new_keys, forward.rotated_to):
+                self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
         return tokens
 
     @property

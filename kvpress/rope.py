@@ -50,9 +50,10 @@ class Rotation:
         parameters = getattr(config, "rope_parameters", None) or {}
         self._follows_length = parameters.get("rope_type") in ("dynamic", "longrope")
         self._trained = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
-        self._seen: dict[
-            torch.device, tuple[Tensor, PreparedRotation]
-        ] = {}  # position ids of this forward, and the way back
+        # position ids of this forward, the type of what was rotated to them, and the way back
+        self._seen: dict[torch.device, tuple[Tensor, torch.dtype, PreparedRotation]] = {}
+        # what `tables` was asked last, and gave
+        self._last: tuple[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] | None = None
         self._halves = False  # whether cosines are given once for both halves of a head
         self._by_kernel = False  # whether the rotation is the one that `kvpress.kernels.rotation` knows
         self._reindexed = (
@@ -71,15 +72,31 @@ class Rotation:
 
     def undo(self, rotated: Tensor, position_ids: Tensor) -> Tensor:
         """What `rotated [batch, heads, tokens, dim]` was before the model rotated it to `position_ids [batch or 1, tokens]`."""
-        kind, device = torch.promote_types(rotated.dtype, torch.float32), rotated.device
-        ids, back = self._seen.get(device, (None, None))
-        if back is None or ids is not position_ids or back.cosine.dtype != kind:
-            back = self._way_back(rotated.to(kind), position_ids)
-            self._seen[device] = (position_ids, back)
+        back = self.way_back(rotated, position_ids)
         if self._by_kernel:
             return back.rotate(rotated)
         cos, sin = (table.expand(rotated.shape[0], -1, -1) for table in (back.cosine, back.sine))
-        return self._rotate(rotated.to(kind), cos, -sin).to(rotated.dtype)
+        return self._rotate(rotated.to(cos.dtype), cos, -sin).to(rotated.dtype)
+
+    def undo_in_place(self, buffer: Tensor, slot: int, rotated: Tensor, position_ids: Tensor) -> bool:
+        """As `undo`, of `rotated [batch, heads, 1, dim]`, which lies in `slot` of `buffer [batch, heads, room, dim]`, where it lies.
+
+        Returns:
+            Whether it was done: the compiled kernel must be able to serve.
+        """
+        if not self._by_kernel or buffer.dtype != rotated.dtype:
+            return False
+        return self.way_back(rotated, position_ids).rotate_in_place(buffer, slot)
+
+    def way_back(self, rotated: Tensor, position_ids: Tensor) -> PreparedRotation:
+        """What turns back by `position_ids`, made once for all that this forward rotated."""
+        known = self._seen.get(rotated.device)
+        if known is not None and known[0] is position_ids and known[1] is rotated.dtype:
+            return known[2]
+        kind = torch.promote_types(rotated.dtype, torch.float32)
+        back = self._way_back(rotated.to(kind), position_ids)
+        self._seen[rotated.device] = (position_ids, rotated.dtype, back)
+        return back
 
     def _way_back(self, like: Tensor, position_ids: Tensor) -> PreparedRotation:
         """What turns back by `position_ids`, without the factor that a rotation and its inverse leave."""
@@ -102,7 +119,10 @@ class Rotation:
         rotation is none that they know."""
         if not self._by_kernel:
             return None
-        return self._table(like, places)
+        if self._last is not None and self._last[0] == (places, like.dtype, like.device):
+            return self._last[1]
+        self._last = ((places, like.dtype, like.device), self._table(like, places))
+        return self._last[1]
 
     def rotate_last(self, plain: Tensor, places: int) -> Tensor:
         """`plain [batch, heads, 1, dim]` rotated to the last of `places` positions."""
@@ -182,6 +202,7 @@ class Rotation:
             try:
                 self._seen.clear()
                 self._tables.clear()
+                self._last = None
                 plain = self.undo(keys.double(), ids)
                 again = self.rotate(plain, ids[:, None]) - keys.double()
             except (RuntimeError, ValueError):  # cosines of another width than this trial takes

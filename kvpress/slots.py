@@ -262,6 +262,13 @@ class SlotTable:
         else:
             self.keys = keys  # the model's own tensor is left as it is
 
+    def place_of_key(self, new: slice | Tensor) -> tuple[Tensor, int] | tuple[None, int]:
+        """Where the key of a token lies that was just appended, as it came: keys of all slots `[batch, kv_heads, room, dim]` and its slot;
+        `None` where it lies in another form, or heads have it in slots of their own."""
+        if self._prepared is None or not self.form.plain or isinstance(new, Tensor) or new.stop - new.start > 1:
+            return None, 0
+        return self.keys, new.start
+
     def settle(self) -> None:
         """Keep everything: tensors taken in from the model are copied into own buffers (by the stowage, if there is one)."""
         if self.stowage is None:

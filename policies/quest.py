@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.pages import choose_pages, page_bounds
+from kvpress.kernels.pages.prepared import PreparedPages
 from kvpress.memory import GROWTH, allocate
 from kvpress.policies.base import check_integer
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
@@ -60,9 +61,10 @@ class PageSelector(Selector):
         self.high: Tensor | None = None
         self.pages = 0  # that have bounds
         self.covered = 0  # slots whose keys the bounds include
+        self._step: PreparedPages | None = None
 
     def rearrange(self) -> None:
-        self.low = self.high = None
+        self.low = self.high = self._step = None
         self.pages = self.covered = 0
 
     def vacate(self) -> None:
@@ -94,6 +96,8 @@ class PageSelector(Selector):
         if self.skip or not view.decoding or view.slots <= self.policy.top_k:
             return None
         self.misses += 1
+        if view.ordered and (index := self._at_once(view)) is not None:
+            return index
         key = self._follow(view)
         low, high = self.bounds()
         return choose_pages(
@@ -107,6 +111,23 @@ class PageSelector(Selector):
             first=None if _begins_at_once(view) else first_tokens(view),
             newest=view.new if isinstance(view.new, Tensor) else None,
         )
+
+    def _at_once(self, view: SlotView) -> Tensor | None:
+        """A decoded token's step over slots in order by one call of the compiled kernel, where it can serve."""
+        slots, size = view.slots, self.policy.page_size
+        keys, scales = view.buffer
+        if keys is None or scales is not None or self.low is None or slots != self.covered + 1:
+            return None
+        low, high = self._with_room(self.covered // size + 1, self.low)
+        step = self._step
+        if step is None or not step.serves(view.query, low, keys):
+            self._step = None
+            if PreparedPages.refusal(view.query, low, high, keys) is not None:
+                return None
+            count = self.policy.top_k // size
+            step = self._step = PreparedPages(view.query, low, high, keys, count=count, page_size=size)
+        self.covered = slots
+        return step.choose(view.query, slots)
 
     def _follow(self, view: SlotView) -> Tensor | None:
         """Bring the bounds up to the slots of `view`; what is left to do is to take the key that is returned into the last page."""

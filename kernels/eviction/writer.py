@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from kvpress.kernels import triton_support
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.native import missing
 from kvpress.kernels.native import tensors as native
+
+COLUMNS = 16  # that the compiled kernel writes at once
+FIELDS, SLOT = 14, 9  # of `Overwrite` in `arguments.hpp`; those of a row begin with the address of the slots
 
 
 class RowWriter:
@@ -42,7 +47,10 @@ class RowWriter:
         refusals = {"native": self._native_refusal, "triton": self._triton_refusal, "reference": lambda: None}
         compiling = impl == "auto" and torch.compiler.is_compiling()
         self._impl = "reference" if compiling else choose("writing of rows", impl, refusals)
-        self._fields = [self._field(column) for column in columns] if self._impl == "native" else []
+        self._calls: dict[int, array[int]] = {}  # by the number of columns written
+        if self._impl == "native":
+            each = [self._field(column) for column in columns]
+            self._calls = {count: array("q", chain.from_iterable(each[:count])) for count in {1, len(columns)}}
         if self._impl == "triton":
             self._launches = import_module("kvpress.kernels.eviction.triton").PreparedWrite(columns, heads, starts)
 
@@ -63,22 +71,21 @@ class RowWriter:
         if self._impl == "triton":
             self._launches.write(slot, rows)
             return
-        overwrite = native.built().overwrite
+        call = self._calls[len(rows)]
         place, same = (0, slot) if isinstance(slot, int) else (slot.data_ptr(), 0)
         batch, kv_heads = self.heads
-        for (item, fields), row in zip(self._fields, rows, strict=False):
-            strides, shape = row.stride(), row.shape
+        at, copies = SLOT, []
+        for row in rows:
+            strides, shape, item = row.stride(), row.shape, row.element_size()
             if len(shape) == 4 and strides[3] != 1:
                 row = row.contiguous()
+                copies.append(row)  # it must outlive the call
                 strides = row.stride()
-            overwrite(
-                *fields,
-                place,
-                row.data_ptr(),
-                strides[0] * item if shape[0] == batch else 0,
-                strides[1] * item if shape[1] == kv_heads else 0,
-                same,
-            )
+            call[at], call[at + 1], call[at + 4] = place, row.data_ptr(), same
+            call[at + 2] = strides[0] * item if shape[0] == batch else 0
+            call[at + 3] = strides[1] * item if shape[1] == kv_heads else 0
+            at += FIELDS
+        native.built().overwrite_again(call)
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held beside the columns and `starts`."""
@@ -86,6 +93,8 @@ class RowWriter:
             yield self._first_rows
 
     def _native_refusal(self) -> str | None:
+        if len(self.columns) > COLUMNS:
+            return f"native kernels write up to {COLUMNS} columns, not {len(self.columns)}"
         return missing or (
             None if all(column.is_cpu for column in self.columns) else "native kernels read host memory only"
         )
@@ -93,15 +102,25 @@ class RowWriter:
     def _triton_refusal(self) -> str | None:
         return triton_support.refusal(*self.columns) if self.columns else "there is no column"
 
-    def _field(self, column: Tensor) -> tuple[int, tuple[int, ...]]:
-        """Bytes of an item, and what the kernel needs to know of a column."""
+    def _field(self, column: Tensor) -> tuple[int, ...]:
+        """The fields of `Overwrite`, those of a row left open."""
         item, (batch, kv_heads) = column.element_size(), self.heads
         leading = 1 if self.starts is not None else 3
         row_bytes = item * (column.shape[-1] if column.dim() > leading else 1)
         slots = column.shape[leading - 1]
         strides = (0, 0) if self.starts is not None else (kv_heads * slots * row_bytes, slots * row_bytes)
         start = 0 if self.starts is None else self.starts.data_ptr()
-        return item, (batch, kv_heads, slots, row_bytes, column.data_ptr(), *strides, row_bytes, start)
+        return (
+            batch,
+            kv_heads,
+            slots,
+            row_bytes,
+            column.data_ptr(),
+            *strides,
+            row_bytes,
+            start,
+            *[0] * (FIELDS - SLOT),
+        )
 
     def _index_copy(self, slot: Tensor | int, rows: Sequence[Tensor]) -> None:
         batch, kv_heads = self.heads

@@ -95,7 +95,8 @@ struct Rotation {
   const int64_t* positions;
   int64_t position_batch, position_head, table_rows;
   double sign;           // -1 undoes a rotation
-  void* output;          // [batch, heads, slots, dim], contiguous, of `kind`
+  void* output;          // [batch, heads, slots, dim] of `kind`; it may be the source
+  int64_t output_batch, output_head, output_slot;
 };
 
 struct Packing {

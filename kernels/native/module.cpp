@@ -111,7 +111,7 @@ OPERATION(page_bounds, PageBounds, "iiiiii" "iiiii" "iiii" "ii", used->level->pa
 #define PAGE_SLOTS "iiiiiii" "iii" "i"
 OPERATION(page_scores, PageScores, PAGE_SCORES, used->level->page_scores)
 OPERATION(choose_pages, ChoosePages, PAGE_SCORES PAGE_SLOTS "ii" "iii" "ii", used->level->choose_pages)
-OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "i", used->level->rotate)
+OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "iiii", used->level->rotate)
 OPERATION(pack_int8, Packing, "iiiii" "iiii" "i" "i", used->level->pack_int8)
 OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)
 OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii" "i", overwrite)
@@ -166,32 +166,46 @@ PyObject* call_reused_slots(PyObject*, PyObject* const* args, Py_ssize_t count) 
   return PyBool_FromLong(reused_slots(arguments));
 }
 
-// Fill a struct from a buffer that holds it: a caller that calls again and again changes what differs in the buffer.
+// Fill structs from a buffer that holds them: a caller that calls again and again changes what differs in the buffer.
 template <class Arguments>
-bool read_buffer(PyObject* fields, Arguments* to) {
+bool read_buffer(PyObject* fields, Arguments* to, Py_ssize_t most, Py_ssize_t* count) {
   Py_buffer view;
   if (PyObject_GetBuffer(fields, &view, PyBUF_SIMPLE)) return false;
-  const bool fits = view.len == Py_ssize_t(sizeof *to);
-  if (fits) std::memcpy(to, view.buf, sizeof *to);
+  const Py_ssize_t size = Py_ssize_t(sizeof *to);
+  const bool fits = view.len % size == 0 && view.len > 0 && view.len <= most * size;
+  if (fits) std::memcpy(to, view.buf, size_t(view.len));
+  *count = view.len / size;
   PyBuffer_Release(&view);
-  if (!fits) PyErr_Format(PyExc_TypeError, "expected a buffer of %zd bytes", Py_ssize_t(sizeof *to));
+  if (!fits) PyErr_Format(PyExc_TypeError, "expected a buffer of 1 to %zd times %zd bytes", most, size);
   return fits;
 }
 
-PyObject* call_attention_again(PyObject*, PyObject* fields) {
-  Attention arguments;
-  if (!read_buffer(fields, &arguments)) return nullptr;
-  int status;
+// As the operation of that name, once or a few times, its fields in a buffer.
+template <class Arguments, Py_ssize_t MOST>
+PyObject* call_again(PyObject* fields, int (*function)(const Arguments&)) {
+  Arguments arguments[MOST];
+  Py_ssize_t count;
+  if (!read_buffer(fields, arguments, MOST, &count)) return nullptr;
+  int status = OK;
   Py_BEGIN_ALLOW_THREADS
-  status = used->level->attention(arguments);
+  for (Py_ssize_t i = 0; i < count && !status; ++i) status = function(arguments[i]);
   Py_END_ALLOW_THREADS
   return finish(status);
 }
 
+#define AGAIN(name, Arguments, most, function) \
+  PyObject* call_##name##_again(PyObject*, PyObject* fields) { return call_again<Arguments, most>(fields, function); }
+
+AGAIN(attention, Attention, 1, used->level->attention)
+AGAIN(choose_pages, ChoosePages, 1, used->level->choose_pages)
+AGAIN(rotate, Rotation, 1, used->level->rotate)
+AGAIN(overwrite, Overwrite, 16, overwrite)
+
 // Whether a selection was made anew: True or False.
 PyObject* call_voted_slots(PyObject*, PyObject* fields) {
   VotedSlots arguments;
-  if (!read_buffer(fields, &arguments)) return nullptr;
+  Py_ssize_t count;
+  if (!read_buffer(fields, &arguments, 1, &count)) return nullptr;
   int status;
   bool anew = false;
   Py_BEGIN_ALLOW_THREADS
@@ -206,6 +220,9 @@ PyMethodDef methods[] = {
     // the order of the arguments is that of the structs in arguments.hpp
     {"attention", FAST(call_attention), "Attention over slots."},
     {"attention_again", call_attention_again, METH_O, "Attention over slots, its fields in a buffer."},
+    {"choose_pages_again", call_choose_pages_again, METH_O, "As choose_pages, its fields in a buffer."},
+    {"rotate_again", call_rotate_again, METH_O, "As rotate, its fields in a buffer."},
+    {"overwrite_again", call_overwrite_again, METH_O, "As overwrite, the fields of up to 16 columns in a buffer."},
     {"attention_mass", FAST(call_attention_mass), "Column sums of attention weights."},
     {"head_vote", FAST(call_head_vote), "Softmax weights summed over all query heads."},
     {"group_products", FAST(call_group_products), "Largest dot product of each slot over the query heads of its KV head."},

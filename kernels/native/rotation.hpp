@@ -9,7 +9,7 @@ static int rotate_kind(const Rotation& p) {
   for (int64_t task = 0; task < p.batch * p.heads * p.slots; ++task) {
     const int64_t slot = task % p.slots, h = task / p.slots % p.heads, b = task / p.slots / p.heads;
     const T* from = static_cast<const T*>(p.source) + b * p.batch_stride + h * p.head_stride + slot * p.slot_stride;
-    T* to = static_cast<T*>(p.output) + task * p.dim;
+    T* to = static_cast<T*>(p.output) + b * p.output_batch + h * p.output_head + slot * p.output_slot;
     int64_t table = b * p.table_batch + h * p.table_head + slot * p.table_slot;
     if (p.positions) {
       const int64_t position = p.positions[b * p.position_batch + h * p.position_head + slot];

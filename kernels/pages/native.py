@@ -118,10 +118,30 @@ def choose_pages(
     newest: Tensor | None,
 ) -> Tensor:
     """See `kvpress.kernels.pages.choose_pages`."""
-    batch, kv_heads, pages, _ = lowest.shape
+    batch, kv_heads, _, _ = lowest.shape
     index, places, owners = _places(batch, kv_heads, count, page_size, first, newest)
-    widening = (0, 0, 0) if key is None else (key.data_ptr(), *key.stride()[:2])
     native.built().choose_pages(
+        *choice_fields(query, lowest, highest, count, page_size, slots, key, places, index.data_ptr())
+    )
+    del owners
+    return index
+
+
+def choice_fields(
+    query: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    count: int,
+    page_size: int,
+    slots: int,
+    key: Tensor | None,
+    places: tuple[int, int],
+    index: int,
+) -> tuple[int, ...]:
+    """The fields of `ChoosePages`; `places` are the addresses of `first` and `newest`."""
+    batch, kv_heads, pages, _ = lowest.shape
+    widening = (0, 0, 0) if key is None else (key.data_ptr(), *key.stride()[:2])
+    return (
         *_score_fields(query, lowest, highest),
         0,
         batch,
@@ -133,15 +153,13 @@ def choose_pages(
         slots,
         0,
         *places,
-        index.data_ptr(),
+        index,
         lowest.data_ptr(),
         highest.data_ptr(),
         *widening,
         pages - 1,
         int((slots - 1) % page_size == 0),
     )
-    del owners
-    return index
 
 
 def _places(

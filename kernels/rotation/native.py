@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import struct
+from array import array
+
 import torch
 from torch import Tensor
 
 from kvpress.kernels.native import tensors as native
+
+THREADS, SOURCE, OUTPUT = (
+    0,
+    6,
+    21,
+)  # places of what differs from call to call among the fields of `Rotation` in `arguments.hpp`
+_PACKED = struct.Struct("=20qd4q")
 
 
 def refusal(slots: Tensor, cosine: Tensor, sine: Tensor) -> str | None:
@@ -19,16 +29,15 @@ def rotate(slots: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor | None
     """See `kvpress.kernels.rotation.rotate`."""
     cosine, sine = native.as_floats(cosine), native.as_floats(sine)
     positions = None if positions is None else native.as_int64(positions)
-    before, behind = fields(slots, cosine, sine, positions, inverse)
     output = torch.empty(slots.shape, dtype=slots.dtype)
-    native.built().rotate(torch.get_num_threads(), *before, slots.data_ptr(), *behind, output.data_ptr())
+    native.built().rotate(*fields(slots, cosine, sine, positions, inverse, output))
     return output
 
 
 def fields(
-    slots: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor | None, inverse: bool
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The fields of `Rotation` before the address of `slots` and behind it, but for threads and output."""
+    slots: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor | None, inverse: bool, output: Tensor
+) -> tuple[float, ...]:
+    """The fields of `Rotation`; `SOURCE` and `OUTPUT` are where the addresses stand."""
     batch, heads, length, dim = slots.shape
     placed = (0, 0, 0, 0)
     if positions is None:
@@ -40,16 +49,26 @@ def fields(
             *native.batch_and_head_strides(positions, batch, heads),
             cosine.shape[0],
         )
-    strides = slots.stride()
-    behind = (
+    return (
+        torch.get_num_threads(),
+        batch,
+        heads,
+        length,
+        dim,
+        cosine.shape[-1],
+        slots.data_ptr(),
         native.FLOATS[slots.dtype],
-        strides[0],
-        strides[1],
-        strides[2],
+        *slots.stride()[:3],
         cosine.data_ptr(),
         sine.data_ptr(),
         *tables,
         *placed,
         -1.0 if inverse else 1.0,
+        output.data_ptr(),
+        *output.stride()[:3],
     )
-    return (batch, heads, length, dim, cosine.shape[-1]), behind
+
+
+def packed(found: tuple[float, ...]) -> array[int]:
+    """The fields in a buffer for `rotate_again`."""
+    return array("q", _PACKED.pack(*found))

@@ -7,6 +7,8 @@ from kvpress.kernels.choosing import best_slots, listed_slots, reused_slots
 from kvpress.kernels.choosing.prepared import PreparedVote
 from kvpress.kernels.head_vote import head_vote
 from kvpress.kernels.native import missing
+from kvpress.kernels.pages import choose_pages, page_bounds
+from kvpress.kernels.pages.prepared import PreparedPages
 from kvpress.kernels.rotation import rotate
 from kvpress.row_format import row_format
 
@@ -111,3 +113,48 @@ def test_other_calls_are_not_served():
         prepared.choose(query, 4)
     with pytest.raises(ValueError, match="cannot be prepared: native kernels take fp32"):
         PreparedVote(query.double(), keys.double(), None, threshold=0.9, sinks=1, top_k=2, local=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 3])
+def test_prepared_pages_are_those_of_checked_calls(level, group, dtype):
+    size, count = 8, 3
+    keys = made(BATCH, KV_HEADS, ROOM, DIM, seed=1).to(dtype)
+    keys[1, 0, 45, 3] = torch.nan
+    ours, theirs = (
+        [torch.full((BATCH, KV_HEADS, 12, DIM), torch.nan, dtype=dtype) for _ in range(2)] for _ in range(2)
+    )
+    for low_or_high, bound in zip(
+        zip(ours, theirs, strict=True), page_bounds(keys[:, :, :40], page_size=size), strict=True
+    ):
+        for room in low_or_high:
+            room[:, :, :5] = bound
+    query = made(BATCH, 1, KV_HEADS * group, DIM).to(dtype).transpose(1, 2)
+    prepared = PreparedPages(query, *ours, keys, count=count, page_size=size)
+    lists = set()
+    for slots in range(41, 90):
+        query = made(BATCH, 1, KV_HEADS * group, DIM, seed=slots).to(dtype).transpose(1, 2)
+        index = prepared.choose(query, slots)
+        low, high = (room[:, :, : -(-slots // size)] for room in theirs)
+        key = keys[:, :, slots - 1 : slots]
+        expected = choose_pages(query, low, high, count, page_size=size, slots=slots, key=key, impl="apart")
+        assert torch.equal(index, expected)
+        for own, other in zip(ours, theirs, strict=True):
+            assert torch.equal(own.nan_to_num(nan=123.0), other.nan_to_num(nan=123.0))
+        lists.add(str(index.tolist()))
+        assert index.shape[-1] < slots
+    assert len(lists) == 49
+
+
+def test_other_choices_of_pages_are_not_served():
+    keys, query, bound = made(1, 2, 40, DIM, seed=1), made(1, 4, 1, DIM), torch.zeros(1, 2, 4, DIM)
+    prepared = PreparedPages(query, bound, bound.clone(), keys, count=2, page_size=8)
+    assert prepared.serves(made(1, 4, 1, DIM, seed=5), bound, keys)
+    assert not prepared.serves(query.double(), bound, keys)
+    assert not prepared.serves(query, bound.clone(), keys)
+    assert not prepared.serves(query, bound, keys.clone())
+    for slots in (8, 33):
+        with pytest.raises(ValueError, match=f"slots must make 2 to 4 pages of 8, got {slots}"):
+            prepared.choose(query, slots)
+    with pytest.raises(ValueError, match=r"cannot be prepared: keys are torch\.bfloat16, their bounds torch\.float32"):
+        PreparedPages(query, bound, bound, keys.bfloat16(), count=2, page_size=8)

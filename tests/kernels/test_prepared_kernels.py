@@ -164,6 +164,25 @@ def test_rotations_by_the_same_tables_are_those_of_checked_calls():
         assert prepared.rotate(learning).requires_grad
 
 
+@pytest.mark.skipif(missing is not None, reason="no native kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_rotated_where_they_lie(level, dtype):
+    angles = torch.rand(2, 1, 1, 8, generator=torch.Generator().manual_seed(7)).repeat(1, 1, 1, 2)
+    prepared = PreparedRotation(angles.cos(), angles.sin(), inverse=True)
+    room = torch.randn(2, 3, 10, 20, generator=torch.Generator().manual_seed(8)).to(dtype)
+    for buffer in (room, room.transpose(0, 1).contiguous().transpose(0, 1), room[:, :, :, :16]):
+        for slot in (4, 9, 0):
+            expected = buffer.clone()
+            expected[:, :, slot : slot + 1] = prepared.rotate(buffer[:, :, slot : slot + 1])
+            before = buffer.clone()
+            assert prepared.rotate_in_place(buffer, slot)
+            assert torch.equal(buffer, expected)
+            assert not torch.equal(buffer, before)
+    assert not prepared.rotate_in_place(room.double(), 3)
+    long = PreparedRotation(angles.cos().expand(2, 1, 2, 16), angles.sin().expand(2, 1, 2, 16))
+    assert not long.rotate_in_place(room, 3)
+
+
 def test_the_weakest_slot_is_that_of_checked_calls():
     positions = torch.arange(30, dtype=torch.int32).expand(2, 3, 30).contiguous()
     lengths = torch.tensor([[30, 20, 25], [10, 30, 25]])

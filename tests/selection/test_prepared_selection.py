@@ -8,7 +8,9 @@ import torch
 from kvpress import PolicyCache
 from kvpress.kernels.choosing.prepared import PreparedVote
 from kvpress.kernels.native import missing
-from kvpress.policies import KNorm, TokenSelect
+from kvpress.kernels.pages.prepared import PreparedPages
+from kvpress.policies import KNorm, Quest, TokenSelect
+from kvpress.rope import Rotation
 from kvpress.testing.families import tiny_model
 
 pytestmark = pytest.mark.skipif(missing is not None, reason="no native kernels")
@@ -35,7 +37,9 @@ def decoded(model, cache, ids, patch=None):
 
 
 def operation_by_operation(context):
-    context.setattr(PreparedVote, "refusal", staticmethod(lambda query, keys: "a test"))
+    for prepared in (PreparedVote, PreparedPages):
+        context.setattr(prepared, "refusal", staticmethod(lambda *tensors: "a test"))
+    context.setattr(Rotation, "undo_in_place", lambda *given: False)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -58,6 +62,27 @@ def test_tokenselect_chooses_as_operation_by_operation(feed, narrow, kv_dtype, p
     assert len(read[-1][0][0]) == 13, "nothing was selected"
     assert all(layer.selector._step is not None for layer in cache.policy_layers)
     assert all(layer.selector._step is None for layer in other.policy_layers)
+    for layer, apart_layer in zip(cache.policy_layers, other.policy_layers, strict=True):
+        assert torch.equal(layer.table.stored()[0], apart_layer.table.stored()[0])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kv_dtype", [None, "bfloat16"])
+def test_quest_chooses_as_operation_by_operation(feed, narrow, kv_dtype, batch):
+    ids = torch.stack([torch.arange(3, 73), torch.arange(3, 73).flip(0)])[:batch]
+    cache = PolicyCache(narrow, Quest(top_k=16, page_size=4, skip_layers=1), kv_dtype=kv_dtype)
+    feed(narrow, cache, ids, (40, 1, 1))
+    other = copy.deepcopy(cache)
+    logits, read = decoded(narrow, cache, ids[:, 42:])
+    apart, read_apart = decoded(narrow, other, ids[:, 42:], operation_by_operation)
+    assert read == read_apart
+    assert torch.equal(logits, apart)
+    ours, theirs = (each.policy_layers[1].selector for each in (cache, other))
+    for bound, apart_bound in zip(ours.bounds(), theirs.bounds(), strict=True):
+        assert torch.equal(bound, apart_bound)
+    assert len(read[-1][1][0][0]) == 16 < 70, "nothing was selected"
+    assert theirs._step is None
+    assert (ours._step is not None) == (kv_dtype is None), "bounds of bf16 keys are those of the model's own numbers"
 
 
 def test_a_choice_outlives_the_order_of_slots(feed, narrow):

@@ -1,0 +1,89 @@
+"""Quest's step for decoded tokens, in one call: what is the same at every token is looked up once."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpress.kernels.native import tensors as fields
+from kvpress.kernels.pages import native
+
+# places among the fields of `ChoosePages` in `arguments.hpp`
+THREADS, SCORED_PAGES, QUERY, PAGES, SLOTS, INDEX, KEY, PAGE, BEGINS = 0, 4, 6, 23, 26, 30, 33, 36, 37
+
+
+class PreparedPages:
+    """`choose_pages` with the key of the newest token, over slots in order whose memory stays where it is.
+
+    Args:
+        query: `[batch, query_heads, 1, dim]`, like those that will be asked for.
+        lowest, highest: `[batch, kv_heads, room, dim]`: bounds of the pages in use come first.
+        keys: `[batch, kv_heads, room, dim]` in the type of the bounds: those of the slots in use come first.
+        count: pages to choose.
+        page_size: slots a page.
+
+    Raises:
+        ValueError: tensors that `refusal` would name.
+    """
+
+    def __init__(
+        self, query: Tensor, lowest: Tensor, highest: Tensor, keys: Tensor, *, count: int, page_size: int
+    ) -> None:
+        reason = self.refusal(query, lowest, highest, keys)
+        if reason is not None:
+            raise ValueError(f"a choice of pages cannot be prepared: {reason}")
+        self.lowest, self.highest, self.keys = lowest, highest, keys
+        self._kind = (query.shape, query.stride(), query.dtype)
+        self._count, self._page_size = count, page_size
+        batch, kv_heads, _, _ = lowest.shape
+        self._shape = (batch, kv_heads, count * page_size)
+        self._first_key, self._key_bytes = keys.data_ptr(), keys.stride(2) * keys.element_size()
+        newest = keys[:, :, :1]
+        found = native.choice_fields(
+            query, lowest, highest, count, page_size, slots=1, key=newest, places=(0, 0), index=0
+        )
+        self._fields = array("q", found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Of copied pages there is none yet: addresses are those of the original."""
+
+    @staticmethod
+    def refusal(query: Tensor, lowest: Tensor, highest: Tensor, keys: Tensor) -> str | None:
+        """Why the compiled kernel cannot serve such calls, or `None`."""
+        if keys.dtype != lowest.dtype:
+            return f"keys are {keys.dtype}, their bounds {lowest.dtype}"
+        return native.choice_refusal(query, lowest, highest, keys)
+
+    def serves(self, query: Tensor, lowest: Tensor, keys: Tensor) -> bool:
+        """Whether a call with `query` is of the kind that was prepared, and bounds and keys are those."""
+        return (
+            keys is self.keys
+            and lowest is self.lowest
+            and (query.shape, query.stride(), query.dtype) == self._kind
+            and not torch.compiler.is_compiling()
+            and not (query.requires_grad and torch.is_grad_enabled())
+        )
+
+    def choose(self, query: Tensor, slots: int) -> Tensor:
+        """Take the key in slot `slots - 1` into the bounds of its page, and list the slots of the best pages: `[batch, kv_heads, count *
+        page_size]` int64, as `choose_pages`.
+
+        Raises:
+            ValueError: fewer pages than are chosen, or more than there is room for.
+        """
+        last = (slots - 1) // self._page_size
+        if not self._count <= last + 1 <= self.lowest.shape[2]:
+            raise ValueError(
+                f"slots must make {self._count} to {self.lowest.shape[2]} pages of {self._page_size}, got {slots}"
+            )
+        index = torch.empty(self._shape, dtype=torch.int64)
+        call = self._fields
+        call[THREADS], call[QUERY], call[INDEX] = torch.get_num_threads(), query.data_ptr(), index.data_ptr()
+        call[SCORED_PAGES] = call[PAGES] = last + 1
+        call[SLOTS], call[PAGE], call[BEGINS] = slots, last, (slots - 1) % self._page_size == 0
+        call[KEY] = self._first_key + (slots - 1) * self._key_bytes
+        fields.built().choose_pages_again(call)
+        return index
