@@ -81,7 +81,7 @@ struct Fetch {  // asks for the cache lines of a tile's keys one by one, in the 
 // WIDE vectors of `add_values`, from dimension `d` on
 template <int QUERIES, int WIDE, class T>
 static inline void add_block(const float* p, const Tile& tile, Fetch& fetch, int64_t dim, int64_t d, float* accumulator) {
-  constexpr int BYTES = WIDE * LANES * int(sizeof(T)), PACE = BYTES < 64 ? 64 / BYTES : 1;
+  constexpr int BYTES = WIDE * LANES * int(sizeof(T)), PACE = BYTES < 64 ? 64 / BYTES : 1, LINES = BYTES > 64 ? BYTES / 64 : 1;
   Vec sum[QUERIES][WIDE];
 #pragma GCC unroll 4
   for (int q = 0; q < QUERIES; ++q)
@@ -89,7 +89,9 @@ static inline void add_block(const float* p, const Tile& tile, Fetch& fetch, int
     for (int w = 0; w < WIDE; ++w) sum[q][w] = load(accumulator + q * dim + d + w * LANES);
   for (int t = 0; t < tile.count; ++t) {
     const T* v = static_cast<const T*>(tile.value[t]) + d;
-    if (t % PACE == 0) fetch.step();
+    if (t % PACE == 0)
+#pragma GCC unroll 2
+      for (int line = 0; line < LINES; ++line) fetch.step();
     Vec x[WIDE];
 #pragma GCC unroll 2
     for (int w = 0; w < WIDE; ++w) x[w] = load(v + w * LANES);
