@@ -57,6 +57,8 @@ def attention_forward(
         layer.finish(forward, query, key, arguments)
     if output.requires_grad:
         output.register_hook(_refuse_backward)
+    if forward.rows == 1 and output.shape[2] == 1 and output.is_contiguous():
+        return output.view(output.shape[0], 1, output.shape[1], output.shape[3]), None  # as below, by one call less
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -18,6 +18,8 @@ from kvpress.kernels.rotation.prepared import PreparedRotation
 
 TABLE = 4096  # positions of the first table; a longer one has a power of two of them
 TABLES = 4  # held at a time
+AHEAD = 64  # positions whose cosines are asked for at once
+FIXED = ("default", "linear", "llama3", "yarn")  # rope types whose cosines depend on nothing but the position
 
 
 class Rotation:
@@ -49,6 +51,10 @@ class Rotation:
         config = model.config.get_text_config(decoder=True)
         parameters = getattr(config, "rope_parameters", None) or {}
         self._follows_length = parameters.get("rope_type") in ("dynamic", "longrope")
+        self._fixed = parameters.get("rope_type") in FIXED
+        self._ahead: dict[
+            torch.dtype, tuple[int, PreparedRotation]
+        ] = {}  # the first position, and the ways back from it on
         self._trained = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
         # position ids of this forward, the type of what was rotated to them, and the way back
         self._seen: dict[torch.device, tuple[Tensor, torch.dtype, PreparedRotation]] = {}
@@ -94,9 +100,28 @@ class Rotation:
         if known is not None and known[0] is position_ids and known[1] is rotated.dtype:
             return known[2]
         kind = torch.promote_types(rotated.dtype, torch.float32)
-        back = self._way_back(rotated.to(kind), position_ids)
+        back = self._by_row_ahead(kind, position_ids) if rotated.is_cpu and rotated.shape[2] == 1 else None
+        if back is None:
+            back = self._way_back(rotated.to(kind), position_ids)
         self._seen[rotated.device] = (position_ids, rotated.dtype, back)
         return back
+
+    def _by_row_ahead(self, kind: torch.dtype, position_ids: Tensor) -> PreparedRotation | None:
+        """What turns a decoded token back, from the ways of `AHEAD` coming positions that one call of the model's module gave; `None` where
+        frequencies may change meanwhile, or rows of the batch stand at different positions."""
+        if not self._fixed or not self._by_kernel or not position_ids.is_cpu or position_ids.shape[1] != 1:
+            return None
+        positions = position_ids.view(-1).tolist()
+        position = int(positions[0])
+        if positions.count(position) != len(positions):
+            return None
+        ahead = self._ahead.get(kind)
+        if ahead is None or not ahead[0] <= position < ahead[0] + AHEAD:
+            with torch.inference_mode(False), torch.no_grad():  # they serve later forwards too, of any mode
+                coming = torch.arange(position, position + AHEAD)[None]
+                ahead = (position, self._way_back(torch.empty(0, dtype=kind), coming))
+            self._ahead[kind] = ahead
+        return ahead[1].row(position - ahead[0])
 
     def _way_back(self, like: Tensor, position_ids: Tensor) -> PreparedRotation:
         """What turns back by `position_ids`, without the factor that a rotation and its inverse leave."""
@@ -119,10 +144,12 @@ class Rotation:
         rotation is none that they know."""
         if not self._by_kernel:
             return None
-        if self._last is not None and self._last[0] == (places, like.dtype, like.device):
-            return self._last[1]
-        self._last = ((places, like.dtype, like.device), self._table(like, places))
-        return self._last[1]
+        asked, last = (places, like.dtype, like.device), self._last
+        if last is not None and last[0] == asked:
+            return last[1]
+        found = self._table(like, places)
+        self._last = (asked, found)
+        return found
 
     def rotate_last(self, plain: Tensor, places: int) -> Tensor:
         """`plain [batch, heads, 1, dim]` rotated to the last of `places` positions."""
@@ -201,6 +228,7 @@ class Rotation:
                 continue
             try:
                 self._seen.clear()
+                self._ahead.clear()
                 self._tables.clear()
                 self._last = None
                 plain = self.undo(keys.double(), ids)

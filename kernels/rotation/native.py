@@ -10,11 +10,8 @@ from torch import Tensor
 
 from kvpress.kernels.native import tensors as native
 
-THREADS, SOURCE, OUTPUT = (
-    0,
-    6,
-    21,
-)  # places of what differs from call to call among the fields of `Rotation` in `arguments.hpp`
+# places of what differs from call to call among the fields of `Rotation` in `arguments.hpp`
+THREADS, SOURCE, COSINE, SINE, OUTPUT = 0, 6, 11, 12, 21
 _PACKED = struct.Struct("=20qd4q")
 
 

@@ -11,6 +11,10 @@ from kvpress.kernels.native import tensors as fields
 from kvpress.kernels.rotation import native
 from kvpress.kernels.rotation.api import rotate
 
+Kind = tuple[
+    torch.Size, tuple[int, ...], torch.dtype, bool
+]  # shape, strides and type of what is rotated; whether it is where it lies
+
 
 class PreparedRotation:
     """`rotate` by tables that stay.
@@ -18,12 +22,24 @@ class PreparedRotation:
     Args:
         cosine, sine: `[batch or 1, 1, slots, rotary_dim]`.
         inverse: rotate the other way.
+        known: calls by the kind of tensor, of tables like these: what was looked up for them serves here.
     """
 
-    def __init__(self, cosine: Tensor, sine: Tensor, *, inverse: bool = False) -> None:
+    def __init__(
+        self, cosine: Tensor, sine: Tensor, *, inverse: bool = False, known: dict[Kind, array[int]] | None = None
+    ) -> None:
         self.cosine, self.sine, self.inverse = cosine, sine, inverse
-        self._calls: dict[tuple[object, ...], array[int]] = {}  # by the kind of tensor
-        self._places: dict[tuple[object, ...], array[int]] = {}  # likewise, of buffers whose rows are turned in place
+        self._known = (
+            {} if known is None else known
+        )  # only ever added to: several threads may rotate by tables like these
+        self._calls: dict[Kind, array[int]] = {}  # likewise, with the addresses of these tables
+        self._rows: dict[Kind, array[int]] = {}  # of single rows of tables
+
+    def row(self, row: int) -> PreparedRotation:
+        """Rotates by row `row` of these tables alone."""
+        part = slice(row, row + 1)
+        cosine, sine = self.cosine[:, :, part], self.sine[:, :, part]
+        return PreparedRotation(cosine, sine, inverse=self.inverse, known=self._rows)
 
     def rotate(self, slots: Tensor) -> Tensor:
         """As `kvpress.kernels.rotation.rotate`, with the same errors.
@@ -31,15 +47,13 @@ class PreparedRotation:
         Args:
             slots: `[batch, heads, slots, dim]`.
         """
-        kind = (slots.shape, slots.stride(), slots.dtype)
-        call = self._calls.get(kind)
+        call = self._call((slots.shape, slots.stride(), slots.dtype, False))
         if call is None or torch.compiler.is_compiling() or (slots.requires_grad and torch.is_grad_enabled()):
             rotated = rotate(slots, self.cosine, self.sine, inverse=self.inverse)
-            if self._served(slots):
-                found = native.fields(slots, self.cosine, self.sine, None, self.inverse, rotated)
-                self._calls[kind] = native.packed(found)
+            self._learn(slots, rotated, (slots.shape, slots.stride(), slots.dtype, False))
             return rotated
         output = torch.empty(slots.shape, dtype=slots.dtype)
+        call[native.THREADS] = torch.get_num_threads()
         call[native.SOURCE], call[native.OUTPUT] = slots.data_ptr(), output.data_ptr()
         fields.built().rotate_again(call)
         return output
@@ -50,19 +64,34 @@ class PreparedRotation:
         Returns:
             Whether it was done: the compiled kernel must be able to serve.
         """
-        kind = (buffer.shape, buffer.stride(), buffer.dtype)
-        call = self._places.get(kind)
+        kind = (buffer.shape, buffer.stride(), buffer.dtype, True)
+        call = self._call(kind)
         if call is None or torch.compiler.is_compiling():
-            if self.cosine.shape[2] != 1 or torch.compiler.is_compiling() or not self._served(buffer):
+            if self.cosine.shape[2] != 1 or torch.compiler.is_compiling():
                 return False
-            rows = buffer[:, :, :1]
-            call = native.packed(native.fields(rows, self.cosine, self.sine, None, self.inverse, rows))
-            self._places[kind] = call
-        place = buffer.data_ptr() + slot * buffer.stride(2) * buffer.element_size()
+            call = self._learn(buffer[:, :, :1], buffer[:, :, :1], kind)
+            if call is None:
+                return False
+        place = buffer.data_ptr() + slot * kind[1][2] * buffer.element_size()
         call[native.SOURCE] = call[native.OUTPUT] = place
         fields.built().rotate_again(call)
         return True
 
-    def _served(self, slots: Tensor) -> bool:
+    def _call(self, kind: Kind) -> array[int] | None:
+        """The call of a kind that was looked up before, for these tables."""
+        call = self._calls.get(kind)
+        if call is None and (known := self._known.get(kind)) is not None:
+            call = self._calls[kind] = known[:]
+            call[native.COSINE], call[native.SINE] = self.cosine.data_ptr(), self.sine.data_ptr()
+        return call
+
+    def _learn(self, slots: Tensor, output: Tensor, kind: Kind) -> array[int] | None:
+        """Note the call that makes `output` of `slots`, if the compiled kernel serves it from the tables themselves."""
         tables = self.cosine, self.sine
-        return native.refusal(slots, *tables) is None and all(fields.as_floats(table) is table for table in tables)
+        if native.refusal(slots, *tables) is not None:
+            return None
+        if not all(table.dtype == torch.float32 and table.stride(-1) == 1 for table in tables):
+            return None
+        call = native.packed(native.fields(slots, *tables, None, self.inverse, output))
+        self._calls[kind], self._known[kind] = call, call[:]
+        return call

@@ -198,3 +198,19 @@ def test_the_weakest_slot_is_that_of_checked_calls():
             found.add(tuple(slot.view(-1).tolist()))
             positions.scatter_(-1, slot[..., None], 40 + number)
     assert len(found) > 6
+
+
+def test_a_row_of_tables_rotates_as_tables_of_one_row():
+    angles = torch.rand(1, 1, 5, 8, generator=torch.Generator().manual_seed(7)).repeat(1, 1, 1, 2)
+    whole = PreparedRotation(angles.cos(), angles.sin(), inverse=True)
+    rows = torch.randn(2, 3, 1, 20, generator=torch.Generator().manual_seed(8))
+    outputs = []
+    for row in (0, 3, 4, 3):
+        part = whole.row(row)
+        expected = rotate(rows, angles.cos()[:, :, row : row + 1], angles.sin()[:, :, row : row + 1], inverse=True)
+        for _ in range(2):
+            assert torch.equal(part.rotate(rows), expected)
+        outputs.append(expected)
+    assert torch.equal(outputs[1], outputs[3]) and not torch.equal(outputs[1], outputs[2])
+    if missing is None:
+        assert len(whole._rows) == 1, "looked up once for all rows"

@@ -5,7 +5,9 @@ import torch
 from test_tokenselect_sets import SMALL, cut, voter
 
 from kvpress import PolicyCache
+from kvpress.kernels.native import missing
 from kvpress.policies import SepLLM, StreamingLLM, TokenSelect
+from kvpress.rope import Rotation
 from kvpress.testing.families import tiny_model
 
 ROPE = {
@@ -125,3 +127,31 @@ def test_position_ids_changed_in_place_are_noticed(feed, llama):
             positions += 1
             logits.append(llama(ids[:, step : step + 1], position_ids=positions, past_key_values=cache).logits[0])
     assert float((torch.cat(logits) - expected).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ROPE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_way_back_of_coming_positions_is_that_of_each(kind, dtype):
+    rotation = Rotation(rotated(kind))
+    rows = torch.randn(2, 3, 1, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = []
+    for position in (0, 5, 63, 64, 130, 131, 2):
+        ids = torch.tensor([[position]])
+        rotation.begin()
+        undone = rotation.undo(rows, ids)
+        alone = rotation._way_back(rows.to(torch.promote_types(dtype, torch.float32)), ids).rotate(rows)
+        assert torch.equal(undone, alone)
+        room = rows.repeat(1, 1, 4, 1)
+        assert rotation.undo_in_place(room, 2, rows, ids) == (missing is None and dtype != torch.float64)
+        assert torch.equal(room[:, :, 2:3], undone if missing is None and dtype != torch.float64 else rows)
+        found.append(undone)
+    assert not torch.equal(found[1], found[2])
+    assert bool(rotation._ahead) == (kind != "dynamic"), (
+        "frequencies that follow the length are asked for at every token"
+    )
+    rotation.begin()
+    apart = torch.tensor([[3], [9]])
+    both = rotation.undo(rows, apart)
+    for row in (0, 1):
+        rotation.begin()
+        assert torch.equal(both[row : row + 1], rotation.undo(rows[row : row + 1], apart[row : row + 1]))
