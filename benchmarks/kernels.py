@@ -29,16 +29,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvpress.kernels.attention import attend, attend_with_weights
+from kvpress.kernels.attention.prepared import PreparedAttention
 from kvpress.kernels.attention_mass import attention_mass
+from kvpress.kernels.choosing import best_slots, listed_slots, reused_slots
+from kvpress.kernels.choosing.prepared import PreparedVote
 from kvpress.kernels.compaction import compact
 from kvpress.kernels.eviction import RowWriter, weakest
-from kvpress.kernels.head_vote import head_vote, top_slots
+from kvpress.kernels.head_vote import head_vote
 from kvpress.kernels.pages import page_bounds, page_scores
 from kvpress.kernels.rotation import rotate
 from kvpress.row_format import Int8Rows
 from kvpress.testing.slots_oracle import assert_within_budget
 
 SHAPES = {"llama-3-8b": (32, 8, 128), "smollm2-135m": (9, 3, 64)}
+SINKS, LOCAL = 128, 512  # of the selected, those that TokenSelect always attends to
 SELECTED, CHUNK, WINDOW, PAGE, GATED = 2048, 512, 32, 16, 300
 Call = Callable[[], Any]
 
@@ -189,24 +193,62 @@ def cases(shape: str, tokens: int, prompt: int, flex: bool, dtype: torch.dtype) 
         ),
     )  # fmt: skip
 
-    def vote_step(k: Tensor, scale: Tensor | None) -> Call:
-        def step() -> Any:
-            best = top_slots(head_vote(query, k, keys_scale=scale), SELECTED)
-            return attend(query, keys, values, scaling=scaling, index=best[:, None], impl=kernel)
+    ends = {"sinks": SINKS, "local": LOCAL}
+    attention = PreparedAttention(keys, values, {})
 
-        return step
+    def chosen_anew(k: Tensor, scale: Tensor | None) -> Tensor:
+        part = slice(SINKS, tokens - LOCAL)
+        votes = head_vote(query, k[:, :, part], keys_scale=None if scale is None else scale[:, :, part])
+        best = best_slots(votes, SELECTED - SINKS - LOCAL, impl="reference" if query.is_cpu else "auto") + SINKS
+        return listed_slots(best[:, None], slots=tokens, **ends)
+
+    def token_select(threshold: float, k: Tensor, scale: Tensor | None) -> Callable[[], Tensor]:
+        """What TokenSelect attends to, found as it finds it while slots are in order."""
+        if query.is_cpu:
+            step = PreparedVote(query, k, scale, threshold=threshold, top_k=SELECTED - SINKS - LOCAL, **ends)
+            return lambda: step.choose(query, tokens)[0]
+        former, live = query.flatten(1), torch.ones(1, dtype=torch.bool)
+        listed = chosen_anew(k, scale)[..., SINKS:-LOCAL].contiguous()
+        again = lambda: reused_slots(query, former, live, listed, threshold=threshold, slots=tokens, **ends)  # noqa: E731
+        return lambda: chosen_anew(k, scale) if threshold > 1 else again()
+
+    def decode_step(find: Callable[[], Tensor]) -> Call:
+        return lambda: attention.attend(query, tokens, scaling=scaling, index=find())
+
+    def checks(find: Callable[[], Tensor], k: Tensor, scale: Tensor | None) -> Callable[[], None]:
+        def check() -> None:
+            gate(head_vote, query, k, keys_scale=scale)()
+            for _ in range(2):
+                index = find()
+                if index.shape[-1] != SELECTED or not torch.equal(index, chosen_anew(k, scale)):
+                    raise AssertionError("other slots than those of most votes")
+                gate(attend, query, keys, values, scaling=scaling, index=index)()
+
+        return check
 
     for stored_as, k, scale in ((storage, keys, None), ("int8", k8, ks)):
+        find = token_select(2.0, k, scale)
         yield Case(
             "vote",
             {
-                f"{kernel} vote, top-k, attention": vote_step(k, scale),
+                f"{kernel} vote, top-k, attention": decode_step(find),
                 "transformers sdpa over all": peers["transformers sdpa"],
             },
             size(k, scale),
             stored_as,
-            check=gate(head_vote, query, k, keys_scale=scale),
+            check=checks(find, k, scale),
         )
+    find = token_select(0.9, keys, None)
+    yield Case(
+        "vote used again",
+        {
+            f"{kernel} cosine, list of slots, attention": decode_step(find),
+            "transformers sdpa over all": peers["transformers sdpa"],
+        },
+        size(keys, values) * SELECTED // tokens,
+        storage,
+        check=checks(find, keys, None),
+    )
 
     lowest, highest = page_bounds(keys, page_size=PAGE)
     yield Case(

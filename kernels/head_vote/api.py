@@ -74,8 +74,3 @@ def head_vote(
         votes: Tensor = import_module("kvpress.kernels.head_vote.triton").head_vote(query, keys, **arguments)
         return votes
     return reference.head_vote(query, keys, **arguments)
-
-
-def top_slots(votes: Tensor, top_k: int) -> Tensor:
-    """The `top_k` slots with most votes `[batch, top_k]` in ascending order; all of them where there are fewer."""
-    return votes.topk(min(top_k, votes.shape[-1]), dim=-1, sorted=False).indices.sort(dim=-1).values

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpress.kernels.head_vote import head_vote, top_slots
+from kvpress.kernels.head_vote import head_vote
 from kvpress.kernels.packing import pack_int8
 from kvpress.kernels.pages import page_bounds, page_scores
 from kvpress.kernels.rotation import rotate
@@ -71,12 +71,6 @@ def test_head_vote_over_many_tiles(level: str, group: int, poisoned: list[int]) 
         assert (exact > 0).sum() == 2641
         assert_within_budget(found, low, exact)
         assert found[0, 100:300].abs().max() == 0 == found[0, 4901:].abs().max()
-
-
-def test_top_slots() -> None:
-    votes = torch.tensor([[0.1, 3.0, 0.2, 2.0], [9.0, 0.0, 8.0, 7.0]])
-    assert top_slots(votes, 2).tolist() == [[1, 3], [0, 2]]
-    assert top_slots(votes, 9).tolist() == [[0, 1, 2, 3]] * 2
 
 
 @pytest.mark.parametrize("impl", ["reference", "native"])

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 
-from kvpress.kernels.head_vote import top_slots
 from kvpress.kernels.head_vote.triton import head_vote
 from kvpress.kernels.pages.triton import page_bounds, page_scores
 
@@ -62,12 +61,6 @@ def test_nobody_votes_for_nothing(generator):
     assert head_vote(query, keys[:, :, :0]).shape == (1, 0)
     with pytest.raises(ValueError, match="single row"):
         head_vote(query.expand(1, 4, 2, 16), keys)
-
-
-def test_top_slots_are_in_order():
-    votes = torch.tensor([[0.1, 3.0, 0.0, 2.0, 5.0], [9.0, 1.0, 2.0, 0.5, 0.25]])
-    assert top_slots(votes, 3).tolist() == [[1, 3, 4], [0, 1, 2]]
-    assert top_slots(votes, 9).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 @pytest.mark.parametrize("page_size", [16, 13])
