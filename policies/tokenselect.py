@@ -132,14 +132,17 @@ class VoteSelector(Selector):
             self.index.select_batch(index)
 
     def tensors(self) -> list[Tensor]:
-        indexed = [] if self.index is None else self.index.tensors()
-        return [*indexed, *(tensor for name in CACHED if (tensor := getattr(self, name)) is not None)]
+        return [*([] if self.index is None else self.index.tensors()), *self._cached()]
+
+    def _cached(self) -> list[Tensor]:
+        """The tensors of the Selection Cache, and those by which its prepared call turns a query."""
+        turn = None if self._step is None else self._step.turn
+        return [*(tensor for name in CACHED if (tensor := getattr(self, name)) is not None), *(turn or ())]
 
     def bytes_for(self, keys: Any) -> int:
         if self.index is None or not self.narrows(keys.shape[2]):
             return super().bytes_for(keys)
-        chosen: int = sum(tensor.nbytes for name in CACHED if (tensor := getattr(self, name)) is not None)
-        return chosen + self.index.bytes_for(keys)
+        return sum(tensor.nbytes for tensor in self._cached()) + self.index.bytes_for(keys)
 
     def state(self) -> dict[str, Any]:
         tensors = {name: getattr(self, name) for name in CACHED}
@@ -222,7 +225,8 @@ class VoteSelector(Selector):
             tables = view.rotation.tables(view.query, policy.local + 1)
             if tables is None:
                 return None
-            turn = (tables[0][policy.local], tables[1][policy.local])
+            cosine, sine = (table[policy.local].clone() for table in tables)  # not to hold on to whole tables
+            turn = (cosine, sine)
         return PreparedVote(
             view.query,
             keys,

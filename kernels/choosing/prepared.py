@@ -32,6 +32,7 @@ class PreparedVote:
         former: `[batch, query_heads * dim]`, of each row the query that chose.
         live: `[batch]` bool: whether one has.
         chosen: `[batch, 1, top_k]` int64, what it chose. All three are written where a selection is made anew.
+        turn: as given.
 
     Raises:
         ValueError: tensors that `refusal` would name.
@@ -61,6 +62,7 @@ class PreparedVote:
         self.former = torch.zeros(batch, heads * dim, dtype=query.dtype)
         self.live = torch.zeros(batch, dtype=torch.bool)
         self.chosen = torch.zeros(batch, 1, top_k, dtype=torch.int64)
+        self.turn = turn  # the kernel reads them at every vote
         tables = None if turn is None else (turn[0][None], turn[1][None])
         found, self._owners = fields.attention_fields(
             query,
