@@ -90,7 +90,7 @@ class Rotation:
         Returns:
             Whether it was done: the compiled kernel must be able to serve.
         """
-        if not self._by_kernel or buffer.dtype != rotated.dtype:
+        if not self._by_kernel or not buffer.is_cpu or buffer.dtype != rotated.dtype:
             return False
         return self.way_back(rotated, position_ids).rotate_in_place(buffer, slot)
 
