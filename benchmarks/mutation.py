@@ -83,7 +83,11 @@ PARTS = {
     "slots": Part(
         "kvpress.slots",
         "kvpress/slots.py",
-        ("tests/cache/test_slot_table.py", "tests/cache/test_slot_table_machine.py"),
+        (
+            "tests/cache/test_slot_table.py",
+            "tests/cache/test_prepared_slots.py",
+            "tests/cache/test_slot_table_machine.py",
+        ),
     ),
 }
 ONE_ROW = "the branch for batch rows that are alike"
@@ -270,7 +274,7 @@ def run(part: Part, source: str, timeout: float) -> str:
     return "timeout"
 
 
-def mutate(name: str, only: int | None, skip: int, timeout: float) -> bool:
+def mutate(name: str, only: Sequence[int] | None, skip: int, timeout: float) -> bool:
     """Run a part; whether nothing unexpected survived."""
     part, accepted = PARTS[name], ACCEPTED.get(name, {})
     source = (ROOT / part.path).read_text()
@@ -285,7 +289,7 @@ def mutate(name: str, only: int | None, skip: int, timeout: float) -> bool:
             continue
         if number % 50 == 0:
             print(f"{name}: mutant {number}, {counts}", file=sys.stderr, flush=True)
-        if only is not None and mutant.line != only:
+        if only is not None and mutant.line not in only:
             continue
         outcome = run(part, source=mutant.source, timeout=max(timeout, 8 * took))
         counts[outcome] += 1
@@ -311,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
-    parser.add_argument("--line", type=int, help="only mutants of this line")
+    parser.add_argument("--line", type=int, nargs="+", help="only mutants of these lines")
     parser.add_argument("--skip", type=int, default=0, help="go on after so many mutants")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a mutant, at least")
     given = parser.parse_args(arguments)
