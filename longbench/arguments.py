@@ -1,6 +1,6 @@
 """Values as they are written on the command line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -22,7 +22,12 @@ def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse_methods(
-    policies: Sequence[str], budgets: Sequence[str], *, full: bool, kv_dtype: str | None = None
+    policies: Sequence[str],
+    budgets: Sequence[str],
+    *,
+    full: bool,
+    kv_dtype: str | None = None,
+    offload: Mapping[str, Any] | None = None,
 ) -> list[Method]:
     """Every policy at every budget, after the full cache if `full`; a policy that takes no budget comes once.
 
@@ -30,6 +35,7 @@ def parse_methods(
         policies: as `parse_policy` takes them; `kv_dtype` among the parameters is of the policy's cache.
         budgets: as `kvpress.cli_arguments.parse_budget` takes them.
         kv_dtype: of the policies that name none of their own.
+        offload: arguments of the `kvpress.offload.Offload` of every policy's cache; the full cache stays as it is.
 
     Raises:
         ValueError: nothing to evaluate, an unknown policy (the message suggests near names), or a value that it refuses.
@@ -39,8 +45,9 @@ def parse_methods(
     for name, options in map(parse_policy, policies):
         if kv_dtype is not None:
             options.setdefault("kv_dtype", kv_dtype)
-        if name != "full" or options:
-            methods += [Method(name, budget, options) for budget in (chosen if _takes_budget(name) else [None])]
+        if name != "full" or options or offload is not None:
+            sizes: list[Budget] = chosen if _takes_budget(name) else [None]
+            methods += [Method(name, budget, options, offload) for budget in sizes]
     if not methods:
         raise ValueError("policy must name at least one policy when the full cache is left out")
     for method in methods:
@@ -58,7 +65,8 @@ def _check(method: Method) -> None:
 
 
 def _takes_budget(name: str) -> bool:
-    return any(field.name == "budget" and field.init for field in fields(policy_class(name)))
+    """Whether a policy can be given a budget; `full`, which keeps every token, refuses one."""
+    return name != "full" and any(field.name == "budget" and field.init for field in fields(policy_class(name)))
 
 
 def parse_numbers(text: str, name: str) -> list[float]:

@@ -106,6 +106,7 @@ class Run:
             "chunk_size": self.chunk_size,
             "answer_tokens": self.answer_tokens,
             "decode_together": self.decode_together or None,
+            "offload": next((dict(method.offload) for method in self.methods if method.offload is not None), None),
             "data": {name: value for name, value in data.items() if value is not None},
         }
         return ResultStore(self.output, settings, command=self.command)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpress.cli_bundles import bundled
-from kvpress.cli_options import Loading
+from kvpress.cli_options import Loading, Storage
 from kvpress.cli_refusals import refusals
 
 from .cli_options import Asking, Comparing, Data, Haystack, Lengths, Limit, MaxLength, Prompts, Revision, Tasks
@@ -41,6 +41,7 @@ def ruler(
     *,
     loading: Loading,
     comparing: Comparing = _RULER,
+    storage: Storage,
     tasks: Tasks = "all",
     lengths: Lengths = "4096",
     samples: Annotated[int, typer.Option("--samples", "--limit", "-n", min=1, help="Of each task and length.")] = 100,
@@ -62,7 +63,7 @@ def ruler(
         sizes = parse_list(lengths, "lengths")
         return run_ruler(run, tasks=names, lengths=sizes, samples=samples, data=RulerData(haystack, squad, hotpotqa))
 
-    execute(benchmark, loading, comparing, asking)
+    execute(benchmark, loading, comparing, storage, asking)
 
 
 @app.command(epilog="Example: `kvpress eval needle -p snapkv -b 0.25 -l 1024,2048 --depths 0,50,100`")
@@ -71,6 +72,7 @@ def needle(
     *,
     loading: Loading,
     comparing: Comparing = _NEEDLE,
+    storage: Storage,
     lengths: Lengths = "1024,2048,4096",
     depths: Annotated[
         str, typer.Option(help="Percent of the text before the needle, separated by commas.")
@@ -93,7 +95,7 @@ def needle(
         places = parse_numbers(depths, "depths")
         return run_needle(run, lengths=sizes, depths=places, samples=samples, haystack=kind, data=RulerData(haystack))
 
-    execute(benchmark, loading, comparing, asking)
+    execute(benchmark, loading, comparing, storage, asking)
 
 
 @app.command(
@@ -104,6 +106,7 @@ def longbench(
     *,
     loading: Loading,
     comparing: Comparing = _LONGBENCH,
+    storage: Storage,
     tasks: Tasks = "all",
     data: Data = None,
     revision: Revision = "main",
@@ -127,7 +130,7 @@ def longbench(
             run, source, tasks=names, extended=extended, limit=limit, max_length=max_length, prompts=prompts
         )
 
-    execute(benchmark, loading, comparing, asking)
+    execute(benchmark, loading, comparing, storage, asking)
 
 
 @app.command(
@@ -138,6 +141,7 @@ def longbench_v2(
     *,
     loading: Loading,
     comparing: Comparing = _LONGBENCH_V2,
+    storage: Storage,
     data: Data = None,
     revision: Revision = "main",
     limit: Limit = None,
@@ -155,7 +159,7 @@ def longbench_v2(
         source = local_source(data) if data else hub_source(HUB_ID, filename=HUB_FILE, revision=revision)
         return run_longbench_v2(run, source, limit=limit, max_length=max_length, prompts=prompts)
 
-    execute(benchmark, loading, comparing, asking)
+    execute(benchmark, loading, comparing, storage, asking)
 
 
 @app.command(epilog="Example: `kvpress eval perplexity -p streaming_llm -p snapkv -b 0.25 --prefix 1024`")
@@ -164,6 +168,7 @@ def perplexity(
     *,
     loading: Loading,
     comparing: Comparing = _PERPLEXITY,
+    storage: Storage,
     text: Annotated[Path | None, typer.Option(exists=True, help="UTF-8 text; left out: generated prose.")] = None,
     prefix: Annotated[int, typer.Option(min=1, help="Tokens that are compressed.")] = 1024,
     continuation: Annotated[int, typer.Option(min=1, help="Tokens that are scored after them.")] = 256,
@@ -177,16 +182,20 @@ def perplexity(
 
         return run_text_perplexity(run, text=text, prefix=prefix, continuation=continuation, windows=windows, step=step)
 
-    execute(benchmark, loading, comparing, Asking())
+    execute(benchmark, loading, comparing, storage, Asking())
 
 
-def execute(benchmark: Benchmark, loading: Loading, comparing: Comparing, asking: Asking) -> None:
+def execute(benchmark: Benchmark, loading: Loading, comparing: Comparing, storage: Storage, asking: Asking) -> None:
     """Check what was typed, load the model, run, and print the totals."""
     with refusals(stopped="stopped; the same command goes on from here"):
         from .arguments import parse_methods
 
         methods = parse_methods(
-            comparing.policy or [], comparing.budget or [], full=asking.full, kv_dtype=comparing.kv_dtype
+            comparing.policy or [],
+            comparing.budget or [],
+            full=asking.full,
+            kv_dtype=storage.kv_dtype,
+            offload=storage.offload(),
         )
         loaded, tokenizer = loading.load()
         from .benchmarks import RayCluster, Run

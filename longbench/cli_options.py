@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from kvpress.cli_options import JsonOption, KvDtypeOption
+from kvpress.cli_options import JsonOption
 
 Lengths = Annotated[
     str, typer.Option("--lengths", "-l", help="Tokens of prompt and answer, separated by commas; 4k is 4 x 1,024.")
@@ -36,7 +36,6 @@ class Comparing:
         list[str] | None,
         typer.Option("--budget", "-b", help="Tokens (1024), share (0.25), bytes (256MB); repeat for more."),
     ] = None
-    kv_dtype: KvDtypeOption = None
     seed: Annotated[int, typer.Option(help="Seed of generated samples.")] = 42
     chunk_size: Annotated[
         int | None, typer.Option("--chunk-size", min=1, help="Tokens of one forward during prefill.")

@@ -9,10 +9,11 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvpress.cache import PolicyCache
+from kvpress.offload import Offload, TierError
 from kvpress.policies import Full
 from kvpress.profiling.cache_bytes import cache_bytes
 from kvpress.profiling.candidates import Candidate
-from kvpress.profiling.measure import prose_ids
+from kvpress.profiling.measure import close, prose_ids
 from kvpress.profiling.turns import STOCK, attention_of, decode_seconds, logits_difference, random_cache, ratios
 
 FILLS = ("random", "prompt")
@@ -36,17 +37,20 @@ def bench(
     batch: int = 1,
     steps: int = 15,
     fill: str = "random",
+    offload: Offload | None = None,
     advance: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """One row a cache at one context: median milliseconds per step, speed against the stock cache, bytes held.
+    """One row a cache at one context: median milliseconds per step, speed against the stock cache, bytes held, and bytes in each tier.
 
     Args:
         fill: `"random"` keys and values, taken over from one stock cache (time does not depend on them), or `"prompt"`: every cache reads
             generated prose.
+        offload: tiers of each policy's cache; the limits are of one cache, and all are held at once.
         advance: called with the label of each cache that was filled.
 
     Raises:
         ValueError: an unknown `fill`, or a model that `"random"` cannot fill.
+        TierError: a tier that fails while tokens are decoded.
     """
     if fill not in FILLS:
         raise ValueError(f"fill must be one of {list(FILLS)}, got {fill!r}")
@@ -64,15 +68,18 @@ def bench(
             if policy is None:
                 continue
             use_stock(False)
+            how: dict[str, Any] = {"kv_dtype": candidate.kv_dtype, "offload": offload}
             try:
                 if fill == "random":
-                    caches[candidate.label] = PolicyCache.from_cache(model, policy, stock, kv_dtype=candidate.kv_dtype)
+                    cache = PolicyCache.from_cache(model, policy, stock, **how)
                 else:
-                    caches[candidate.label] = PolicyCache(model, policy, kv_dtype=candidate.kv_dtype)
-                    model(ids, past_key_values=caches[candidate.label], use_cache=True, logits_to_keep=1)
+                    cache = PolicyCache(model, policy, **how)
+                    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                caches[candidate.label] = cache
             except ValueError as error:
-                caches.pop(candidate.label, None)
                 errors[candidate.label] = str(error) + (" (or use --fill prompt)" if fill == "random" else "")
+            except TierError as error:
+                errors[candidate.label] = str(error)
             advance(candidate.label)
     found = ratios(decode_seconds(model, caches, ids[:, -1:], steps))
     rows = []
@@ -81,6 +88,9 @@ def bench(
         if label in errors:
             row["error"] = errors[label]
         else:
-            row |= {**found[label], "kv_held_bytes": cache_bytes(caches[label]).held_bytes}
+            held = cache_bytes(caches[label])
+            row |= {**found[label], "kv_held_bytes": held.held_bytes, "tiers": held.tiers}
         rows.append(row)
+    for each in caches.values():
+        close(each)
     return rows

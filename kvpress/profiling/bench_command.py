@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvpress.cli_bundles import bundled
-from kvpress.cli_options import JsonOption, KvDtypeOption, Loading
+from kvpress.cli_options import JsonOption, Loading, Storage
 from kvpress.cli_refusals import fail, refusals
 from kvpress.profiling.options import CONTEXT, SETTINGS, Budgets, Contexts, Policies, budgets_of
 
@@ -29,20 +29,20 @@ Fill = Annotated[
 def bench(
     *,
     loading: Loading,
+    storage: Storage,
     policies: Policies = None,
     contexts: Contexts = "1k,8k",
     budget: Budgets = None,
     batch: Batch = 1,
     steps: Steps = 15,
     fill: Fill = "random",
-    kv_dtype: KvDtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Speed of decoding against the stock cache, as a ratio measured in one process.
 
     All caches hold the context at once and take turns token by token, so that a busy machine slows them alike; figures are medians.
-    First the `full` policy must give the stock cache's logits. Memory and prefill are measured by `kvpress profile`, which gives each
-    cache a process of its own.
+    First the `full` policy must give the stock cache's logits. Limits of offload are of one cache, not of all together. Memory and
+    prefill are measured by `kvpress profile`, which gives each cache a process of its own.
     """
     with refusals():
         from kvpress.profiling.bench import FILLS
@@ -53,7 +53,8 @@ def bench(
             raise ValueError(f"fill must be one of {list(FILLS)}, got {fill!r}")
         lengths = parse_list(contexts, "contexts")
         named = policies or ["full", "streaming_llm", "snapkv"]
-        candidates = make_candidates(named, budgets_of(budget), stock=True, kv_dtype=kv_dtype)
+        candidates = make_candidates(named, budgets_of(budget), stock=True, kv_dtype=storage.kv_dtype)
+        offload = storage.arguments()["offload"]
         for length in lengths:
             for candidate in candidates:
                 candidate.policy(length)
@@ -76,11 +77,24 @@ def bench(
                         bar.update(task, advance=1, description=f"{label}, {length:,} tokens")
 
                     rows += run_bench(
-                        loaded, tokenizer, candidates, length, batch=batch, steps=steps, fill=fill, advance=advance
+                        loaded,
+                        tokenizer,
+                        candidates,
+                        length,
+                        batch=batch,
+                        steps=steps,
+                        fill=fill,
+                        offload=offload,
+                        advance=advance,
                     )
     threads_used, load_average = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    facts = {"model": loading.model, "dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device)}
+    facts: dict[str, Any] = {
+        "model": loading.model,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+    }
     if as_json:
+        facts["offload"] = storage.offload()
         write_json({**facts, "threads": threads_used, "load": load_average, "check": checked, "rows": rows})
     elif checked["agree"]:
         from kvpress.profiling.table import bench_table

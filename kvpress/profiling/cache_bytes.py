@@ -66,8 +66,13 @@ def cache_bytes(cache: Any) -> CacheBytes:
     rows = tuple(_layer_bytes(index, layer) for index, layer in enumerate(layers))
     logical, full = sum(row.logical_bytes for row in rows), sum(row.full_bytes for row in rows)
     held = cache.nbytes if isinstance(cache, PolicyCache) else sum(row.held_bytes for row in rows)
+    return CacheBytes(logical, held, full, rows, bytes_in_tiers(cache))
+
+
+def bytes_in_tiers(cache: Any) -> dict[str, int]:
+    """Bytes in each tier of an offloaded cache, the nearest first; none for any other cache."""
     tiers = cache.tiers.statistics() if isinstance(cache, PolicyCache) and cache.tiers is not None else {}
-    return CacheBytes(logical, held, full, rows, {name: found.bytes for name, found in tiers.items()})
+    return {name: found.bytes for name, found in tiers.items()}
 
 
 def _layer_bytes(index: int, layer: Any) -> LayerBytes:

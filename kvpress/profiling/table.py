@@ -31,14 +31,20 @@ def profile_table(rows: Sequence[Row]) -> Table:
     )
     for name in (*columns, "peak, prefill", "peak, decode"):
         table.add_column(name, justify="right", no_wrap=True)
-    tiers = tier_names(rows)
-    for tier in tiers:
-        table.add_column(f"{tier} tier", justify="right", no_wrap=True)
+    tiers = _add_tiers(table, rows)
     for row in rows:
         start = [escape(row["label"]), f"{row['context']:,}", str(row["batch"])]
         shown = ["[red]failed[/]"] if "error" in row else _measured(row) + [tier_bytes(row, tier) for tier in tiers]
         table.add_row(*start, *shown)
     return table
+
+
+def _add_tiers(table: Table, rows: Sequence[Row]) -> list[str]:
+    """Add a column for each tier that some cache had; returns their names."""
+    tiers = tier_names(rows)
+    for tier in tiers:
+        table.add_column(f"{tier} tier", justify="right", no_wrap=True)
+    return tiers
 
 
 def tier_names(rows: Iterable[Row]) -> list[str]:
@@ -107,13 +113,14 @@ def bench_table(rows: Sequence[Row], title: str) -> Table:
     table.add_column("cache", no_wrap=True)
     for name in ("context", "batch", "ms per token", "against stock", "held KV"):
         table.add_column(name, justify="right", no_wrap=True)
+    tiers = _add_tiers(table, rows)
     for row in rows:
         start = [escape(row["label"]), f"{row['context']:,}", str(row["batch"])]
         if "error" in row:
             table.add_row(*start, "[red]failed[/]")
             continue
         figures = [f"{row['token_milliseconds']:.2f}", f"{row['speedup']:.2f}x", written_bytes(row["kv_held_bytes"])]
-        table.add_row(*start, *figures)
+        table.add_row(*start, *figures, *(tier_bytes(row, tier) for tier in tiers))
     return table
 
 

@@ -1,11 +1,13 @@
 """Scores of a continuation under several caches, in step with the full cache."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
 from transformers import Cache, PreTrainedModel
+
+from kvpress.profiling.cache_bytes import bytes_in_tiers
 
 from ..runner.generation import cache_bytes, chunks_of
 from ..runner.method import FULL, Method
@@ -23,6 +25,7 @@ class TokenScores:
         kl: KL(full cache || method) of the next-token distributions; 0 for the full cache itself.
         agreement: 1 where the method's most likely token is the full cache's.
         cache_bytes, full_bytes: held after the prefix has been read, by the method and by the full cache.
+        tiers: bytes in each tier of the method's cache then, with offload.
     """
 
     nll: torch.Tensor
@@ -30,6 +33,7 @@ class TokenScores:
     agreement: torch.Tensor
     cache_bytes: int
     full_bytes: int
+    tiers: Mapping[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -78,7 +82,12 @@ def score_tokens(
             sums.setdefault(label, []).append((nll.cpu(), terms.sum(-1).clamp_min(0).cpu(), same.cpu()))
         start += len(targets)
     held = dict(item for reader in (full, *readers) for item in reader.held.items())
-    return {method.label: _joined(sums[method.label], held[method.label], held[FULL.label]) for method in methods}
+    tiers = {label: found for reader in readers for label, found in reader.tiers.items()}
+    full_bytes = held[FULL.label]
+    return {
+        method.label: _joined(sums[method.label], held[method.label], full_bytes, tiers.get(method.label, {}))
+        for method in methods
+    }
 
 
 def _readers(
@@ -97,9 +106,9 @@ def _readers(
     ]
 
 
-def _joined(parts: Sequence[tuple[torch.Tensor, ...]], held: int, full: int) -> TokenScores:
+def _joined(parts: Sequence[tuple[torch.Tensor, ...]], held: int, full: int, tiers: Mapping[str, int]) -> TokenScores:
     nll, kl, agreement = (torch.cat(values) for values in zip(*parts, strict=True))
-    return TokenScores(nll, kl, agreement, held, full)
+    return TokenScores(nll, kl, agreement, held, full, tiers)
 
 
 class _Reader:
@@ -128,6 +137,7 @@ class _Reader:
             for chunk in chunks_of(window.prefix_ids, prefill_chunk_size):
                 self._next = self._forward(chunk, keep=1)
         self.held = {label: cache_bytes(cache) for label, cache in caches.items()}
+        self.tiers = {label: bytes_in_tiers(cache) for label, cache in caches.items()}
 
     def log_probabilities(self, start: int, count: int) -> dict[str, torch.Tensor]:
         """Log-probabilities [count, vocabulary] of next tokens start to start + count, in fp64, by label."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..runner.method import FULL, Method
 from ..runner.progress import progress_bar
 from ..runner.store import ResultStore
+from ..runner.totals import tier_means
 from .divergence import TokenScores, score_tokens
 from .windows import Window
 
@@ -72,6 +73,7 @@ def _row(method: Method, window: Window, scores: TokenScores) -> dict[str, Any]:
         "policy": method.policy,
         "budget": method.budget,
         "options": dict(method.options),
+        "offload": None if method.offload is None else dict(method.offload),
         "prefix_tokens": len(window.prefix_ids),
         "tokens": len(window.next_ids),
         "nll": scores.nll.sum().item(),
@@ -79,6 +81,7 @@ def _row(method: Method, window: Window, scores: TokenScores) -> dict[str, Any]:
         "agreement": scores.agreement.sum().item(),
         "cache_bytes": scores.cache_bytes,
         "full_bytes": scores.full_bytes,
+        "tiers": dict(scores.tiers),
         "buckets": _buckets(scores),
     }
 
@@ -106,6 +109,7 @@ def perplexity_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "agreement": round(100 * math.fsum(row["agreement"] for row in own) / tokens, 2),
             "memory_share": round(sum(row["cache_bytes"] / row["full_bytes"] for row in own) / len(own), 4),
         }
+        entry |= tier_means(own)
         if len(full) == len(own):
             entry["ratio"] = round(math.exp(mean - math.fsum(row["nll"] for row in full) / tokens), 6)
         methods[label] = entry

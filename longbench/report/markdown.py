@@ -72,8 +72,9 @@ def _table(run: RunData, cell: Cell) -> list[str]:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
-    name = f"{row['policy']} ({options})" if options else str(row["policy"])
+    notes = [f"{name}={value}" for name, value in row["options"].items()]
+    notes += ["offload"] if row.get("offload") else []
+    name = f"{row['policy']} ({', '.join(notes)})" if notes else str(row["policy"])
     return name.replace("|", "\\|")
 
 

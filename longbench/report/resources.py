@@ -9,7 +9,7 @@ from .style import FULL_COLOUR, colour_of, panels
 
 
 def resource_table(run: RunData) -> list[dict[str, Any]]:
-    """For each method: mean bytes held and their share of a full cache; medians of seconds and tokens a second."""
+    """For each method: mean bytes held, their share of a full cache, and those in each tier; medians of seconds and tokens a second."""
     table = []
     for label in run.methods:
         rows = [row for row in run.rows if row["method"] == label]
@@ -18,6 +18,7 @@ def resource_table(run: RunData) -> list[dict[str, Any]]:
             "policy": rows[0]["policy"],
             "n": len(rows),
             "bytes": sum(row["cache_bytes"] for row in rows) / len(rows),
+            "tiers": run.totals["methods"][label].get("tiers", {}),
             "share": 100 * sum(row["cache_bytes"] / row["full_bytes"] for row in rows if row["full_bytes"]) / len(rows),
         }
         if "prefill_seconds" in rows[0]:

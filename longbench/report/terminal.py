@@ -5,7 +5,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from kvpress.console import print_table
+from kvpress.console import output_console, print_table
+from kvpress.profiling.quantities import written_bytes
 
 
 def print_totals(totals: dict[str, Any]) -> None:
@@ -31,6 +32,12 @@ def print_totals(totals: dict[str, Any]) -> None:
         for group in groups:
             table.add_row(escape(group), *(_cell(entry["groups"].get(group)) for entry in methods.values()))
     print_table(table)
+    for method, entry in methods.items():
+        if "tiers" in entry:
+            tiers = ", ".join(f"{name} {written_bytes(nbytes)}" for name, nbytes in entry["tiers"].items())
+            output_console().print(
+                f"{method}: mean bytes in tiers: {tiers}", highlight=False, markup=False, soft_wrap=True
+            )
 
 
 def _cell(entry: dict[str, Any] | None) -> str:

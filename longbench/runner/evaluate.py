@@ -139,6 +139,7 @@ def result_row(method: Method, sample: Sample, answer: Answer) -> dict[str, Any]
         "policy": method.policy,
         "budget": method.budget,
         "options": dict(method.options),
+        "offload": None if method.offload is None else dict(method.offload),
         "metric": sample.metric,
         "score": score(sample.metric, answer.prediction, sample.references, sample.details),
         "references": list(sample.references),

@@ -1,12 +1,14 @@
 """Answers of a model under a method: prefill, compress, ask; with times and bytes."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from kvpress.profiling.cache_bytes import bytes_in_tiers
 
 from ..prompt import EncodedPrompt
 from ..sample import Sample
@@ -21,7 +23,7 @@ class Answer:
     `prefill_seconds` ends with the first token of the answer. A context that several questions share is prefilled
     once, and its time stands in each of their answers; a prefill that several methods share counts for each of them,
     without the work of the others' policies. Methods that decode together divide the time of a token among them.
-    `full_bytes` is what an uncompressed cache would hold.
+    `full_bytes` is what an uncompressed cache would hold, `tiers` the bytes in each tier of an offloaded one.
     """
 
     prediction: str
@@ -31,6 +33,7 @@ class Answer:
     decode_seconds: float
     cache_bytes: int
     full_bytes: int
+    tiers: Mapping[str, int] = field(default_factory=dict)
 
 
 class _FirstTokenClock(StoppingCriteria):
@@ -131,6 +134,7 @@ class ModelEngine:
             decode_seconds,
             held,
             getattr(cache, "full_nbytes", held),
+            bytes_in_tiers(cache),
         )
 
     def ends(self, sample: Sample) -> list[int]:

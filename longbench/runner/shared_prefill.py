@@ -40,10 +40,12 @@ class Prefilled:
 def can_share(cache: Cache) -> bool:
     """Whether `cache` reads a prompt of one forward as a full cache does.
 
-    Not so where a policy selects for prompts or re-indexes positions, and where some layers are not compressed.
+    Not so where a policy selects for prompts or re-indexes positions, and where some layers are not compressed. With offload a cache
+    reads alone: limits of memory are for one cache at a time.
     """
     return (
         isinstance(cache, PolicyCache)
+        and cache.tiers is None
         and (cache.policies.selection is None or not cache.policies.selection.selects_for_prompts)
         and not cache.policies.reindex
         and all(isinstance(layer, PolicyLayer) for layer in cache.layers)

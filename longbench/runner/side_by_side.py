@@ -26,10 +26,11 @@ from .clock import now
 
 
 def can_stand_side_by_side(cache: Cache) -> bool:
-    """Whether `cache` can be a row: every layer is compressed, the model attends to what is cached as it is, and the policy
-    does not read the ids of the batch's tokens."""
+    """Whether `cache` can be a row: every layer is compressed and stays in memory, the model attends to what is cached as it is, and the
+    policy does not read the ids of the batch's tokens."""
     return (
         isinstance(cache, PolicyCache)
+        and cache.tiers is None
         and not cache.policies.eviction.needs_token_ids
         and all(isinstance(layer, PolicyLayer) and not layer.expands_keys for layer in cache.layers)
     )

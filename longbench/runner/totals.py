@@ -24,10 +24,18 @@ def totals_of(rows: Sequence[Mapping[str, Any]], skipped: Iterable[Skipped] = ()
         method: {
             "groups": {name: _entry(name, tasks) for name, tasks in sorted(groups.items())},
             "memory_share": round(sum(shares[method]) / len(shares[method]), 4) if shares[method] else None,
+            **tier_means([row for row in rows if row["method"] == method]),
         }
         for method, groups in sorted(scores.items())
     }
     return {"methods": methods, "samples": len(rows), "skipped": len(list(skipped))}
+
+
+def tier_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """`{"tiers": {tier: mean bytes}}` of one method's results, the nearest tier first; empty where nothing was offloaded."""
+    names = dict.fromkeys(name for row in rows for name in row.get("tiers", ()))
+    means = {name: round(sum(row["tiers"].get(name, 0) for row in rows) / len(rows)) for name in names}
+    return {"tiers": means} if means else {}
 
 
 def _entry(name: str, tasks: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -212,6 +212,54 @@ def test_kv_dtype_and_a_report_as_json(tmp_path):
     assert "must not be asked for at once" in invoke("report", tmp_path, "--json", "--markdown", code=2).stderr
 
 
+@pytest.mark.parametrize("how", [["--query-aware"], ["--query-agnostic", "--decode-together"]])
+def test_offload_changes_where_a_cache_lies_and_not_what_it_answers(tmp_path, how):
+    given = ["eval", "ruler", "-p", "full", "-p", "tova", "-b", "0.5", "-t", "qa_1", "-l", "600", "-n", "2", *how]
+    disk = tmp_path / "disk"
+    tiers = ["--offload-host", "120kB", "--offload-disk", disk, "--offload-block", "16"]
+    invoke(*given, "-o", tmp_path / "plain")
+    shown = invoke(*given, *tiers, "-o", tmp_path / "spilled").output
+    plain = {(row["method"], row["sample"]): row for row in rows(tmp_path / "plain")}
+    spilled = {(row["method"], row["sample"]): row for row in rows(tmp_path / "spilled")}
+    assert len(spilled) == 6 and len(plain) == 4
+    for (method, sample), row in spilled.items():
+        same = plain[method.removesuffix("[offload]"), sample]
+        assert (row["prediction"], row["new_tokens"]) == (same["prediction"], same["new_tokens"])
+        if method == "full":
+            assert row["tiers"] == {} and row["offload"] is None
+        else:
+            assert row["offload"] == {"host": 120_000, "disk": str(disk), "block": 16}
+            assert list(row["tiers"]) == ["host", "disk"] and 0 < row["tiers"]["host"] <= 120_000
+    assert all(row["tiers"]["disk"] > 30_000 for row in spilled.values() if row["method"] == "full[offload]")
+    assert list(disk.iterdir()) == [], "every cache freed its files"
+    totals = json.loads((tmp_path / "spilled" / "totals.json").read_text())["methods"]
+    assert totals["full[offload]"]["groups"] == totals["full"]["groups"] and "tiers" not in totals["full"]
+    assert "full[offload]: mean bytes in tiers: host" in shown and ", disk " in shown
+    other = [*tiers[:3], tmp_path / "disk", "--offload-block", "32"]
+    assert "offload was {" in invoke(*given, *other, "-o", tmp_path / "spilled", code=2).output
+    assert "| full (offload) |" in invoke("report", tmp_path / "spilled", "--markdown").output
+    page = invoke("report", tmp_path / "spilled").output.strip()
+    assert "<small>disk " in open(page).read()  # noqa: PTH123 - the printed path is the one to open
+
+
+def test_perplexity_with_offload_is_that_without(tmp_path):
+    given = ["eval", "perplexity", "-p", "full", "-p", "streaming_llm", "-b", "32", "--prefix", "200", "-n", "1"]
+    short = ["--continuation", "12", "--json"]
+    plain = json.loads(invoke(*given, *short, "-o", tmp_path / "plain").stdout)["methods"]
+    disk = tmp_path / "disk"
+    spilled = invoke(
+        *given, *short, "--offload-disk", disk, "--offload-block", "8", "--kv-dtype", "float16", "-o", tmp_path / "half"
+    )
+    half = json.loads(spilled.stdout)["methods"]["full[kv_dtype=float16,offload]"]
+    assert 0 < half["kl"] < 1e-3
+    spilled = invoke(*given, *short, "--offload-disk", disk, "--offload-block", "8", "-o", tmp_path / "out")
+    methods = json.loads(spilled.stdout)["methods"]
+    assert methods["full[offload]"]["kl"] == 0 and methods["full[offload]"]["ratio"] == 1
+    assert methods["streaming_llm@32[offload]"]["kl"] == pytest.approx(plain["streaming_llm@32"]["kl"], rel=1e-6)
+    assert methods["full[offload]"]["tiers"]["disk"] > 1.4 * half["tiers"]["disk"] > 0
+    assert list(disk.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     result = invoke(
@@ -228,6 +276,11 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         (["eval", "ruler", "-t", "vt", "-l", "1200", "-n", "1", "-p", "snapkw", "-b", "9"], "snapkv"),
         (["eval", "ruler", "-t", "vt", "-l", "1200", "-n", "1", "-p", "snapkv", "-b", "-3"], "budget"),
         (["eval", "ruler", "-t", "vt", "-p", "tova", "-b", "9", "--kv-dtype", "int7"], "kv_dtype must be"),
+        (
+            ["eval", "ruler", "-t", "vt", "-p", "tova", "-b", "9", "--offload-host", "3 XB"],
+            "offload-host must be bytes",
+        ),
+        (["eval", "needle", "-p", "tova", "-b", "9", "--offload-block", "9"], "offload-block needs offload-device"),
         (["eval", "ruler", "--no-full"], "policy must name at least one"),
         (["eval", "longbench", "--data", "/nowhere"], "no such folder"),
         (["eval", "perplexity", "--prefix", "9000"], "the model's window holds 4096"),

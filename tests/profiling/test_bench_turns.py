@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from kvpress import PolicyCache
 from kvpress.cli import app
+from kvpress.offload import Offload
 from kvpress.policies import Full, KNorm
 from kvpress.profiling import bench as benching
 from kvpress.profiling import turns
@@ -109,6 +111,33 @@ def test_rows_of_each_fill() -> None:
     assert all(row["token_milliseconds"] > 0 for row in read)
     with pytest.raises(ValueError, match="fill must be one of"):
         benching.bench(model, tokenizer, candidates, 100, fill="prose")
+
+
+def offloaded(path: Path) -> Offload:
+    return Offload(host="60kB", disk=path, block=8)
+
+
+@pytest.mark.parametrize("fill", ["random", "prompt"])
+def test_bytes_of_each_tier_are_told_and_freed(fill: str, tmp_path: Path) -> None:
+    model, tokenizer = checkpoint_model(), tiny_tokenizer()
+    candidates = make_candidates(["full", "tova", "snapkv:window=8"], ["32"], stock=True)
+    plain = benching.bench(model, tokenizer, candidates, 200, steps=2, fill=fill)
+    rows = benching.bench(model, tokenizer, candidates, 200, steps=2, fill=fill, offload=offloaded(tmp_path))
+    assert [row["label"] for row in rows] == [row["label"] for row in plain] and len(rows) == 4
+    assert all(row["tiers"] == {} for row in (*plain, rows[0]))
+    full, tova = rows[1], rows[2]
+    assert full["tiers"]["disk"] > 0 < full["tiers"]["host"] <= 60_000
+    assert full["kv_held_bytes"] < plain[1]["kv_held_bytes"] - full["tiers"]["disk"] / 2
+    assert 0 < tova["tiers"]["host"] <= 60_000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tier_without_room_is_the_failure_of_one_cache() -> None:
+    model, tokenizer = checkpoint_model(), tiny_tokenizer()
+    candidates = make_candidates(["full", "knorm"], ["32"], stock=False)  # knorm evicts as it takes over
+    rows = benching.bench(model, tokenizer, candidates, 200, steps=1, offload=Offload(host="30kB"))
+    assert "has no room" in rows[1]["error"] and "use --fill prompt" not in rows[1]["error"]
+    assert "error" not in rows[2] and 0 < rows[2]["tiers"]["host"] <= 30_000
 
 
 def test_the_command(checkpoint: str) -> None:

@@ -164,6 +164,18 @@ def test_profile_tells_the_bytes_of_each_tier(checkpoint: str, tmp_path: Path, h
     assert list(disk.iterdir()) == []
 
 
+def test_bench_tells_the_bytes_of_each_tier(checkpoint: str, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    given = ["bench", "-m", checkpoint, "-p", "full", "-c", "300", "--steps", "1", "--device", "cpu"]
+    given += ["--offload-disk", str(disk)]
+    found = json.loads(runner.invoke(app, [*given, "--json"]).stdout)
+    assert found["offload"] == {"disk": str(disk)} and [row["label"] for row in found["rows"]] == ["stock", "full"]
+    assert found["rows"][0]["tiers"] == {} and list(found["rows"][1]["tiers"]) == ["disk"]
+    shown = runner.invoke(app, given)
+    assert written_bytes(found["rows"][1]["tiers"]["disk"]) in shown.stdout and "disk tier" in shown.stdout
+    assert list(disk.iterdir()) == []
+
+
 def test_kv_dtype_is_measured_and_predicted(checkpoint: str, tmp_path: Path, here: list[Job]) -> None:
     given = ["-m", checkpoint, "-p", "tova,knorm:kv_dtype=bfloat16", "-b", "64", "--kv-dtype", "int8", "--json"]
     labels = ["stock", "tova@64[kv_dtype=int8]", "knorm@64[kv_dtype=bfloat16]"]
@@ -212,6 +224,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(checkpoint: str, tmp_path: Pat
         (["fit", "--memory", "8GB", "--activations", "1 armful"], "activations must be bytes"),
         (["fit", "--memory", "8GB", "-p", "quest:page_size=16", "-b", "8"], "top_k of quest"),
         (["bench", "--fill", "prose"], "fill must be one of"),
+        (["bench", "--offload-block", "9"], "offload-block needs offload-device"),
+        (["bench", "--offload-disk-limit", "9MB"], "offload-disk-limit needs offload-disk"),
         (["bench", "-c", "16", "-p", "quest", "-b", "0.5"], "top_k of quest"),
     ],
 )
