@@ -39,6 +39,7 @@ class PreparedSlots:
         starts = None if table.rows is None else table.rows.starts
         columns = [table.columns[name] for name in table.column_names]
         self._form = table.form
+        self._dtypes = table.keys.dtype, table.values.dtype
         self._rows = RowWriter([table.keys, table.values], (batch, kv_heads), starts)
         self._columns = RowWriter(columns, (batch, kv_heads))
         self._position = RowWriter([table.columns[POSITION]], (batch, kv_heads))
@@ -54,13 +55,19 @@ class PreparedSlots:
 
     def overwrite(self, slot: Tensor | int, keys: Tensor, values: Tensor) -> None:
         """Put a token `[batch, kv_heads, 1, dim]` in `slot [batch, kv_heads, 1]`, or one for all heads, with scores of 0."""
-        self._rows.write(slot, [self._form.pack(keys), self._form.pack(values)])
+        keys_dtype, values_dtype = self._dtypes
+        self._rows.write(slot, [self._stored(keys, keys_dtype), self._stored(values, values_dtype)])
         if self._scores:
             self._columns.write(slot, [_no_score(self._device)] * self._scores)
 
     def write_keys(self, slot: Tensor | int, keys: Tensor) -> None:
         """Put `keys [batch, kv_heads, 1, dim]` there."""
-        self._rows.write(slot, [self._form.pack(keys)])
+        self._rows.write(slot, [self._stored(keys, self._dtypes[0])])
+
+    def _stored(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows as the buffers hold them, also where `torch.autocast` was switched on or off since the first ones."""
+        stored = self._form.pack(rows)
+        return stored if stored.dtype == dtype else stored.to(dtype)
 
     def place(self, slot: Tensor | int, positions: Tensor) -> None:
         """Put `positions [batch or 1, 1]` int32 there."""

@@ -63,6 +63,24 @@ def test_gradients_enabled_leave_no_graph_behind():
         assert torch.equal(plain.kept_positions(0), cache.kept_positions(0))
 
 
+@pytest.mark.parametrize(
+    "policy", [("full", {}), ("knorm", {"budget": 16}), ("tova", {"budget": 16})], ids=lambda it: it[0]
+)
+@pytest.mark.parametrize("first", [True, False], ids=["off after the prompt", "on after the prompt"])
+def test_autocast_switched_after_the_prompt(policy, first):
+    """Under autocast keys and values come in types of their own, which need not be those of the prompt's."""
+    name, parameters = policy
+    model, text = tiny_model("llama"), random_tokens(1, 48)
+    mixed, plain = (PolicyCache(model, name, **parameters) for _ in range(2))
+    with torch.no_grad():
+        for start, stop in ((0, 40), *((token, token + 1) for token in range(40, 44)), (44, 48)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=first == (start == 0)):
+                found = model(text[:, start:stop], past_key_values=mixed).logits.float()
+            expected = model(text[:, start:stop], past_key_values=plain).logits
+    apart = 0.05 if name == "full" else 0.3  # rounded scores may keep another token
+    assert 0 < (found - expected).abs().max() < apart * expected.abs().max()
+
+
 def test_inference_mode_then_no_grad_then_gradients():
     model = tiny_model("llama")
     for item in EVICTING:

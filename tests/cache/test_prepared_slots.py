@@ -147,3 +147,18 @@ def test_a_token_of_a_steady_table_is_written_by_prepared_calls(calls):
     assert calls == ["overwrite", "place", "write_keys"]
     assert torch.equal(table.keys[:, :, 4:], rows(1, start=500))
     assert torch.equal(table.values[:, :, 4:], -rows(1, start=100))
+
+
+@pytest.mark.parametrize("make", [growing, steady])
+@pytest.mark.parametrize(("keys_type", "values_type"), [("float32", "float64"), ("float64", "float16")])
+def test_prepared_calls_convert_what_is_of_another_type(calls, make, keys_type, values_type):
+    """As under `torch.autocast`, which gives keys and values types of their own, and may be switched on after the prompt."""
+    table = make()
+    assert table.prepared is not None
+    keys, values = rows(1, 100, getattr(torch, keys_type)), -rows(1, 300, getattr(torch, values_type))
+    new = table.append(keys, values)
+    table.place(new, positions(6), (1, 1))
+    assert torch.equal(table.stored()[0][:, :, -1:], keys.float())
+    assert torch.equal(table.stored()[1][:, :, -1:], values.float())
+    table.write_keys(new, rows(1, 500, torch.float64))
+    assert torch.equal(table.stored()[0][:, :, -1:], rows(1, 500)) and "write_keys" in calls
