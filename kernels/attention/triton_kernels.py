@@ -18,7 +18,8 @@ MANY_WARPS = triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=2)
 BROAD = triton.Config({"BLOCK_N": 128}, num_warps=8, num_stages=2)
 SHORT = triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2)
 SHORTEST = triton.Config({"BLOCK_N": 16}, num_warps=4, num_stages=2)
-CONFIGS = [DEEP, AHEAD, NARROW, MANY_WARPS, BROAD, SHORT, SHORTEST]
+SHARED_OUT = triton.Config({"BLOCK_N": 32}, num_warps=8, num_stages=2)
+CONFIGS = [DEEP, AHEAD, NARROW, MANY_WARPS, BROAD, SHORT, SHORTEST, SHARED_OUT]
 KEY = ["GROUP", "BLOCK_M", "BLOCK_D", "BLOCK_V", "SPLIT", "CAUSAL", "ROTARY", "UNIT"]
 
 
@@ -51,6 +52,10 @@ def choices(
     if wide:
         return [MANY_WARPS]
     if block_m > 16:
+        packed = item == 1
+        strained = (packed and rotates) if hopper else (packed or rotates)  # more registers than four warps have
+        if block_d > 64 and strained:
+            return [SHARED_OUT]
         return [NARROW, SHORT] if hopper and item == 2 and not (rotates or listed) else [SHORT]
     if rotates:
         return [NARROW, SHORT]

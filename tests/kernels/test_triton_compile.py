@@ -335,6 +335,21 @@ def test_attention_everywhere(monkeypatch: pytest.MonkeyPatch, name: str, dim: i
 
 @slow
 @pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_lists_and_turned_keys_everywhere(
+    monkeypatch: pytest.MonkeyPatch, name: str, dim: int, storage: torch.dtype
+) -> None:
+    kind = torch.bfloat16 if storage == torch.int8 else storage
+    turned = {"rotation": (torch.zeros(64, dim), torch.zeros(64, dim)), "rotate_by": "entry"}
+    listed = {"index": torch.zeros(2, 8, 64, dtype=torch.int64)}
+    check(monkeypatch, name, attention(kind, dim, storage=storage, rows=64, **listed), kernels=1)
+    for options in (turned, turned | listed):  # a single row alone turns keys as it reads them
+        check(monkeypatch, name, attention(kind, dim, storage=storage, **options), kernels=2)
+
+
+@slow
+@pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_mass_everywhere(monkeypatch: pytest.MonkeyPatch, name: str, dim: int, kind: torch.dtype) -> None:
