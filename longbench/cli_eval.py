@@ -89,7 +89,11 @@ def needle(
 
         from .arguments import parse_numbers
         from .benchmarks import run_needle
+        from .needle import KINDS
         from .ruler import RulerData
+
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {list(KINDS)}, got {kind!r}")
 
         sizes = parse_list(lengths, "lengths")
         places = parse_numbers(depths, "depths")

@@ -9,6 +9,7 @@ from .ruler.suite import RulerData, TaskRule, fitted_samples, needle_generator
 from .sample import Sample
 
 RULE = TaskRule(32)
+KINDS = ("essay", "noise")
 
 
 def needle_samples(
@@ -28,8 +29,8 @@ def needle_samples(
     Raises:
         ValueError: a depth outside 0 to 100, an unknown haystack, or a length that is too short.
     """
-    if haystack not in ("essay", "noise"):
-        raise ValueError(f"haystack must be 'essay' or 'noise', not {haystack!r}")
+    if haystack not in KINDS:
+        raise ValueError(f"haystack must be one of {list(KINDS)}, got {haystack!r}")
     samples: list[Sample] = []
     for length in lengths:
         prose = Prose(data.haystack, seed=seed)

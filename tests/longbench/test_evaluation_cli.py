@@ -281,6 +281,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
             "offload-host must be bytes",
         ),
         (["eval", "needle", "-p", "tova", "-b", "9", "--offload-block", "9"], "offload-block needs offload-device"),
+        (["eval", "needle", "--kind", "book"], "kind must be one of ['essay', 'noise'], got 'book'"),
         (["eval", "ruler", "--no-full"], "policy must name at least one"),
         (["eval", "longbench", "--data", "/nowhere"], "no such folder"),
         (["eval", "perplexity", "--prefix", "9000"], "the model's window holds 4096"),
