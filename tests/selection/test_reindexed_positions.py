@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import transformers
 from test_tokenselect_sets import SMALL, cut, voter
 
 from kvpress import PolicyCache
 from kvpress.kernels.native import missing
 from kvpress.policies import SepLLM, StreamingLLM, TokenSelect
 from kvpress.rope import Rotation
-from kvpress.testing.families import tiny_model
+from kvpress.testing.families import VOCABULARY, model_from, tiny_model
 
 ROPE = {
     "plain": {"rope_type": "default", "rope_theta": 10000.0},
@@ -31,7 +32,19 @@ def rotated(kind):
     return tiny_model("llama", dtype=torch.float64, **changes)
 
 
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def interleaved():
+    """Channel 2i is turned with channel 2i + 1: no rotation that the kernels know."""
+    return model_from(transformers.GlmConfig(**SIZES, head_dim=8), dtype=torch.float64)
+
+
 MODELS = {
+    "interleaved": interleaved,
     **{kind: lambda kind=kind: rotated(kind) for kind in ROPE},
     "partial": lambda: tiny_model("gpt_neox", dtype=torch.float64),
     "gemma3": lambda: tiny_model("gemma3", dtype=torch.float64),
