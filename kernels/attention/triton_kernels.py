@@ -19,7 +19,8 @@ BROAD = triton.Config({"BLOCK_N": 128}, num_warps=8, num_stages=2)
 SHORT = triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2)
 SHORTEST = triton.Config({"BLOCK_N": 16}, num_warps=4, num_stages=2)
 SHARED_OUT = triton.Config({"BLOCK_N": 32}, num_warps=8, num_stages=2)
-CONFIGS = [DEEP, AHEAD, NARROW, MANY_WARPS, BROAD, SHORT, SHORTEST, SHARED_OUT]
+THIN = triton.Config({"BLOCK_N": 16}, num_warps=8, num_stages=2)
+CONFIGS = [DEEP, AHEAD, NARROW, MANY_WARPS, BROAD, SHORT, SHORTEST, SHARED_OUT, THIN]
 KEY = ["GROUP", "BLOCK_M", "BLOCK_D", "BLOCK_V", "SPLIT", "CAUSAL", "ROTARY", "UNIT"]
 
 
@@ -45,20 +46,24 @@ def choices(
         listed: slots are read by an index list.
     """
     wide = block_d + block_v > 256
-    if full or (amd and wide):
-        return [SHORTEST if full and wide else SHORT]
-    if amd:
-        return [NARROW, SHORT]
+    packed = item == 1
+    if amd and not full:
+        return [SHORT] if wide else [NARROW, SHORT]
+    if rotates and not amd and (wide or (full and block_d > 64)):
+        return [THIN]  # turning takes registers, and shared memory for the other half of each key
+    if full and wide:
+        return [THIN] if listed and block_m > 16 and not amd else [SHORTEST]
+    if full:
+        return [SHORT]
     if wide:
-        return [MANY_WARPS]
+        return [SHARED_OUT] if packed and listed and block_m > 16 else [MANY_WARPS]
     if block_m > 16:
-        packed = item == 1
         strained = (packed and rotates) if hopper else (packed or rotates)  # more registers than four warps have
         if block_d > 64 and strained:
             return [SHARED_OUT]
         return [NARROW, SHORT] if hopper and item == 2 and not (rotates or listed) else [SHORT]
     if rotates:
-        return [NARROW, SHORT]
+        return [SHORT] if packed and block_d > 64 else [NARROW, SHORT]
     return [DEEP, NARROW, SHORT] if item == 2 else [AHEAD, BROAD, NARROW]
 
 
