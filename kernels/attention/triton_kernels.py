@@ -52,7 +52,7 @@ def choices(
     if rotates and not amd and (wide or (full and block_d > 64)):
         return [THIN]  # turning takes registers, and shared memory for the other half of each key
     if full and wide:
-        return [THIN] if listed and block_m > 16 and not amd else [SHORTEST]
+        return [THIN] if listed and not amd else [SHORTEST]
     if full:
         return [SHORT]
     if wide:
