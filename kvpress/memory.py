@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
+from kvpress.host_memory import empty_pages
 from kvpress.kernels.native.tensors import prefer_large_pages
 
 LARGE = 4 << 20  # bytes from which large pages are asked for
@@ -16,7 +18,7 @@ GROWTH = 128  # a growing table gets one part in so many of spare room, so that 
 def allocate(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised buffer on the device of `like`, writable in place with and without inference mode."""
     with torch.inference_mode(False):
-        buffer = torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
+        buffer = _empty(shape, like, dtype or like.dtype)
     if buffer.is_cpu and buffer.nbytes >= LARGE:
         prefer_large_pages(buffer)
     return buffer
@@ -25,7 +27,13 @@ def allocate(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = Non
 def filled(shape: Sequence[int], value: float, like: Tensor, dtype: torch.dtype) -> Tensor:
     """A buffer like that of `allocate`, full of `value`."""
     with torch.inference_mode(False):
-        return torch.full(tuple(shape), value, dtype=dtype, device=like.device)
+        return _empty(shape, like, dtype).fill_(value)
+
+
+def _empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    if like.is_cpu:
+        return empty_pages(prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device)
 
 
 def held_bytes(tensors: Iterable[Tensor | None]) -> int:

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers.cache_utils import DummyLayer
 
 from kvpress.errors import UnsupportedModelError
+from kvpress.host_memory import give_back_freed
 from kvpress.offload.account import SharedManager
 from kvpress.offload.errors import TierClosedError, TierFullError
 from kvpress.offload.manager import TierManager
 from kvpress.offload.options import Offload
-from kvpress.offload.pages import give_back_freed
 from kvpress.offload.transfer import CudaDevice, HostDevice
 from kvpress.offload.working import Reading, WorkingMemory, read_all
 

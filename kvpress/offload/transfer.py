@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvpress.offload.pages import empty_pages, page_bytes
+from kvpress.host_memory import empty_pages, page_bytes
 
 Event = Any  # torch.cuda.Event, or what a fake device records
 

@@ -10,11 +10,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kvpress.host_memory import empty_pages
 from kvpress.memory import allocate
 from kvpress.offload.errors import TierFullError, TierLostError
 from kvpress.offload.key import BlockKey
 from kvpress.offload.manager import TierManager
-from kvpress.offload.pages import empty_pages
 from kvpress.offload.slot_rows import NAME, RowLayout
 
 ALIGNMENT = 64  # bytes

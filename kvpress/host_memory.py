@@ -1,8 +1,8 @@
 """Host memory that goes back to the system when it is freed.
 
-A freed buffer of the C library's heap may stay with the process for as long as something allocated later lies behind it, and a block of a
-cache lives much longer than the activations around it: limits would hold on paper only. Large buffers are therefore mapped on their own,
-and what the model's own keys and values leave behind in the heap is given back.
+A freed buffer of the C library's heap may stay with the process for as long as something allocated later lies behind it, and the slots of a
+cache live much longer than the activations around them: limits would hold on paper only. Large buffers are therefore mapped on their own,
+and with offload what the model's own keys and values leave behind in the heap is given back.
 """
 
 import ctypes
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 LEAST = 64 << 10  # bytes: smaller buffers come from the heap
+# a forked process has its own copy, as of any memory; the default would let it write into its parent's (Windows knows neither)
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has such a function, and needs it
 
 
@@ -24,7 +26,7 @@ def empty_pages(nbytes: int) -> Tensor:
     """A flat uint8 buffer in host memory. Raises MemoryError or OSError when there is none."""
     if nbytes < LEAST:
         return torch.empty(nbytes, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), dtype=torch.uint8)
 
 
 def give_back_freed() -> None:
