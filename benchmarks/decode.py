@@ -63,6 +63,8 @@ def all_policies(budget: int) -> dict[str, Policy]:
         "tokenselect": TokenSelect(**parts),
         "tokenselect, reused": TokenSelect(**parts, threshold=-1),
         "tokenselect, anew": TokenSelect(**parts, threshold=2),
+        "tokenselect, int8 index": TokenSelect(**parts, index="int8"),
+        "tokenselect, int8 index, anew": TokenSelect(**parts, index="int8", threshold=2),
         "quest": Quest(top_k=budget),
         "tidaldecode": TidalDecode(top_k=budget),
     }

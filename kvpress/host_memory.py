@@ -22,11 +22,13 @@ def page_bytes(nbytes: int) -> int:
     return nbytes if nbytes < LEAST else -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def empty_pages(nbytes: int) -> Tensor:
-    """A flat uint8 buffer in host memory. Raises MemoryError or OSError when there is none."""
+def empty_pages(nbytes: int, *, aligned: int = 1) -> Tensor:
+    """A flat uint8 buffer in host memory, at a multiple of `aligned` bytes. Raises MemoryError or OSError when there is none."""
     if nbytes < LEAST:
         return torch.empty(nbytes, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), dtype=torch.uint8)
+    pages = mmap.mmap(-1, nbytes + aligned - 1, **_PRIVATE)  # what is never touched takes no memory
+    start = -torch.frombuffer(pages, dtype=torch.uint8).data_ptr() % aligned
+    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=start)
 
 
 def give_back_freed() -> None:

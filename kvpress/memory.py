@@ -12,6 +12,7 @@ from kvpress.host_memory import empty_pages
 from kvpress.kernels.native.tensors import prefer_large_pages
 
 LARGE = 4 << 20  # bytes from which large pages are asked for
+LARGE_PAGE = 2 << 20  # bytes of one: a buffer that begins at a multiple of it lies in more of them
 GROWTH = 128  # a growing table gets one part in so many of spare room, so that it never holds much more than it keeps
 
 
@@ -32,7 +33,8 @@ def filled(shape: Sequence[int], value: float, like: Tensor, dtype: torch.dtype)
 
 def _empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
     if like.is_cpu:
-        return empty_pages(prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
+        nbytes = prod(shape) * dtype.itemsize
+        return empty_pages(nbytes, aligned=LARGE_PAGE if nbytes >= LARGE else 1).view(dtype).view(tuple(shape))
     return torch.empty(tuple(shape), dtype=dtype, device=like.device)
 
 
