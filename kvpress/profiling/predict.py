@@ -147,8 +147,12 @@ class _Layer:
         if isinstance(selection, Quest) and self.ordinal >= selection.skip_layers and slots > selection.top_k:
             return 2 * self.heads * -(-slots // selection.page_size) * self.layer.key_dim * item
         if isinstance(selection, TokenSelect) and slots > selection.sinks + selection.top_k + selection.local:
-            in_order = self.policy.budget is None  # slots are positions, and the vote's query is turned by one prepared call
-            chosen = selection.top_k * (1 if self.shared else self.layer.kv_heads) * (NUMBER + POSITION * (not in_order))
+            in_order = (
+                self.policy.budget is None
+            )  # slots are positions, and the vote's query is turned by one prepared call
+            chosen = (
+                selection.top_k * (1 if self.shared else self.layer.kv_heads) * (NUMBER + POSITION * (not in_order))
+            )
             turn = 2 * self.shape.query_dim * torch.float32.itemsize if in_order and selection.reindexes else 0
             return self.batch * (self.shape.query_heads * self.shape.query_dim * item + chosen + 1) + turn
         return 0
