@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvpress import PolicyCache
+from kvpress.demo.prose import sentences
 from kvpress.models import load_model
 from kvpress.offload import Offload
 from kvpress.policies import Full, Policy, Quest, StreamingLLM, TokenSelect
@@ -54,10 +56,9 @@ MEMORY_POLICIES: dict[str, Policy] = {
 }
 
 
-def text_ids(tokenizer: Any) -> Tensor:
-    """The first tokens of this project's own documentation."""
-    root = Path(__file__).parents[1]
-    text = "\n".join(path.read_text("utf-8") for path in sorted(root.glob("docs/*.md")))
+def text_ids(tokenizer: Any, file: Path | None) -> Tensor:
+    """The first tokens of a text, or of generated prose, which is the same on every machine."""
+    text = " ".join(islice(sentences(0), READ // 4)) if file is None else file.read_text("utf-8")
     ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :READ]
     return ids
 
@@ -70,7 +71,7 @@ def fill(cache: PolicyCache, read: list[tuple[Tensor, Tensor]], copies: int) -> 
 
 def speed(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model)
-    ids = text_ids(tokenizer)
+    ids = text_ids(tokenizer, arguments.text)
     for name in arguments.policies:
         policy = POLICIES[name]
         first = PolicyCache(model, policy)
@@ -115,7 +116,7 @@ def compare(
                 token = logits[0][:, -1:].argmax(dim=-1)
         report = tiered.report()
         row: dict[str, Any] = {
-            "benchmark": "speed", "policy": name, "tokens": arguments.tokens, "kv_bytes": full, "near_share": near,
+            "benchmark": "speed", "policy": name, "text": str(arguments.text or "generated prose"), "tokens": arguments.tokens, "kv_bytes": full, "near_share": near,
             "block": arguments.block,
             "prefetch": arguments.prefetch, "steps": arguments.steps, "logits": "equal bit for bit", "page_cache": "not dropped",
             "selections": report.selections, "selections_reused": report.selections_reused, "load": os.getloadavg()[0],
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--text", type=Path, help="a text file; generated prose without it")
     parser.add_argument("--disk", default=None, help="directory for the files")
     parser.add_argument("--limit", type=int, default=64 << 20, help="of the memory run, bytes")
     parser.add_argument("--child", help=argparse.SUPPRESS)
