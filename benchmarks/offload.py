@@ -116,7 +116,8 @@ def compare(
                 token = logits[0][:, -1:].argmax(dim=-1)
         report = tiered.report()
         row: dict[str, Any] = {
-            "benchmark": "speed", "policy": name, "text": str(arguments.text or "generated prose"), "tokens": arguments.tokens, "kv_bytes": full, "near_share": near,
+            "benchmark": "speed", "policy": name, "text": str(arguments.text or "generated prose"),
+            "tokens": arguments.tokens, "kv_bytes": full, "near_share": near,
             "block": arguments.block,
             "prefetch": arguments.prefetch, "steps": arguments.steps, "logits": "equal bit for bit", "page_cache": "not dropped",
             "selections": report.selections, "selections_reused": report.selections_reused, "load": os.getloadavg()[0],
