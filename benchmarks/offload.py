@@ -5,7 +5,7 @@
     python benchmarks/offload.py --only memory
 
 JSON lines. *speed*: SmolLM2-135M (`--model`) decodes greedily over a context of `--tokens` slots, with and without offload in turn,
-token by token, on the same tokens; every step's logits are compared bit for bit before it counts. The context is a text of 2,048 tokens
+token by token, on the same tokens; every step's logits are compared bit for bit before it counts. The context is a text of `--read` tokens
 that the model has read, its keys and values repeated (with positions="reindex" keys are stored before rotation, so a repeated text is
 what they are). The near tier is a share of all keys and values, the rest lies on disk; files are not dropped from the page cache,
 which is stated. The first `--warm-up` tokens, at which an index is built and the first selections are read, do not count.
@@ -41,7 +41,6 @@ from kvpress.models import load_model
 from kvpress.offload import Offload
 from kvpress.policies import Full, Policy, Quest, StreamingLLM, TokenSelect
 
-READ = 2_048  # tokens of text
 POLICIES: dict[str, Policy] = {
     "tokenselect": TokenSelect(tail=0),
     "tokenselect, int8 index": TokenSelect(tail=0, index="int8"),
@@ -56,10 +55,10 @@ MEMORY_POLICIES: dict[str, Policy] = {
 }
 
 
-def text_ids(tokenizer: Any, file: Path | None) -> Tensor:
+def text_ids(tokenizer: Any, file: Path | None, tokens: int) -> Tensor:
     """The first tokens of a text, or of generated prose, which is the same on every machine."""
-    text = " ".join(islice(sentences(0), READ // 4)) if file is None else file.read_text("utf-8")
-    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :READ]
+    text = " ".join(islice(sentences(0), tokens // 4)) if file is None else file.read_text("utf-8")
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
     return ids
 
 
@@ -71,7 +70,7 @@ def fill(cache: PolicyCache, read: list[tuple[Tensor, Tensor]], copies: int) -> 
 
 def speed(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model)
-    ids = text_ids(tokenizer, arguments.text)
+    ids = text_ids(tokenizer, arguments.text, arguments.read)
     for name in arguments.policies:
         policy = POLICIES[name]
         first = PolicyCache(model, policy)
@@ -117,7 +116,7 @@ def compare(
         report = tiered.report()
         row: dict[str, Any] = {
             "benchmark": "speed", "policy": name, "text": str(arguments.text or "generated prose"),
-            "tokens": arguments.tokens, "kv_bytes": full, "near_share": near,
+            "read": arguments.read, "tokens": arguments.tokens, "kv_bytes": full, "near_share": near,
             "block": arguments.block,
             "prefetch": arguments.prefetch, "steps": arguments.steps, "logits": "equal bit for bit", "page_cache": "not dropped",
             "selections": report.selections, "selections_reused": report.selections_reused, "load": os.getloadavg()[0],
@@ -200,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["speed", "memory"])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--tokens", type=int, default=32_768, help="slots of the context, a multiple of 2048")
+    parser.add_argument("--tokens", type=int, default=32_768, help="slots of the context, a multiple of --read")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument(
         "--near", type=float, nargs="+", default=[0.25], help="share of the keys and values that the near tier may hold"
@@ -210,6 +209,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--read", type=int, default=2048, help="tokens of text, repeated to make the context")
     parser.add_argument("--text", type=Path, help="a text file; generated prose without it")
     parser.add_argument("--disk", default=None, help="directory for the files")
     parser.add_argument("--limit", type=int, default=64 << 20, help="of the memory run, bytes")
