@@ -160,13 +160,7 @@ class PreparedAttention:
             lengths=lengths,
             keys_scale=layout.get("keys_scale"),
             values_scale=layout.get("values_scale"),
-            query_positions=None,
-            causal=False,
-            output=0,
-            lse=0,
-            weights=0,
             reduction=0 if reduction is None else native.REDUCTIONS[reduction],
-            entries=0,
             rotation=rotation,
             **options,
         )

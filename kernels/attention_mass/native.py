@@ -55,16 +55,11 @@ def attention_mass(
         query_positions=query_positions,
         starts=starts,
         lengths=lengths,
-        index=None,
-        causal=False,
         softcap=softcap,
         sinks=sinks,
         keys_scale=keys_scale,
-        values_scale=None,
-        output=0,
         lse=0 if lse is None else lse.data_ptr(),
         weights=mass.data_ptr(),
-        reduction=0,
         entries=entries,
     )
     factors = (0, 0)

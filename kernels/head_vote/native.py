@@ -38,16 +38,8 @@ def head_vote(
         query_positions=query_positions,
         starts=starts,
         lengths=lengths,
-        index=None,
-        causal=False,
-        softcap=None,
-        sinks=None,
         keys_scale=keys_scale,
-        values_scale=None,
-        output=0,
-        lse=0,
         weights=votes.data_ptr(),
-        reduction=0,
         entries=entries,
     )
     native.built().head_vote(*fields)
