@@ -44,7 +44,9 @@ class Policy:
         known = [field.name for field in fields(cls) if field.init]
         for key in given:
             if key not in known:
-                raise ValueError(f"{cls.name} has no parameter {key!r}; it has {known}")
+                selects = key == "budget" and cls.kind == "selection"
+                instead = f": it keeps every token, and attends to {known[0]}" if selects else ""
+                raise ValueError(f"{cls.name} has no parameter {key!r}{instead}; it has {known}")
         return cls(**given)
 
 

@@ -31,6 +31,7 @@ from kvpress.testing.families import random_tokens, tiny_model
             "reselect_layer of tidaldecode must be an integer >= 3, got 2",
         ),
         (lambda: make_policy("tokenselect", topk=3), "no parameter 'topk'"),
+        (lambda: make_policy("quest", budget=3), "no parameter 'budget': it keeps every token, and attends to top_k"),
     ],
 )
 def test_parameters_that_break_a_rule(make, message):
