@@ -167,8 +167,8 @@ class StoredSlots:
 
     def _bring_tail(self, hot: HotSlots, wanted: _Wanted) -> None:
         """From the table's own memory."""
+        row, heads, slot, place = wanted.tensors(self.device, one_list=hot.holder.shape[1] == 1)
         for name, tail in (("key", self._table.keys), ("value", self._table.values)):
-            row, heads, slot, place = wanted.tensors(self.device, one_list=hot.holder.shape[1] == 1)
             hot.tensors[name][row, heads, place] = tail[row, heads, slot - self._table.base]
 
     def _bring_parts(self, hot: HotSlots, wanted: _Wanted) -> None:
