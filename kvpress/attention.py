@@ -13,6 +13,7 @@ from kvpress.errors import CacheStateError, UnsupportedModelError
 from kvpress.forward import Forward, take_over
 from kvpress.masks import padding_mask
 from kvpress.observation import AttentionArguments
+from kvpress.precision import own_precision
 
 
 def attention_forward(
@@ -45,16 +46,17 @@ def attention_forward(
         )
         return result
     owner = layer.layer_idx == module.layer_idx  # else a layer that shares the keys of an earlier one
-    if owner:
-        check_call(forward, attention_mask, dropout if module.training else 0.0, kwargs)
-        tokens = layer.place(forward, attention_mask, query.device, kwargs.get("position_ids"))
-        layer.clock.check_positions(tokens, layer.seen, kwargs.get("position_ids"))
     arguments = AttentionArguments(
         query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux")
     )
-    output = layer.attend(forward, query, key, value, arguments)
-    if owner:
-        layer.finish(forward, query, key, arguments)
+    with own_precision(query.device):
+        if owner:
+            check_call(forward, attention_mask, dropout if module.training else 0.0, kwargs)
+            tokens = layer.place(forward, attention_mask, query.device, kwargs.get("position_ids"))
+            layer.clock.check_positions(tokens, layer.seen, kwargs.get("position_ids"))
+        output = layer.attend(forward, query, key, value, arguments)
+        if owner:
+            layer.finish(forward, query, key, arguments)
     if output.requires_grad:
         output.register_hook(_refuse_backward)
     if forward.rows == 1 and output.shape[2] == 1 and output.is_contiguous():

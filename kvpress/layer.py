@@ -154,8 +154,12 @@ class PolicyLayer(CacheLayerMixin):
             raise ValueError(f"batch size must stay {len(self.seen_rows)}, the cache's, got {batch}")
         if self.stowage is not None:
             self.stowage.selecting = self._reads_some(rows)
-        keys = key_states.detach()
-        new = self.table.append(keys, value_states.detach())
+        keys, values = key_states.detach(), value_states.detach()
+        if keys.dtype != values.dtype and not self.expands_keys:
+            keys = keys.to(
+                values.dtype
+            )  # under autocast a rotation widens keys, and stock attention narrows them again
+        new = self.table.append(keys, values)
         self.seen += rows
         self.forward = forward = Forward(weakref.ref(self), rows, new, keys, self.seen_rows, token_ids=ids)
         if self.attended and not self.expands_keys:

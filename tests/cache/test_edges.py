@@ -81,6 +81,48 @@ def test_autocast_switched_after_the_prompt(policy, first):
     assert 0 < (found - expected).abs().max() < apart * expected.abs().max()
 
 
+@pytest.mark.parametrize("policy", [("full", {}), ("streaming_llm", {"budget": 100}), ("tokenselect", {"top_k": 90})])
+def test_autocast_throughout(policy):
+    """Nobody who reads long contexts under autocast loses more than with the stock cache, nor holds more bytes."""
+    name, parameters = policy
+    model, text = tiny_model("llama"), random_tokens(1, 96)
+
+    def read(cache, mixed):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            pieces = [text[:, :80], *text[:, 80:].split(1, dim=1)]
+            return torch.cat([model(piece, past_key_values=cache).logits.float() for piece in pieces], dim=1)
+
+    exact, stock = read(DynamicCache(), False), read(DynamicCache(), True)
+    cache = PolicyCache(model, name, **parameters)
+    found = read(cache, True)
+    error, allowed = ((each - exact).square().mean().sqrt() for each in (found, stock))
+    assert 0 < error < 1.1 * allowed
+    assert {layer.keys.dtype for layer in cache.policy_layers} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("taken_back", [False, True])
+def test_policies_score_in_the_precision_of_what_they_see(taken_back):
+    """Under autocast a product of two matrices is rounded to its type, scores before a softmax too."""
+    seen = []
+
+    class Probe(KNorm):
+        needs_queries = True
+
+        def score(self, observation):
+            seen.append((observation.query @ observation.query.mT).dtype)
+            return super().score(observation)
+
+    model, text = tiny_model("llama"), random_tokens(1, 40)
+    cache = PolicyCache(model, Probe(budget=16))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(text[:, :30], past_key_values=cache)
+        if taken_back:
+            cache.activate_past_recording()
+        model(text[:, 30:], past_key_values=cache)
+        cache.crop(-2 if taken_back else 0)
+    assert seen == [torch.float32] * 2 * len(cache.policy_layers)
+
+
 def test_inference_mode_then_no_grad_then_gradients():
     model = tiny_model("llama")
     for item in EVICTING:
