@@ -75,15 +75,11 @@ def check_call(forward: Forward, mask: Tensor | None, dropout: float, kwargs: di
 
     Raises:
         UnsupportedModelError: a mask that is not ours, a sliding window or a bias on a full-attention layer, attention that is not causal,
-            dropout, `use_cache=False`.
+            dropout.
     """
     if mask is not None and (mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.dtype != torch.bool):
         raise UnsupportedModelError(
             f"attention_mask must be 2-D padding [batch, tokens seen] with a PolicyCache, got {tuple(mask.shape)} of {mask.dtype}"
-        )
-    if kwargs.get("use_cache") is False:
-        raise UnsupportedModelError(
-            "use_cache must be True with a PolicyCache, got False: every step would feed all tokens again"
         )
     if kwargs.get("sliding_window") is not None:
         raise UnsupportedModelError(

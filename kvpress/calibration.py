@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpress.cache import PolicyCache
+from kvpress.cache_argument import passed
 from kvpress.kernels.scores import slot_scores
 from kvpress.observation import Observation
 from kvpress.policies.base import EvictionPolicy, check_integer
@@ -59,7 +60,7 @@ def coverage(model: PreTrainedModel, input_ids: Tensor, top_k: int = 256, dense_
     if layers < dense_layers + 2:
         raise ValueError(f"dense_layers must leave two of the model's {layers} compressed layers, got {dense_layers}")
     with torch.no_grad():
-        model(input_ids.to(model.device), past_key_values=cache, use_cache=True)
+        model(input_ids.to(model.device), **passed(model, cache), use_cache=True)
     share = torch.ones(layers, layers)  # [choosing, following]
     for chooser in range(dense_layers, layers):
         for follower in range(chooser + 1, layers):

@@ -23,13 +23,16 @@ def padding_mask(**arguments: Any) -> Any:
     """What our attention needs of a mask: which tokens are padding. Causality it knows from positions.
 
     Returns `None` where no token is padding, else `[batch, 1, 1, tokens seen]` bool, `False` for padding. For a stock cache (or a
-    sliding layer) the mask of the model's own attention implementation.
+    sliding layer) the mask of the model's own attention implementation. For the window of a layer that is compressed one that our
+    attention refuses.
 
     Raises:
         UnsupportedModelError: a mask that is more than causality and padding.
     """
     if not isinstance(arguments["kv_length"], LogicalLength):
         return ALL_MASK_ATTENTION_FUNCTIONS[original_implementation(arguments["config"])](**arguments)
+    if arguments.get("local_size") is not None:  # of a window, which some models make though no layer of theirs slides
+        return torch.zeros(0, dtype=torch.bool)
     if arguments.get("mask_function", causal_mask_function) is not causal_mask_function:
         raise UnsupportedModelError(
             "attention mask must be causal plus padding for a compressed layer, got one with further rules (packed sequences, blocks, "

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from kvpress.cache_argument import passed
 from kvpress.timing import GenerationTimer
 
 
@@ -48,7 +49,7 @@ def answer_prompt(model: Any, tokenizer: Any, ids: torch.Tensor, cache: Any, **g
     ids = ids.to(model.device)
     timer = GenerationTimer()
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=timer, **generation
+        ids, attention_mask=torch.ones_like(ids), **passed(model, cache), streamer=timer, **generation
     )
     new = output[0, ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from kvpress.cache_argument import passed
 from kvpress.errors import UnsupportedModelError
 from kvpress.kernels.rotation import rotate as turn
 from kvpress.kernels.rotation.prepared import PreparedRotation
@@ -217,8 +218,8 @@ class Rotation:
         cos, sin = trial(states, ids, **self._arguments)
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         with torch.no_grad():
-            name = "layer_past" if "layer_past" in inspect.signature(module.forward).parameters else "past_key_values"
-            module(hidden_states=states, position_embeddings=(cos, sin), attention_mask=None, **{name: cache})
+            given = {"hidden_states": states, "position_embeddings": (cos, sin), "attention_mask": None}
+            module(**given, **passed(module, cache))
         layer: Any = cache.layers[int(module.layer_idx)]  # type: ignore[arg-type]
         keys: Tensor = layer.keys
         error = torch.inf

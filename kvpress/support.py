@@ -18,9 +18,11 @@ _INDEXED = {  # sparse attention with an index of its own keys
     "mistral_large4",
     "qwen4_exp",
 }
+_LOOPED = {"dory", "hrm_text", "inkling2_loop", "inkling2_loop_text"}  # several caches to a layer
+_ATTENDING_TWICE = {"diffllama"}
 _ALIBI = {"bloom", "mpt"}
 _LATENT_FIELDS = ("kv_lora_rank",)
-_EXPANDING = {"jetmoe", "diffllama"}
+_EXPANDING = {"jetmoe"}
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -42,6 +44,14 @@ def check_config(config: PreTrainedConfig) -> None:
     if kind in _INDEXED or "indexed_attention" in layer_types:
         raise UnsupportedModelError(
             f"model type {kind!r} selects tokens with an index of its own (DSA); it needs its own cache"
+        )
+    if kind in _LOOPED:
+        raise UnsupportedModelError(
+            f"model type {kind!r} runs a layer several times, each with keys of its own, in layers that it adds to the cache"
+        )
+    if kind in _ATTENDING_TWICE:
+        raise UnsupportedModelError(
+            f"model type {kind!r} attends twice to a layer's keys, and tokens are evicted after the first time"
         )
     if kind in _OWN_CACHE:
         raise UnsupportedModelError(f"model type {kind!r} needs its own cache class")

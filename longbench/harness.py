@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from kvpress.cache_argument import passed
 from kvpress.cli_arguments import parse_budget
 
 from .arguments import parse_policy
@@ -47,7 +48,7 @@ class PolicyLM(HFLM):  # type: ignore[misc, unused-ignore]
 
     def _model_generate(self, context: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         cache = self.method.make_cache(self.model)
-        output: torch.Tensor = super()._model_generate(context, *arguments, past_key_values=cache, **options)
+        output: torch.Tensor = super()._model_generate(context, *arguments, **passed(self.model, cache), **options)
         return output
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -77,13 +78,13 @@ class PolicyLM(HFLM):  # type: ignore[misc, unused-ignore]
     def _read(self, context: list[int]) -> tuple[Cache, torch.Tensor]:
         cache = self.method.make_cache(self.model)
         ids = torch.tensor([context], device=self.device)
-        return cache, self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]
+        return cache, self.model(ids, **passed(self.model, cache), use_cache=True, logits_to_keep=1).logits[0]
 
     def _score(self, cache: Cache, first: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
         logits = first
         if len(continuation) > 1:
             ids = torch.tensor([continuation[:-1]], device=self.device)
-            rest = self.model(ids, past_key_values=cache, use_cache=True).logits[0]
+            rest = self.model(ids, **passed(self.model, cache), use_cache=True).logits[0]
             logits = torch.cat([first, rest])
         wanted = torch.tensor(continuation, device=logits.device)
         scores = logits.double().log_softmax(-1)

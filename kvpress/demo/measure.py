@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from kvpress.cache import layer_nbytes
+from kvpress.cache_argument import passed
 from kvpress.demo.passkey import PasskeyTask
 from kvpress.layer import PolicyLayer
 from kvpress.timing import GenerationTimer
@@ -61,11 +62,11 @@ def measure(model: Any, tokenizer: Any, task: PasskeyTask, policy: str, mode: st
     timer = GenerationTimer()
     if mode == QUERY_AGNOSTIC:
         with torch.no_grad():
-            model(context_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(context_ids, **passed(model, cache), use_cache=True, logits_to_keep=1)
     output = model.generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
-        past_key_values=cache,
+        **passed(model, cache),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         streamer=timer,

@@ -9,6 +9,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvpress.cache import PolicyCache
+from kvpress.cache_argument import passed
 from kvpress.offload import Offload, TierError
 from kvpress.policies import Full
 from kvpress.profiling.cache_bytes import cache_bytes
@@ -61,7 +62,7 @@ def bench(
     with torch.no_grad(), attention_of(model) as use_stock:
         if fill == "prompt":
             use_stock(True)
-            model(ids, past_key_values=stock, use_cache=True, logits_to_keep=1)
+            model(ids, **passed(model, stock), use_cache=True, logits_to_keep=1)
         advance(STOCK)
         for candidate in candidates:
             policy = candidate.policy(context)
@@ -74,7 +75,7 @@ def bench(
                     cache = PolicyCache.from_cache(model, policy, stock, **how)
                 else:
                     cache = PolicyCache(model, policy, **how)
-                    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    model(ids, **passed(model, cache), use_cache=True, logits_to_keep=1)
                 caches[candidate.label] = cache
             except ValueError as error:
                 errors[candidate.label] = str(error) + (" (or use --fill prompt)" if fill == "random" else "")

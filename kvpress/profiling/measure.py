@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvpress.cache_argument import passed
 from kvpress.demo.prose import sentences
 from kvpress.profiling.context import Profile, profile
 from kvpress.profiling.job import Job, policy_from
@@ -102,7 +103,7 @@ def generate(model: Any, ids: Tensor, cache: Any, new_tokens: int, chunk_size: i
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **passed(model, cache),
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,

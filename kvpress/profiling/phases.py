@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kvpress.cache_argument import found
 from kvpress.profiling.cache_bytes import CacheBytes, cache_bytes
 from kvpress.profiling.peak import Meter, cuda_meter, resident_meter
 
@@ -112,8 +113,8 @@ class PhaseRecorder:
         phase.forwards += 1
         phase.tokens += batch * rows
         phase.seconds += self._last_end - self._began
-        cache = getattr(output, "past_key_values", None)
-        self.cache = kwargs.get("past_key_values") if cache is None else cache
+        returned = found(output) if isinstance(output, Mapping) else None
+        self.cache = found(kwargs) if returned is None else returned
         if rows > 1 and self.cache is not None:
             self.prefilled = cache_bytes(self.cache)
             self._last_end = self.now()  # looking at the cache is nobody's time

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from kvpress.cache_argument import passed
 from kvpress.profiling.context import weights_bytes
 from kvpress.support import check_config, expands_keys
 
@@ -94,7 +95,7 @@ def read_shape(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Mo
         model.set_experts_implementation("batched_mm")  # the default one looks at the numbers, which are not there
     with torch.no_grad():
         ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, **passed(model, cache), use_cache=True, logits_to_keep=1)
     types, _ = get_layer_types_and_kwargs(text)
     layers = [_layer_shape(kind, layer) for kind, layer in zip(types, cache.layers, strict=True)]
     heads = text.num_attention_heads

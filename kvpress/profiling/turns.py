@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvpress.cache import PolicyCache
+from kvpress.cache_argument import passed
 from kvpress.delegates import NAME, original_implementation, remember
 from kvpress.policies.base import Policy
 
@@ -73,9 +74,10 @@ def decode_seconds(
         for step in range(steps + WARM_UP_STEPS):
             for name, cache in caches.items():
                 use_stock(not isinstance(cache, PolicyCache))
+                given = passed(model, cache)
                 _wait(model)
                 start = clock()
-                model(token, past_key_values=cache, use_cache=True)
+                model(token, **given, use_cache=True)
                 _wait(model)
                 if step >= WARM_UP_STEPS:
                     found[name].append(clock() - start)
@@ -107,7 +109,7 @@ def logits_difference(model: PreTrainedModel, policy: Policy, ids: Tensor, new_t
             use_stock(stock)
             cache = DynamicCache(config=model.config) if stock else PolicyCache(model, policy)
             generate: Any = model.generate
-            output = generate(ids, past_key_values=cache, **arguments)
+            output = generate(ids, **passed(model, cache), **arguments)
             logits.append(torch.stack(output.logits).float())
     largest = float(logits[0].abs().max())
     difference = float((logits[0] - logits[1]).abs().max()) / max(largest, 1e-30)

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from kvpress.cache_argument import found
+
 NAME = "dense_by_explicit_mask"
 
 
@@ -119,7 +121,7 @@ def record(model: PreTrainedModel, cache: Any, recording: Recording | None = Non
     """Watch `cache` serve `model` (forward hooks on the model, and the cache's own batch verbs), from where `recording` ended.
 
     Args:
-        model: the model that will be called with `past_key_values=cache` (calls with another cache are not recorded).
+        model: the model that will be called with `cache` (calls with another cache are not recorded).
         cache: has `kept_positions(layer)`, `crop`, `reorder_cache`, `batch_select_indices`, `batch_repeat_interleave`.
         recording: of an earlier turn; a new one otherwise.
     """
@@ -128,7 +130,7 @@ def record(model: PreTrainedModel, cache: Any, recording: Recording | None = Non
     pending: list[tuple[Tensor, Tensor | None, dict[int, Tensor]]] = []
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("past_key_values") is not cache:
+        if found(kwargs) is not cache:
             return
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
         held: Any = cache
@@ -136,7 +138,7 @@ def record(model: PreTrainedModel, cache: Any, recording: Recording | None = Non
         pending.append((ids, kwargs.get("attention_mask"), kept))
 
     def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs.get("past_key_values") is not cache:
+        if found(kwargs) is not cache:
             return
         ids, mask, kept = pending.pop()
         batch, length = ids.shape

@@ -48,6 +48,8 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         layer_types=_MIXED,
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_common(3), head_dim=8, sliding_window=16, layer_types=_MIXED),
+    "olmo3": lambda: transformers.Olmo3Config(**_common(3), sliding_window=16, layer_types=_MIXED),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**_common(), **_experts(), shared_expert_intermediate_size=16),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(
         **{key: value for key, value in _common().items() if key != "num_key_value_heads"}
     ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from kvpress.cache_argument import passed
 from kvpress.testing.families import random_tokens, tiny_model
 
 PROMPT, NEW = 24, 5  # tokens
@@ -48,7 +49,7 @@ def _generate(outcome: Outcome, model: PreTrainedModel, ids: Tensor, cache: Cach
     settings = {"max_new_tokens": NEW, "do_sample": False, **options}
     generate: Any = model.generate
     out = generate(
-        ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **settings
+        ids, **passed(model, cache), return_dict_in_generate=True, output_logits=True, pad_token_id=0, **settings
     )
     outcome.tokens.append(out.sequences)
     outcome.logits.extend(out.logits)
@@ -143,7 +144,7 @@ def prefix(model: PreTrainedModel, make: MakeCache) -> Outcome:
     context = random_tokens(1, PROMPT)
     outcome, cache = Outcome(), make(model)
     with torch.no_grad():
-        model(context, past_key_values=cache)
+        model(context, **passed(model, cache))
     _generate(outcome, model, torch.cat([context, random_tokens(1, 5, seed=5)], dim=1), cache)
     return outcome
 
@@ -153,7 +154,7 @@ def branches(model: PreTrainedModel, make: MakeCache) -> Outcome:
     context = random_tokens(1, PROMPT)
     outcome, cache = Outcome(), make(model)
     with torch.no_grad():
-        model(context, past_key_values=cache)
+        model(context, **passed(model, cache))
     for seed in (5, 6, 5):
         _generate(outcome, model, torch.cat([context, random_tokens(1, 5, seed=seed)], dim=1), copy.deepcopy(cache))
     return outcome

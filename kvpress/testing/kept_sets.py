@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvpress.cache_argument import passed
 from kvpress.testing.dense import Recording, Row, dense_copy, record, replay
 
 
@@ -143,7 +144,9 @@ class KeptSets:
         self._mask = mask if self._mask is None else torch.cat([self._mask, mask], dim=-1)
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.no_grad():
-            self.model(input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self.cache)
+            self.model(
+                input_ids=ids, attention_mask=self._mask, position_ids=positions, **passed(self.model, self.cache)
+            )
         if not self._states:
             self.kept, self._states = [{} for _ in ids], [{} for _ in ids]
             self._counts = [(0, 0)] * len(ids)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 from transformers import Cache, PreTrainedModel
 
+from kvpress.cache_argument import passed
 from kvpress.profiling.cache_bytes import bytes_in_tiers
 
 from ..runner.generation import cache_bytes, chunks_of
@@ -153,7 +154,7 @@ class _Reader:
 
     def _forward(self, ids: Sequence[int], keep: int) -> torch.Tensor:
         batch = torch.tensor([ids] * len(self._labels), device=self._model.device)
-        output = self._model(batch, past_key_values=self._cache, use_cache=True, logits_to_keep=keep)
+        output = self._model(batch, **passed(self._model, self._cache), use_cache=True, logits_to_keep=keep)
         return _normalised(output.logits[:, -keep:])
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from kvpress.cache_argument import passed
 from kvpress.profiling.cache_bytes import bytes_in_tiers
 
 from ..prompt import EncodedPrompt
@@ -94,7 +95,7 @@ class ModelEngine:
         """Let the cache read `ids`, at least one; returns the logits `[vocabulary]` of the next token."""
         for chunk in chunks_of(ids, self.chunk_size):
             batch = torch.tensor([chunk], device=self.model.device)
-            output = self.model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self.model(batch, **passed(self.model, cache), use_cache=True, logits_to_keep=1)
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 
@@ -112,7 +113,7 @@ class ModelEngine:
         output = generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **passed(self.model, cache),
             generation_config=self._configuration(sample, len(given)),
             stopping_criteria=StoppingCriteriaList([clock]),
         )

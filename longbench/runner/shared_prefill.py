@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvpress import PolicyCache
+from kvpress.cache_argument import passed
 from kvpress.forward import Forward
 from kvpress.layer import PolicyLayer
 from kvpress.observation import AttentionArguments
@@ -68,7 +69,9 @@ def prefill_together(model: PreTrainedModel, caches: Sequence[Cache], ids: Seque
     lead = _Lead(model, followers)
     batch = torch.tensor([ids], device=model.device)
     start = now(model.device)
-    output = model(batch, attention_mask=torch.ones_like(batch), past_key_values=lead, use_cache=True, logits_to_keep=1)
+    output = model(
+        batch, attention_mask=torch.ones_like(batch), **passed(model, lead), use_cache=True, logits_to_keep=1
+    )
     total = now(model.device) - start
     own = [sum(layer.seconds[row] for layer in lead.leads) for row in range(len(followers))]
     return Prefilled(output.logits[0, -1], tuple(total - sum(own) + seconds for seconds in own))

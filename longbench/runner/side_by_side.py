@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpress import PolicyCache
+from kvpress.cache_argument import passed
 from kvpress.errors import CacheStateError
 from kvpress.forward import Forward, hand_over
 from kvpress.layer import PolicyLayer
@@ -172,7 +173,7 @@ def decode_together(
     feed = torch.tensor([list(ids) for ids in fed], device=model.device)
     while rows:
         start = now(model.device)
-        logits = model(feed, past_key_values=batch, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(feed, **passed(model, batch), use_cache=True, logits_to_keep=1).logits[:, -1]
         if not new[rows[0]] and not_first:
             logits[:, list(not_first)] = -torch.inf
         tokens: list[int] = logits.argmax(dim=-1).tolist()

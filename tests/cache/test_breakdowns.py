@@ -315,9 +315,11 @@ def test_bytes_too_few_are_refused_with_figures():
             "encoder-decoder",
         ),
         (lambda: transformers.DeepseekV32Config(), "DSA"),
+        (lambda: transformers.DiffLlamaConfig(), "'diffllama' attends twice"),
+        (lambda: transformers.HrmTextConfig(), "'hrm_text' runs a layer several times"),
         (lambda: transformers.LlamaConfig(**{**tiny_config("llama").to_dict(), "use_cache": False}), "use_cache"),
     ],
-    ids=["bloom", "mpt", "falcon", "t5", "deepseek_v32", "use_cache"],
+    ids=["bloom", "mpt", "falcon", "t5", "deepseek_v32", "diffllama", "hrm_text", "use_cache"],
 )
 def test_models_that_cannot_be_right(make, words):
     with pytest.raises(UnsupportedModelError, match=words):
@@ -325,10 +327,10 @@ def test_models_that_cannot_be_right(make, words):
 
 
 def test_models_outside_the_attention_interface():
-    config = transformers.GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=128)
+    config = transformers.XGLMConfig(vocab_size=97, d_model=32, num_layers=2, attention_heads=4, ffn_dim=32)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError, match=r"'gptj'.*attention interface.*from_config"):
+    with pytest.raises(UnsupportedModelError, match=r"'xglm'.*attention interface.*from_config"):
         PolicyCache(model, "snapkv", budget=64)
     assert model.config._attn_implementation == before
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvpress import PolicyCache
+from kvpress.cache_argument import NAMES, found, passed
 from kvpress.policies.base import Policy
 from kvpress.policy_config import PolicyConfig
 
@@ -21,22 +22,24 @@ def generate(
         arguments: of `model.generate`.
 
     Returns:
-        What `model.generate` returns; with `return_dict_in_generate=True` its `past_key_values` is the cache.
+        What `model.generate` returns; with `return_dict_in_generate=True` the cache among it.
 
     Raises:
         ValueError: no policy, a cache beside it, a parameter that is a setting of `generate` too, or what `PolicyCache` refuses.
     """
     if policy is None:
         raise ValueError("policy must be given: a registered name with its parameters, a policy, or a list of policies")
-    if arguments.get("past_key_values") is not None:
-        raise ValueError("past_key_values must be left out where a policy is given: it gets a fresh cache")
+    if found(arguments) is not None:
+        raise ValueError("cache (past_key_values) must be left out where a policy is given: it gets a fresh cache")
     parameters: dict[str, Any] = {}
     if isinstance(policy, str):
         parameters = _take_parameters(policy, model.generation_config, arguments)
     elif isinstance(policy, Mapping):
         policy = list(PolicyConfig.from_dict(policy).policies)
     cache = PolicyCache(model, policy, **parameters)
-    return model.generate(**{**arguments, "past_key_values": cache})
+    for name in NAMES:
+        arguments.pop(name, None)
+    return model.generate(**arguments, **passed(model, cache))
 
 
 def _take_parameters(name: str, settings: Any, arguments: dict[str, Any]) -> dict[str, Any]:

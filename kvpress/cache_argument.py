@@ -1,0 +1,22 @@
+"""The argument and output of a model that carry the cache: `cache` since transformers 5.24, `past_key_values` before."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+NAMES = ("cache", "past_key_values", "layer_past")  # the last by some attention modules (GPT-NeoX)
+
+
+def passed(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """`cache` under the name that the forward of `model` knows: `model(ids, **passed(model, cache))`, and for `model.generate` alike."""
+    known = inspect.signature(model.forward).parameters
+    return {next((name for name in NAMES if name in known), NAMES[0]): cache}
+
+
+def found(given: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments or the outputs of a model, or `None`."""
+    return next((given[name] for name in NAMES if given.get(name) is not None), None)
