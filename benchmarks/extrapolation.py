@@ -61,7 +61,7 @@ def perplexity(model: Any, ids: torch.Tensor, policy: Policy, last: float) -> di
         block = ids[:, first : first + CHUNK + 1]
         targets = block[0, 1:]
         with torch.no_grad():
-            logits = model(block[:, : len(targets)], past_key_values=cache).logits[0].float()
+            logits = model(block[:, : len(targets)], cache=cache).logits[0].float()
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         span = first // SPAN * SPAN
         total, count = spans.get(span, (0.0, 0))
@@ -80,7 +80,7 @@ def passkeys(
         task = make_task(tokenizer, length, seed=sample, depth=(sample + 0.5) / samples)
         prompt = task.prompt_ids.to(model.device)
         out = model.generate(
-            prompt, past_key_values=PolicyCache(model, policy), max_new_tokens=8, do_sample=False,
+            prompt, cache=PolicyCache(model, policy), max_new_tokens=8, do_sample=False,
             prefill_chunk_size=None, pad_token_id=0,
         )  # fmt: skip
         answer = tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)

@@ -75,7 +75,7 @@ def speed(arguments: argparse.Namespace) -> None:
         policy = POLICIES[name]
         first = PolicyCache(model, policy)
         with torch.no_grad():
-            model(ids, past_key_values=first, logits_to_keep=1)
+            model(ids, cache=first, logits_to_keep=1)
         read = [(layer.keys.clone(), layer.values.clone()) for layer in first.policy_layers]
         del first
         for near in arguments.near:
@@ -106,7 +106,7 @@ def compare(
                 logits = []
                 for kind, cache in (("without", plain), ("with", tiered)):
                     start, start_cpu = time.perf_counter(), time.process_time()
-                    logits.append(model(token, past_key_values=cache).logits)
+                    logits.append(model(token, cache=cache).logits)
                     if step >= arguments.warm_up:
                         times[kind].append(time.perf_counter() - start)
                         cpu[kind].append(time.process_time() - start_cpu)
@@ -154,7 +154,7 @@ def memory_child(kind: str, own: bool, chunk: int, limit: int) -> None:
         few = [StreamingLLM(budget=64), *([] if isinstance(given, Full) else [given])]
         cache = PolicyCache(model, few) if own else PolicyCache(model, given, offload=offload)
         for piece in pieces:
-            model(piece, past_key_values=cache, logits_to_keep=1)
+            model(piece, cache=cache, logits_to_keep=1)
         report = cache.report()
         found = {
             "peak": peak(),

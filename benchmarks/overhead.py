@@ -103,9 +103,9 @@ def main() -> None:
     with torch.no_grad():
         prompt = torch.randint(0, 64, (1, 4 * given.slots))
         for cache in caches.values():
-            model(prompt[:, : given.slots + 8], past_key_values=cache)
+            model(prompt[:, : given.slots + 8], cache=cache)
         for cache in selections.values():
-            model(prompt, past_key_values=cache)
+            model(prompt, cache=cache)
         for index in range(LAYERS):
             stock.update(torch.randn(1, KV_HEADS, given.slots, DIM), torch.randn(1, KV_HEADS, given.slots, DIM), index)
         steps["stock"] = lambda: step(stock, sdpa_attention_forward)

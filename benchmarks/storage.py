@@ -28,9 +28,9 @@ from kvpress.row_format import KV_DTYPES
 @torch.no_grad()
 def follow(model: Any, ids: Tensor, context: int, cache: PolicyCache) -> Tensor:
     """Logits `[steps, vocabulary]` in fp64 of the tokens after `context`, read one at a time."""
-    logits = [model(ids[:, :context], past_key_values=cache, logits_to_keep=1).logits]
+    logits = [model(ids[:, :context], cache=cache, logits_to_keep=1).logits]
     for step in range(context, ids.shape[1]):
-        logits.append(model(ids[:, step : step + 1], past_key_values=cache).logits)
+        logits.append(model(ids[:, step : step + 1], cache=cache).logits)
     found = torch.cat(logits[1:], dim=1)[0].double()  # the first were made before anything was stored
     return found - found.mean(dim=-1, keepdim=True)
 

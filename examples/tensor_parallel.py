@@ -25,7 +25,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, tp_plan="auto").eval()
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     cache = PolicyCache(model, arguments.policy, budget=arguments.budget)
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    out = model.generate(**inputs, cache=cache, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     here = cache.kept_positions(0).shape[1]
     print(f"process {cache.heads.rank}: {here} KV heads, {cache.nbytes:,} of {cache.full_nbytes:,} bytes")
     if cache.heads.rank == 0:

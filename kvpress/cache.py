@@ -33,7 +33,7 @@ PolicyChoice = Policy | str | Sequence[Policy]
 
 
 class PolicyCache(Cache):
-    """A key-value cache for `model.generate(..., past_key_values=cache)` that keeps in memory only what its policy keeps.
+    """A key-value cache for `model.generate(..., cache=cache)` that keeps in memory only what its policy keeps.
 
     Making one sets the model's attention implementation to `"kvpress"` (once, by the public `set_attn_implementation`); the model goes on
     to serve any other cache through its former implementation.
@@ -54,7 +54,7 @@ class PolicyCache(Cache):
 
     Example:
         cache = PolicyCache(model, "snapkv", budget=1024)
-        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=256)
+        out = model.generate(**inputs, cache=cache, max_new_tokens=256)
         print(cache.report())
     """
 

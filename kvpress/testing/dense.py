@@ -9,7 +9,7 @@ Example:
     model = tiny_model("llama", dtype=torch.float64)
     cache = PolicyCache(model, "snapkv", budget=16, window=4)
     with record(model, cache) as recording:
-        model.generate(ids, past_key_values=cache, max_new_tokens=8)
+        model.generate(ids, cache=cache, max_new_tokens=8)
     for row in recording.rows:
         assert row.evicted                                   # else nothing was tested
         assert replay(dense_copy(model), row).error(row) < 1e-9

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from kvpress import PolicyCache
+from kvpress.cache_argument import found
 from kvpress.cli import app
 from kvpress.offload import Offload
 from kvpress.policies import Full, KNorm
@@ -34,7 +35,7 @@ def test_caches_take_turns_under_their_own_attention(monkeypatch: pytest.MonkeyP
     forward = type(model).forward
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs["past_key_values"]
+        cache = found(kwargs)
         name = next(name for name, known in caches.items() if known is cache)
         seen.append((name, self.config._attn_implementation, cache.get_seq_length()))
         return forward(self, *args, **kwargs)
