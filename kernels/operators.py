@@ -286,7 +286,8 @@ def _(slots: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor | None = No
     return slots.new_empty(slots.shape)
 
 
-@custom_op("kvpress::compact", mutates_args=())
+# its schema in words: torch 2.6 cannot read it from `list[Tensor]`
+@custom_op("kvpress::compact", mutates_args=(), schema="(Tensor[] columns, Tensor index) -> Tensor[]")
 def compact(columns: list[Tensor], index: Tensor) -> list[Tensor]:
     """`kvpress.kernels.compaction.compact`."""
     from kvpress.kernels.compaction import api

@@ -314,12 +314,13 @@ def test_bytes_too_few_are_refused_with_figures():
             lambda: transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4),
             "encoder-decoder",
         ),
+        (lambda: transformers.BertConfig(), "is_decoder.*'bert' looks ahead"),
         (lambda: transformers.DeepseekV32Config(), "DSA"),
         (lambda: transformers.DiffLlamaConfig(), "'diffllama' attends twice"),
         (lambda: transformers.HrmTextConfig(), "'hrm_text' runs a layer several times"),
         (lambda: transformers.LlamaConfig(**{**tiny_config("llama").to_dict(), "use_cache": False}), "use_cache"),
     ],
-    ids=["bloom", "mpt", "falcon", "t5", "deepseek_v32", "diffllama", "hrm_text", "use_cache"],
+    ids=["bloom", "mpt", "falcon", "t5", "bert", "deepseek_v32", "diffllama", "hrm_text", "use_cache"],
 )
 def test_models_that_cannot_be_right(make, words):
     with pytest.raises(UnsupportedModelError, match=words):
