@@ -20,6 +20,7 @@ _INDEXED = {  # sparse attention with an index of its own keys
 }
 _LOOPED = {"dory", "hrm_text", "inkling2_loop", "inkling2_loop_text"}  # several caches to a layer
 _ATTENDING_TWICE = {"diffllama"}
+_DECODERS_ALL_THE_SAME = {"gpt_neox", "gpt_neox_japanese"}  # their configurations say is_decoder=False
 _ALIBI = {"bloom", "mpt"}
 _LATENT_FIELDS = ("kv_lora_rank",)
 _EXPANDING = {"jetmoe"}
@@ -36,7 +37,7 @@ def check_config(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(
             f"model type {kind!r} is an encoder-decoder; PolicyCache serves decoder-only models"
         )
-    if getattr(config, "is_decoder", True) is False:
+    if getattr(config, "is_decoder", True) is False and kind not in _DECODERS_ALL_THE_SAME:
         raise UnsupportedModelError(f"is_decoder of the model's configuration must be True, got False: {kind!r} looks ahead")
     if kind in _ALIBI or getattr(config, "alibi", False):
         raise UnsupportedModelError(
