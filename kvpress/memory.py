@@ -70,11 +70,9 @@ def take(source: Tensor, index: Tensor, capacity: int, pack: Callable[[Tensor], 
     return buffer
 
 
-def grown(
-    source: Tensor, count: int, capacity: int, make: Callable[[Sequence[int], Tensor], Tensor] = allocate
-) -> Tensor:
-    """The first `count` slots of `source` in a buffer of `capacity` slots, the others 0; `make` makes the buffer, as `allocate` does."""
-    buffer = make((*source.shape[:2], capacity, *source.shape[3:]), source)
+def grown(source: Tensor, count: int, capacity: int) -> Tensor:
+    """The first `count` slots of `source` in a buffer of `capacity` slots, the others 0."""
+    buffer = allocate((*source.shape[:2], capacity, *source.shape[3:]), source)
     buffer[:, :, :count] = source[:, :, :count]
     buffer[:, :, count:] = 0
     return buffer

@@ -459,9 +459,8 @@ class SlotTable:
         roomy = self._grown_capacity(capacity) if self._owned else capacity
         if not self._owned or self.capacity < capacity:
             held = self.count - self.base
-            make = allocate if self.stowage is None else self.stowage.allocate
-            self.keys = grown(self._pack(self.keys), held, roomy - self.base, make)
-            self.values = grown(self._pack(self.values), held, roomy - self.base, make)
+            self.keys = grown(self._pack(self.keys), held, roomy - self.base)
+            self.values = grown(self._pack(self.values), held, roomy - self.base)
             self._prepared = None
         if not self._owned or self.columns[POSITION].shape[2] < capacity:
             self.columns = {name: grown(column, self.count, roomy) for name, column in self.columns.items()}
