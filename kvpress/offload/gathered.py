@@ -34,7 +34,7 @@ class GatheredSlots:
         self.attached, self.layer, self.blocks = attached, layer, blocks
         self.tail: Buffers | None = None
         self._keys: Tensor | None = None  # those in working memory
-        self._ahead: Buffers | None = None  # into which the next forward's blocks are read
+        self._ahead: tuple[Buffers, int] | None = None  # into which the next forward's blocks are read, and how many there were
 
     def holds(self, table: SlotTable) -> bool:
         """Whether the table lies in working memory: no eviction made it buffers of its own."""
@@ -108,8 +108,9 @@ class GatheredSlots:
         """Working memory for the next forward, and what to read into it; None where there is no room."""
         if (memory := self._try_borrow(table, table.count, ahead=True)) is None:
             return None
-        self._ahead = self._buffers(table, 0, memory)
-        return memory, self._readings(self._ahead)
+        buffers = self._buffers(table, 0, memory)
+        self._ahead = buffers, len(self.blocks.listed)
+        return memory, self._readings(buffers)
 
     def forget_ahead(self) -> None:
         """What was read ahead is out of date."""
@@ -117,11 +118,13 @@ class GatheredSlots:
         self.attached.forget(self.layer)
 
     def _read_ahead(self, table: SlotTable, tokens: int) -> Buffers | None:
-        """Buffers that the blocks were read into ahead of time."""
+        """Buffers that all blocks were read into ahead of time."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or self.attached.read_ahead(self.layer) is None:
             return None
-        return ahead if ahead[0].shape[2] >= table.count + tokens else None
+        buffers, blocks = ahead  # tokens that read only some slots may have come since, and have filled other blocks
+        roomy = buffers[0].shape[2] >= table.count + tokens
+        return buffers if roomy and blocks == len(self.blocks.listed) else None
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
