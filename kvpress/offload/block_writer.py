@@ -16,8 +16,8 @@ from kvpress.offload.slot_rows import RowLayout
 from kvpress.offload.working import StoredBlock, shaped_bytes
 
 if TYPE_CHECKING:
+    from kvpress.key_values import KeyValues
     from kvpress.offload.manager import TierManager
-    from kvpress.slots import SlotTable
 
 NAMES = ("key", "value")
 Holding = Callable[[int], AbstractContextManager[None]]
@@ -45,7 +45,7 @@ class BlockWriter:
         copied.serial = self.serial
         return copied
 
-    def layout(self, table: SlotTable) -> RowLayout | None:
+    def layout(self, table: KeyValues) -> RowLayout | None:
         """Of slot rows, where they are written."""
         if self.together is None:
             return None
@@ -54,7 +54,7 @@ class BlockWriter:
     def put(
         self,
         manager: TierManager,
-        table: SlotTable,
+        table: KeyValues,
         number: int,
         holding: Holding,
     ) -> StoredBlock:
@@ -107,7 +107,7 @@ class BlockWriter:
 
 
 def stored_shapes(
-    table: SlotTable, slots: int, batch: int | None = None
+    table: KeyValues, slots: int, batch: int | None = None
 ) -> tuple[list[tuple[int, ...]], list[torch.dtype]]:
     """Shapes and types of the keys and of the values of `slots` slots, as they are stored; of another number of batch rows than the
     table's where it is given."""
@@ -116,12 +116,12 @@ def stored_shapes(
     return [(batch or rows, kv_heads, slots, size) for size, _ in stored], [dtype for _, dtype in stored]
 
 
-def stored_bytes(table: SlotTable, slots: int, batch: int | None = None) -> int:
+def stored_bytes(table: KeyValues, slots: int, batch: int | None = None) -> int:
     """Bytes of such keys and values."""
     return shaped_bytes(*stored_shapes(table, slots, batch))
 
 
-def stored_like(table: SlotTable, slots: int) -> dict[str, Tensor]:
+def stored_like(table: KeyValues, slots: int) -> dict[str, Tensor]:
     """Such keys and values by name, without memory."""
     shapes, dtypes = stored_shapes(table, slots)
     return {
@@ -130,6 +130,6 @@ def stored_like(table: SlotTable, slots: int) -> dict[str, Tensor]:
     }
 
 
-def as_stored(table: SlotTable, rows: Tensor) -> Tensor:
+def as_stored(table: KeyValues, rows: Tensor) -> Tensor:
     """Keys or values of `table` as they are stored: the model's own are packed."""
     return rows if table.owned else table.form.pack(rows)

@@ -13,7 +13,7 @@ from kvpress.offload.layer_blocks import LayerBlocks
 from kvpress.offload.working import Reading, WorkingMemory, read_all, shaped
 
 if TYPE_CHECKING:
-    from kvpress.slots import SlotTable
+    from kvpress.key_values import KeyValues
 
 Buffers = tuple[Tensor, Tensor]
 
@@ -34,9 +34,11 @@ class GatheredSlots:
         self.attached, self.layer, self.blocks = attached, layer, blocks
         self.tail: Buffers | None = None
         self._keys: Tensor | None = None  # those in working memory
-        self._ahead: tuple[Buffers, int] | None = None  # into which the next forward's blocks are read, and how many there were
+        self._ahead: tuple[Buffers, int] | None = (
+            None  # into which the next forward's blocks are read, and how many there were
+        )
 
-    def holds(self, table: SlotTable) -> bool:
+    def holds(self, table: KeyValues) -> bool:
         """Whether the table lies in working memory: no eviction made it buffers of its own."""
         return self._keys is not None and table.keys is self._keys
 
@@ -45,7 +47,7 @@ class GatheredSlots:
         """Whether slots were put together since `leave`."""
         return self._keys is not None
 
-    def fetch(self, table: SlotTable, tokens: int) -> None:
+    def fetch(self, table: KeyValues, tokens: int) -> None:
         """Let `table` lie in working memory, with room for `tokens` more.
 
         Raises:
@@ -66,14 +68,14 @@ class GatheredSlots:
         self._keys = self.tail = None
         self.attached.release(self.layer)
 
-    def copied(self, table: SlotTable) -> Buffers:
+    def copied(self, table: KeyValues) -> Buffers:
         """All keys and values of `table`, in buffers that are nobody else's and not accounted for."""
         keys, values = buffers = allocated(table, table.count)
         self.blocks.read(table, {"key": keys, "value": values})
         _put_tail(table, buffers)
         return buffers
 
-    def keys_between(self, table: SlotTable, first: int, last: int) -> tuple[int, Tensor]:
+    def keys_between(self, table: KeyValues, first: int, last: int) -> tuple[int, Tensor]:
         """The first slot of the block of slot `first`, and the keys from there to slot `last - 1` or beyond, in working memory until the
         next call or the end of the forward."""
         size = self.blocks.size
@@ -87,11 +89,11 @@ class GatheredSlots:
             keys[:, :, table.base - start :] = table.keys[:, :, : end - table.base]
         return start, keys
 
-    def staging(self, table: SlotTable) -> Tensor:
+    def staging(self, table: KeyValues) -> Tensor:
         """A flat buffer for one block on its way."""
         return (self.attached.lent_to(self.layer) or self.borrow(table, 0)).staging
 
-    def borrow(self, table: SlotTable, slots: int) -> WorkingMemory:
+    def borrow(self, table: KeyValues, slots: int) -> WorkingMemory:
         """Working memory for `slots` slots and some spare ones.
 
         Raises:
@@ -104,7 +106,7 @@ class GatheredSlots:
 
     # -- ahead of time -------------------------------------------------------------------------------------------------
 
-    def readings_ahead(self, table: SlotTable) -> tuple[WorkingMemory, list[Reading]] | None:
+    def readings_ahead(self, table: KeyValues) -> tuple[WorkingMemory, list[Reading]] | None:
         """Working memory for the next forward, and what to read into it; None where there is no room."""
         if (memory := self._try_borrow(table, table.count, ahead=True)) is None:
             return None
@@ -117,7 +119,7 @@ class GatheredSlots:
         self._ahead = None
         self.attached.forget(self.layer)
 
-    def _read_ahead(self, table: SlotTable, tokens: int) -> Buffers | None:
+    def _read_ahead(self, table: KeyValues, tokens: int) -> Buffers | None:
         """Buffers that all blocks were read into ahead of time."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or self.attached.read_ahead(self.layer) is None:
@@ -128,11 +130,11 @@ class GatheredSlots:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _try_borrow(self, table: SlotTable, slots: int, *, ahead: bool = False) -> WorkingMemory | None:
+    def _try_borrow(self, table: KeyValues, slots: int, *, ahead: bool = False) -> WorkingMemory | None:
         size = stored_bytes(table, _roomy(slots))
         return self.attached.borrow(self.layer, size, self.blocks.block_bytes(table), ahead=ahead)
 
-    def _buffers(self, table: SlotTable, tokens: int, memory: WorkingMemory) -> Buffers:
+    def _buffers(self, table: KeyValues, tokens: int, memory: WorkingMemory) -> Buffers:
         keys, values = shaped(memory.buffer, *stored_shapes(table, _roomy(table.count + tokens)))
         return keys, values
 
@@ -140,14 +142,14 @@ class GatheredSlots:
         return self.blocks.readings({"key": buffers[0], "value": buffers[1]})
 
 
-def allocated(table: SlotTable, slots: int) -> Buffers:
+def allocated(table: KeyValues, slots: int) -> Buffers:
     """Buffers for the keys and values of `slots` slots, as they are stored."""
     shapes, dtypes = stored_shapes(table, slots)
     keys, values = (allocate(shape, table.keys, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
     return keys, values
 
 
-def _put_tail(table: SlotTable, buffers: Buffers) -> None:
+def _put_tail(table: KeyValues, buffers: Buffers) -> None:
     """The slots that lie in the table's own buffers, behind those of its blocks."""
     for whole, tail in zip(buffers, (table.keys, table.values), strict=True):
         whole[:, :, table.base : table.count] = tail[:, :, : table.count - table.base]

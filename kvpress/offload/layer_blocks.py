@@ -16,7 +16,7 @@ from kvpress.offload.errors import TierClosedError
 from kvpress.offload.working import Reading, StoredBlock, read_all
 
 if TYPE_CHECKING:
-    from kvpress.slots import SlotTable
+    from kvpress.key_values import KeyValues
 
 
 class LayerBlocks:
@@ -46,7 +46,7 @@ class LayerBlocks:
         copied.listed = list(self.listed)
         return copied
 
-    def put(self, table: SlotTable, holding: Holding) -> None:
+    def put(self, table: KeyValues, holding: Holding) -> None:
         """Write blocks until too few slots for another are left behind them.
 
         Args:
@@ -77,7 +77,7 @@ class LayerBlocks:
             readings += block.readings({name: tensor[:, :, slots] for name, tensor in out.items()})
         return readings
 
-    def read(self, table: SlotTable, out: dict[str, Tensor], first: int = 0, last: int | None = None) -> None:
+    def read(self, table: KeyValues, out: dict[str, Tensor], first: int = 0, last: int | None = None) -> None:
         """Read them through a buffer of its own, which is not accounted for.
 
         Raises:
@@ -86,14 +86,14 @@ class LayerBlocks:
         staging = allocate((self.block_bytes(table),), torch.empty(0), torch.uint8)
         read_all(self.attached.manager, self.readings(out, first, last), staging)
 
-    def block_bytes(self, table: SlotTable) -> int:
+    def block_bytes(self, table: KeyValues) -> int:
         """Of one block on its way, with the most batch rows that any has."""
         batch = max((block.batch for block in self.listed), default=1)
         layout = self.writer.layout(table)
         return stored_bytes(table, self.size, batch) if layout is None else layout.nbytes(batch)
 
     def tensors(
-        self, table: SlotTable, block: StoredBlock, names: Sequence[str], staging: Callable[[], Tensor]
+        self, table: KeyValues, block: StoredBlock, names: Sequence[str], staging: Callable[[], Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
         """The tensors `names` of a block as they were written; valid until the next is asked for.
 

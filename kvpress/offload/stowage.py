@@ -26,6 +26,7 @@ from kvpress.offload.stored_slots import StoredSlots
 from kvpress.offload.working import Reading, StoredBlock, WorkingMemory
 
 if TYPE_CHECKING:
+    from kvpress.key_values import KeyValues
     from kvpress.slots import SlotTable
 
 
@@ -203,7 +204,7 @@ class Stowage:
         elif not self._stays_near(table):
             self._put_away(table)
 
-    def gathered(self, table: SlotTable) -> Buffers:
+    def gathered(self, table: KeyValues) -> Buffers:
         """As `GatheredSlots.copied`."""
         return self._gathered.copied(table)
 
