@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvpress.memory import grown, growth, take
+from kvpress.memory import grown, growth, table_growth, take
 from kvpress.ragged import RaggedRows
 from kvpress.row_format import PackedRows, RowFormat
 
@@ -149,5 +149,5 @@ class KeyValues:
 
     def _roomy(self, slots: int) -> int:
         """`slots` and some spare ones, but none that would never be filled."""
-        roomy = slots + growth(slots)
+        roomy = slots + (table_growth(slots) if self.stowage is None else growth(slots))
         return roomy if self.limit is None or self.limit < slots else min(roomy, self.limit)

@@ -93,27 +93,31 @@ def test_the_models_tensors_serve_until_the_end_of_the_forward():
 
 def test_room_to_grow():
     table = filled_table(10)
-    assert table.capacity == 14 and table.capacity_for(14) == 14 and table.capacity_for(15) == 19
-    assert table.append(*rows(4)) == slice(10, 14)
-    assert table.capacity == table.positions.shape[2] == table.columns["score"].shape[2] == 14
+    assert table.capacity == 15 and table.capacity_for(15) == 15 and table.capacity_for(16) == 24
+    assert table.append(*rows(5)) == slice(10, 15)
+    assert table.capacity == table.positions.shape[2] == table.columns["score"].shape[2] == 15
     table.append(*rows(1))
-    assert table.capacity == 19 and table.columns["score"].shape[2] == table.columns[POSITION].shape[2] == 19
-    assert not table.columns["score"].any() and not table.keys[:, :, 15:].any()
-    big = SlotTable()
+    assert table.capacity == 24 and table.columns["score"].shape[2] == table.columns[POSITION].shape[2] == 24
+    assert not table.columns["score"].any() and not table.keys[:, :, 16:].any()
+    few, big = SlotTable(), SlotTable()
+    few.append(*rows(511))
+    assert few.capacity_for(60) == 60 + 30 and few.capacity_for(511) == 511 + 32
+    few.stowage = Below(None, None)
+    assert few.capacity_for(60) == 60 + 4  # every byte is accounted for
     big.append(*rows(1280))
-    assert big.capacity_for(1280) == 1290 and big.capacity_for(1281) == 1291
+    assert big.capacity_for(512) == 512 + 8 and big.capacity_for(1280) == 1300 and big.capacity_for(1344) == 1365
+    table = filled_table(10)
+    table.limit = 17
+    table.append(*rows(6))
+    assert table.capacity == 17
+    table.append(*rows(1))
+    assert table.capacity == 17
+    table.append(*rows(1))  # beyond what was known: as without
+    assert table.capacity == 18 + 9
     table = filled_table(10)
     table.limit = 16
-    table.append(*rows(5))
+    table.append(*rows(6))
     assert table.capacity == 16
-    table.append(*rows(1))
-    assert table.capacity == 16
-    table.append(*rows(1))  # beyond what was known: as without
-    assert table.capacity == 17 + 4
-    table = filled_table(10)
-    table.limit = 15
-    table.append(*rows(5))
-    assert table.capacity == 15
 
 
 @pytest.mark.parametrize("tokens", [HEADS, KEY_DIM, VALUE_DIM])
