@@ -342,6 +342,17 @@ def test_keys_are_exchanged_in_place():
     assert (steady.keys[:, :, 4] == 5).all() and not (steady.keys[:, :, :4] == 5).all()
 
 
+def test_where_a_new_key_lies():
+    table = filled_table(6)
+    assert table.place_of_key(slice(5, 6)) == (None, 0)  # nothing is prepared: buffers may change
+    new = table.append(*rows(1, start=70))
+    table.place(new, at(6), (1, 1))
+    assert table.place_of_key(new) == (table.keys, 6) and torch.equal(table.keys[:, :, 6:7], rows(1, start=70)[0])
+    assert table.place_of_key(slice(5, 7)) == table.place_of_key(torch.zeros(BATCH, HEADS, 1)) == (None, 0)
+    packed = filled_table(6, form="int8")
+    assert packed.place_of_key(packed.append(*rows(1))) == (None, 0) and packed.prepared is not None
+
+
 def test_growing_again_from_a_steady_table():
     table = steady_table()
     table.columns["score"].copy_(table.positions)
@@ -446,7 +457,7 @@ def test_a_table_whose_first_slots_lie_elsewhere():
     assert table.capacity == 10 and table.owned
     new = table.append(*rows(2, start=700))
     table.place(new, torch.tensor([[10, 11]], dtype=torch.int32), (2, 2))
-    assert new == slice(10, 12) and table.capacity == 16 and table.keys.shape[2] == 10
+    assert new == slice(10, 12) and table.capacity == 16 and table.keys.shape[2] == table.values.shape[2] == 10
     assert below.asked == [("fetch", 2, 10)]  # once, and before there is more room: it accounts for that first
     assert torch.equal(table.dense()[0], torch.cat([keys, rows(2, start=700)[0]], dim=2))
     assert torch.equal(table.dense()[1], torch.cat([values, rows(2, start=700)[1]], dim=2))
