@@ -77,19 +77,18 @@ class Part:
     tests: tuple[str, ...]
 
 
+_SLOT_TESTS = (
+    "tests/cache/test_slot_table.py",
+    "tests/cache/test_prepared_slots.py",
+    "tests/cache/test_slot_table_machine.py",
+)
 PARTS = {
     "budget": Part("kvpress.policies.budget", "policies/budget.py", ("tests/policies/test_budget_values.py",)),
     "masks": Part("kvpress.masks", "kvpress/masks.py", ("tests/cache/test_masks_and_tokens.py",)),
     "tokens": Part("kvpress.tokens", "kvpress/tokens.py", ("tests/cache/test_masks_and_tokens.py",)),
-    "slots": Part(
-        "kvpress.slots",
-        "kvpress/slots.py",
-        (
-            "tests/cache/test_slot_table.py",
-            "tests/cache/test_prepared_slots.py",
-            "tests/cache/test_slot_table_machine.py",
-        ),
-    ),
+    "slots": Part("kvpress.slots", "kvpress/slots.py", _SLOT_TESTS),
+    "key_values": Part("kvpress.key_values", "kvpress/key_values.py", _SLOT_TESTS),
+    "columns": Part("kvpress.columns", "kvpress/columns.py", _SLOT_TESTS),
 }
 PAUSE = 0.02  # seconds between two looks at a mutant's process
 ONE_ROW = "the branch for batch rows that are alike"
@@ -115,8 +114,7 @@ _KEPT_SHOWN = "kept = kept[..., : int(self.held.max(initial=0))]"
 _KEPT = "kept = int(self.held.max(initial=0))"
 _ORDER = "order = positions.argsort(dim=-1, stable=True)[..., self.count - kept :]"
 _UNKNOWN = "self._complete = False  # known to have no empty slot; real tokens appended or exchanged do not change that"
-_FRESH = "fresh = filled((*column.shape[:2], kept + room), 0, column, column.dtype)"
-_ADOPTED = "self.keys, self.values, self._owned, self._complete = keys, values, False, False"
+_BEGUN = "self.held, self._complete = numpy.zeros(keys.shape[:2], dtype=numpy.int64), False"
 _MASKED = "if min(counts) < positions.shape[-1]:"
 
 
@@ -156,23 +154,23 @@ ACCEPTED = {  # part -> a survivor -> why it changes nothing
         ("if counts.min() < kept:", " < ", " <= ", "no slot is surplus then"),
         (_LENGTH, "is None", "is not None", "columns are cut to the slots in use, or longer than those: only memory"),
         (_LENGTH, "self.rows is", "not self.rows is", "as the line before"),
-        (
-            "if TYPE_CHECKING:",
-            "if TYPE",
-            "if not TYPE",
-            "what is imported there is asked for by the type checker alone",
-        ),
         (_SPARE_KEPT, "spare, -1", "spare, - 2", NEGATIVE),
         (_SPARE_SORTED, "spare, -1", "spare, - 2", NEGATIVE),
         (_KEPT_SHOWN, "initial=0", "initial= -1", HELD),
         (_KEPT, "initial=0", "initial= -1", HELD),
         (_KEPT, "initial=0", "initial= 1", "a steady table holds a token of some head at least"),
         ("self.held += counts[0]", "[0]", "[ -1]", "counts are alike in that branch"),
-        (_FRESH, "room), 0,", "room), 1,", "what is not taken over is written by the append that follows"),
-        (_FRESH, "room), 0,", "room), -1,", "what is not taken over is written by the append that follows"),
         (_ORDER, "stable=True", "stable=False", "only empty slots have equal positions"),
         (_UNKNOWN, "= False", "= True", "the first tokens, or a loaded state, begin anew"),
-        (_ADOPTED, "False, False", "False, True", "place takes it back where a token is padding"),
+        (_BEGUN, "False", "True", "place takes it back where a token is padding"),
+    ),
+    "key_values": _accepted(
+        (
+            "if TYPE_CHECKING:",
+            "if TYPE",
+            "if not TYPE",
+            "what is imported there is asked for by the type checker alone",
+        ),
     ),
 }
 

@@ -7,6 +7,7 @@ with one thread. Selections choose them from four times as many.
 
 - `microseconds`: CPU time of a layer and token, from the call of `update` to the return of attention: tokens are appended, slots selected,
   attended to, observed and evicted there. The median over the steps, caches taking turns.
+- `mean`: of the same, with the steps in which buffers grew.
 - `kernel`: that of the compiled attention kernel alone, over as many slots.
 - `bookkeeping`: `microseconds - kernel`, the overhead per layer and token. For selections it includes the arithmetic of choosing.
 
@@ -122,6 +123,7 @@ def main() -> None:
     for name, times in found.items():
         microseconds = statistics.median(times) / LAYERS / 1e3
         row: dict[str, Any] = {"cache": name, "slots": given.slots, "microseconds": round(microseconds, 1)}
+        row["mean"] = round(statistics.mean(times) / LAYERS / 1e3, 1)
         if name != "stock" and kernel is not None:
             row |= {"kernel": round(kernel, 1), "bookkeeping": round(microseconds - kernel, 1)}
         print(json.dumps(row), flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +12,17 @@ from transformers.cache_utils import CacheLayerMixin
 from kvpress.errors import CacheStateError
 from kvpress.forward import Forward
 from kvpress.keeper import Keeper
-from kvpress.kernels.attention import attend, attend_with_weights
 from kvpress.masks import LogicalLength
 from kvpress.observation import AttentionArguments
 from kvpress.reading import Reader
 from kvpress.rope import Rotation
 from kvpress.row_format import RowFormat
 from kvpress.slots import SlotTable
+from kvpress.table_attention import attend_table
 from kvpress.tensor_parallel import HeadShards
 from kvpress.token_ids import TokenIds
 from kvpress.tokens import TokenClock, Tokens
+from kvpress.waiting import WaitingForward
 
 if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
@@ -87,7 +87,7 @@ class PolicyLayer(CacheLayerMixin):
         self.seen_rows: tuple[int, ...] = ()  # real tokens of each batch row
         self.record_past = False
         self.forward: Forward | None = None  # appended, not yet attended to
-        self._waiting: tuple[Forward, Tensor | None, Tensor, AttentionArguments] | None = None  # for `crop`
+        self._waiting: WaitingForward | None = None  # for `crop`
         if self.reader is not None:
             self.reader.reset()
 
@@ -220,7 +220,7 @@ class PolicyLayer(CacheLayerMixin):
             raise ValueError(f"tokens_to_remove must be <= 0 (minus the tokens to take back), got {tokens_to_remove}")
         removed = -tokens_to_remove
         if self._waiting is not None:
-            self._crop_waiting(removed)
+            self._crop_waiting(self._waiting, removed)
         elif removed:
             if self.keeper.evictions or self.table.column_names or self.keeper.recent is not None:
                 raise CacheStateError(
@@ -333,49 +333,9 @@ class PolicyLayer(CacheLayerMixin):
                 return self.reader.read_one(self.table, forward, query, arguments)
             whole = (keys, values) if self.expands_keys or self.table.base else self.table.views()
             return self.reader.read(self.table, forward, query, *whole, arguments)
-        if forward.prepared is not None:
-            output, forward.weights = forward.prepared.attention.attend(
-                query,
-                forward.count,
-                positions=forward.visible,
-                reduction=self.policy.weights_reduction,
-                scaling=arguments.scaling,
-                softcap=arguments.softcap,
-                sinks=arguments.sinks,
-            )
-            return output
-        several, visible = forward.rows > 1, forward.visible
-        layout: dict[str, Any] = {}
-        if forward.slots is not None:
-            keys, values, layout = forward.slots
-        elif self.table.rows is not None and self.expands_keys:
-            visible = self.table.positions  # past a short head's slots there is nothing
-        if not several and self.policy.weights_reduction is not None:
-            output, _, forward.weights = attend_with_weights(
-                query,
-                keys,
-                values,
-                reduction=self.policy.weights_reduction,
-                positions=visible,
-                scaling=arguments.scaling,
-                softcap=arguments.softcap,
-                sinks=arguments.sinks,
-                **layout,
-            )
-            return output
-        output, _ = attend(
-            query,
-            keys,
-            values,
-            positions=visible,
-            query_positions=forward.placed.positions[:, -query.shape[2] :] if several else None,
-            causal=several and visible is None,
-            scaling=arguments.scaling,
-            softcap=arguments.softcap,
-            sinks=arguments.sinks,
-            **layout,
+        return attend_table(
+            self.table, forward, query, keys, values, arguments, self.policy.weights_reduction, self.expands_keys
         )
-        return output
 
     def finish(self, forward: Forward, query: Tensor | None, keys: Tensor, arguments: AttentionArguments) -> None:
         """The end of a forward: the policy observes, and evicts what exceeds the budget; while past is recorded, at `crop`."""
@@ -383,7 +343,7 @@ class PolicyLayer(CacheLayerMixin):
         if self.ordinal == self.layers - 1:
             self.clock.clear()
         if self.record_past and (self.policy.budget is not None or self.policy.columns):
-            self._waiting = (forward, None if query is None else query.detach(), keys.detach(), arguments)
+            self._waiting = WaitingForward(forward, None if query is None else query.detach(), keys.detach(), arguments)
         else:
             self.keeper.keep(forward, query, keys, arguments)
             self._stow(forward.rows)
@@ -401,32 +361,15 @@ class PolicyLayer(CacheLayerMixin):
 
     # -- taking back ---------------------------------------------------------------------------------------------------
 
-    def _crop_waiting(self, removed: int) -> None:
+    def _crop_waiting(self, waiting: WaitingForward, removed: int) -> None:
         """The forward that waits loses its last tokens; what is left of it is observed and evicted from."""
-        forward, query, keys, arguments = self._waiting  # type: ignore[misc]
-        if removed > forward.rows:
-            raise CacheStateError(f"cannot take back {removed} tokens, the last forward had {forward.rows}")
+        rows = waiting.forward.rows
+        if removed > rows:
+            raise CacheStateError(f"cannot take back {removed} tokens, the last forward had {rows}")
         self._waiting = None
         self._take_back(removed)
-        left = forward.rows - removed
-        if left == 0:
-            return
-        if removed:
-            tokens = forward.placed
-            positions = tokens.positions[:, :left]
-            counts = tuple(now - past for now, past in zip(self.seen_rows, forward.before, strict=True))
-            forward = dataclasses.replace(
-                forward,
-                rows=left,
-                new=slice(self.table.count - left, self.table.count),
-                new_keys=forward.new_keys[:, :, :left],
-                tokens=Tokens(left, counts, self.seen_rows, positions, tokens.newest - removed),
-                visible=None if forward.visible is None else self.table.positions,
-                token_ids=None if forward.token_ids is None else forward.token_ids[:, :left],
-            )
-            query = None if query is None else query[:, :, :left]
-            keys = keys[:, :, : self.table.count]
-        self.keeper.keep(forward, query, keys, arguments, taken_back=self.record_past)
+        if removed < rows:
+            self.keeper.keep(*waiting.without(removed, self.seen_rows, self.table), taken_back=self.record_past)
 
     def _take_back(self, removed: int) -> None:
         if removed > self.seen:

@@ -13,7 +13,9 @@ from kvpress.kernels.native.tensors import prefer_large_pages
 
 LARGE = 4 << 20  # bytes from which large pages are asked for
 LARGE_PAGE = 2 << 20  # bytes of one: a buffer that begins at a multiple of it lies in more of them
-GROWTH = 128  # a growing table gets one part in so many of spare room, so that it never holds much more than it keeps
+GROWTH = 64  # what grows gets one part in so many of spare room, so that it never holds much more than it keeps
+FEW = 512  # a table of fewer slots gets half as many again, up to
+STEP = 32  # spare ones: new buffers at every few tokens would cost more than attention does
 
 
 def allocate(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -54,8 +56,13 @@ def storages(tensors: Iterable[Tensor | None]) -> dict[tuple[int, torch.device],
 
 
 def growth(count: int) -> int:
-    """Spare slots for a table of `count` slots."""
+    """Spare slots for what grows and has `count` of them, where every byte is asked for."""
     return max(4, count // GROWTH)
+
+
+def table_growth(count: int) -> int:
+    """As `growth`, for the buffers of a table that no limit of bytes holds down."""
+    return max(4, min(count // 2, STEP)) if count < FEW else growth(count)
 
 
 def take(source: Tensor, index: Tensor, capacity: int, pack: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
@@ -70,11 +77,9 @@ def take(source: Tensor, index: Tensor, capacity: int, pack: Callable[[Tensor], 
     return buffer
 
 
-def grown(
-    source: Tensor, count: int, capacity: int, make: Callable[[Sequence[int], Tensor], Tensor] = allocate
-) -> Tensor:
-    """The first `count` slots of `source` in a buffer of `capacity` slots, the others 0; `make` makes the buffer, as `allocate` does."""
-    buffer = make((*source.shape[:2], capacity, *source.shape[3:]), source)
+def grown(source: Tensor, count: int, capacity: int) -> Tensor:
+    """The first `count` slots of `source` in a buffer of `capacity` slots, the others 0."""
+    buffer = allocate((*source.shape[:2], capacity, *source.shape[3:]), source)
     buffer[:, :, :count] = source[:, :, :count]
     buffer[:, :, count:] = 0
     return buffer

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvpress.columns import POSITION
 from kvpress.kernels.attention.prepared import PreparedAttention
 from kvpress.kernels.eviction import RowWriter
 from kvpress.kernels.eviction.steady import SteadyWeakest
 
 if TYPE_CHECKING:
     from kvpress.slots import SlotTable
-
-POSITION = "position"
 
 
 @functools.cache

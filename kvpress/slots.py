@@ -1,26 +1,25 @@
-"""SlotTable: the slots of one layer, every column of them in step."""
+"""SlotTable: the slots of one layer: which token each holds, and every column of them in step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from kvpress.memory import allocate, filled, grown, growth, held_bytes, take
-from kvpress.prepared import POSITION, PreparedSlots
+from kvpress.columns import POSITION, Columns
+from kvpress.key_values import KeyValues
+from kvpress.memory import filled, held_bytes
+from kvpress.prepared import PreparedSlots
 from kvpress.ragged import RaggedRows
-from kvpress.row_format import PackedRows, RowFormat
+from kvpress.row_format import RowFormat
 
-if TYPE_CHECKING:
-    from kvpress.offload.stowage import Stowage
-
-_NOTHING = torch.empty(0)
+_FACTS = ("dtype", "dims", "spare", "count", "held")
 
 
-class SlotTable:
+class SlotTable(KeyValues):
     """Keys, values, positions and a policy's columns of one layer, one slot per kept token and KV head.
 
     Three states:
@@ -29,35 +28,21 @@ class SlotTable:
       slots first; tokens are appended at `count`;
     - *steady*: all slots in use but one, `spare [batch, kv_heads, 1]`, which the next token overwrites. The order of slots carries no
       meaning. What the spare slot holds is the last evicted token, still readable until it is overwritten;
-    - *steady and ragged*: as steady, with heads of unequal capacity. Keys and values are flat `[rows, dim]` (`RaggedRows`), the small
-      columns stay `[batch, kv_heads, longest]` with `-1` positions past a head's capacity.
+    - *steady and ragged*: as steady, with heads of unequal capacity. Keys and values are flat, the small columns stay
+      `[batch, kv_heads, longest]` with `-1` positions past a head's capacity.
 
     An empty slot (padding, or never filled) has position `-1`. `held [batch, kv_heads]` counts the real tokens, on the host.
 
-    With offload a `stowage` keeps keys and values between forwards: those of the first `base` slots of a growing table then lie elsewhere.
-
-    Keys and values in the table's own buffers lie in the row format `form`. A first prompt's are the model's own tensors until the end of
-    its forward, in the model's `dtype`.
+    With offload the `stowage` keeps keys and values between forwards: those of the first `base` slots of a growing table.
     """
 
-    stowage: Stowage | None = None
-    base = 0
-
     def __init__(self, columns: tuple[str, ...] = (), form: RowFormat | None = None) -> None:
+        super().__init__(form)
         self.column_names = columns
-        self.form = form or RowFormat()
-        self.dtype = torch.float32  # of keys and values as the model makes them
-        self.dims = (0, 0)  # sizes of a key and a value
-        self.keys = _NOTHING
-        self.values = _NOTHING
-        self.columns: dict[str, Tensor] = {}
-        self.count = 0
+        self.columns = Columns()
         self.held = numpy.zeros((0, 0), dtype=numpy.int64)
         self.spare: Tensor | None = None
-        self.rows: RaggedRows | None = None
-        self.limit: int | None = None  # slots that this table will use at most, where that is known
         self._prepared: PreparedSlots | None = None
-        self._owned = True  # not a model's own tensors, taken in for one forward
         self._complete = False  # known to have no empty slot; real tokens appended or exchanged do not change that
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -101,40 +86,6 @@ class SlotTable:
         return kept.masked_fill(kept == last, -1)
 
     @property
-    def packed(self) -> bool:
-        """Whether keys and values lie in another form than the model's."""
-        return self._owned and not self.form.plain
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """Keys and values `[batch, kv_heads, slots in use, dim]` in the model's type: views, or copies of ragged heads and packed rows."""
-        keys, values = self.stored()
-        if not self.packed:
-            return keys, values
-        return self.form.unpack(keys, self.dtype), self.form.unpack(values, self.dtype)
-
-    def views(self) -> tuple[Tensor | PackedRows, Tensor | PackedRows]:
-        """As `dense`, without a copy where rows are packed."""
-        keys, values = self.stored()
-        if not self.packed:
-            return keys, values
-        return PackedRows(keys, self.form, self.dtype), PackedRows(values, self.form, self.dtype)
-
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """As `dense`, in the form in which they are stored."""
-        if self.base and self.stowage is not None:
-            return self.stowage.gathered(self)
-        if self.rows is not None:
-            return self.rows.padded(self.keys), self.rows.padded(self.values)
-        if self.keys.shape[2] == self.count:
-            return self.keys, self.values
-        return self.keys[:, :, : self.count], self.values[:, :, : self.count]
-
-    @property
-    def has_layout(self) -> bool:
-        """Whether keys and values must be read as `readable` says: heads are ragged, or rows packed."""
-        return self.rows is not None or self.packed
-
-    @property
     def prepared(self) -> PreparedSlots | None:
         """How decoded tokens are written and attended to, where keys and values lie in buffers that stay where they are."""
         if self._prepared is None and self._owned and (self.spare is not None or self.stowage is None):
@@ -157,35 +108,25 @@ class SlotTable:
         keys, values = self.stored()
         return self.form.readable(keys, values, {}) if self.packed else (keys, values, {})
 
-    def _kv_bytes(self, form: RowFormat) -> int:
-        if self.is_empty:
-            return 0
-        batch, kv_heads = self.columns[POSITION].shape[:2]
-        return batch * kv_heads * sum(form.row_bytes(dim, self.dtype) for dim in self.dims)
-
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token of every KV head and batch row."""
-        return self._kv_bytes(self.form)
+        return self.held.size * sum(self.form.row_bytes(dim, self.dtype) for dim in self.dims)
 
     @property
     def full_bytes_per_token(self) -> int:
         """As `kv_bytes_per_token`, in the model's own type."""
-        return self._kv_bytes(RowFormat())
+        return self.held.size * sum(self.dims) * self.dtype.itemsize
 
     @property
     def bytes_per_token(self) -> int:
         """As `kv_bytes_per_token`, with the columns."""
-        batch, kv_heads = self.columns[POSITION].shape[:2]
-        return self.kv_bytes_per_token + batch * kv_heads * sum(
-            column.element_size() for column in self.columns.values()
-        )
+        return self.kv_bytes_per_token + self.held.size * sum(column.element_size() for column in self.columns.values())
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes that do not depend on the number of tokens: which slot of each head is spare, where its rows begin, and how many."""
-        batch, kv_heads = self.columns[POSITION].shape[:2]
-        return 4 * batch * kv_heads * torch.long.itemsize
+        return 4 * self.held.size * torch.long.itemsize
 
     def tensors(self) -> Iterator[Tensor | None]:
         """Every tensor held."""
@@ -209,7 +150,7 @@ class SlotTable:
         """
         tokens = keys.shape[2]
         if self.is_empty:
-            return self._adopt(keys, values)
+            return self._begin(keys, values)
         if self.stowage is not None:
             self.stowage.fetch(self, tokens)
         if self.spare is not None and tokens == 1:
@@ -224,10 +165,8 @@ class SlotTable:
         if tokens == 1 and keys.dtype == self.dtype and (prepared := self.prepared) is not None:
             prepared.overwrite(first, keys, values)
             return new
-        place = slice(first - self.base, first - self.base + tokens)
-        self.keys[:, :, place], self.values[:, :, place] = self.form.pack(keys), self.form.pack(values)
-        for column in self.columns.values():
-            column[:, :, new] = 0
+        self._write(new, keys, values)
+        self.columns.start(new)
         return new
 
     def place(self, new: slice | Tensor, positions: Tensor, counts: tuple[int, ...]) -> None:
@@ -258,7 +197,7 @@ class SlotTable:
         elif keys.shape[2] == 1 and self._prepared is not None:
             self._prepared.write_keys(new.start, keys)
         elif self._owned:
-            self.keys[:, :, new.start - self.base : new.stop - self.base] = self.form.pack(keys)
+            self._write_keys(new, keys)
         else:
             self.keys = keys  # the model's own tensor is left as it is
 
@@ -277,21 +216,7 @@ class SlotTable:
     def take_over(self) -> None:
         """Copy tensors taken in from the model into own buffers."""
         if not self._owned:
-            self._reserve(self._grown_capacity(self.count))
-
-    @property
-    def owned(self) -> bool:
-        """Whether keys and values lie in buffers of this table, not in the model's own tensors."""
-        return self._owned
-
-    @property
-    def capacity(self) -> int:
-        """Slots that the buffers of a dense table have, those of `base` included."""
-        return self.base + self.keys.shape[2]
-
-    def capacity_for(self, slots: int) -> int:
-        """Slots that the buffers will have when `slots` are in use."""
-        return self.capacity if self._owned and self.capacity >= slots else self._grown_capacity(slots)
+            self._reserve(self._roomy(self.count))
 
     def lie(self, keys: Tensor, values: Tensor, base: int) -> None:
         """From now on slots from `base` on lie at the beginning of these buffers, earlier ones elsewhere."""
@@ -306,24 +231,22 @@ class SlotTable:
             counts: `[batch, kv_heads]` tokens that each head keeps, at most `n`.
             room: spare slots for coming tokens; with 1 the table is steady from now on.
         """
-        keys, values = self.stored()
-        batch, kv_heads, kept = index.shape
-        surplus = None
-        if counts.min() < kept:
-            empty = torch.from_numpy(kept - counts).to(keys.device)[..., None]
-            surplus = torch.arange(kept, device=keys.device) < empty
-        self.held, self._complete = counts.astype(numpy.int64), False
-        self.keys = take(keys, index, kept + room, self._pack)
-        self.values = take(values, index, kept + room, self._pack)
-        for name, column in self.columns.items():
-            nothing = -1 if name == POSITION else 0
-            fresh = filled((batch, kv_heads, kept + room), nothing, column, column.dtype)
-            taken = column[:, :, : self.count].gather(-1, index)
-            fresh[:, :, :kept] = taken if surplus is None else taken.masked_fill(surplus, nothing)
-            self.columns[name] = fresh
-        self.rows, self._prepared, self._owned = None, None, True
-        self.spare = filled((batch, kv_heads, 1), kept, keys, torch.long) if room == 1 else None
-        self.count = kept + 1 if room == 1 else kept
+        kept = index.shape[2]
+        self._compact(index, counts, kept + room)
+        if room == 1:
+            self.spare = filled((*index.shape[:2], 1), kept, self.keys, torch.long)
+            self.count = kept + 1
+
+    def keep_ragged(self, index: Tensor, counts: numpy.ndarray, capacities: numpy.ndarray) -> None:
+        """As `keep`, into heads of unequal size: `capacities [batch, kv_heads]` slots, spare ones included."""
+        rows = RaggedRows(capacities, self.keys.device)
+        longest, listed = int(rows.capacities.max()), index.shape[2]
+        taken = torch.from_numpy(counts).to(self.keys.device)[..., None]
+        slot = torch.arange(longest, device=self.keys.device).expand(*counts.shape, longest)
+        source = index.gather(-1, (slot + listed - taken).clamp(max=listed - 1))  # the last of index[b, h]
+        self._take_ragged(source, rows)
+        self.columns = self.columns.taken(source, slot >= taken, longest)
+        self._hold(counts, longest, spare=taken)
 
     def vacate(self, kept: Tensor, counts: numpy.ndarray) -> None:
         """Empty all slots of a steady table but those in `kept [batch, kv_heads, slots]` bool, `counts` of each head."""
@@ -381,32 +304,21 @@ class SlotTable:
                 self.stowage.select_batch(self, rows)
 
     def _select_batch(self, index: Tensor, rows: list[int]) -> None:
-        if self.rows is not None:
-            self.rows, order = self.rows.select_batch(rows, self.keys.device)
-            self.keys, self.values = self.keys[order], self.values[order]
-            self.count = int(self.rows.capacities.max())  # the longest head may not be among the rows taken
-        else:
-            self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        self._select(index, rows)
         length = None if self.rows is None else self.count
-        self.columns = {name: column[..., :length].index_select(0, index) for name, column in self.columns.items()}
+        self.columns = self.columns.select_batch(index, length)
         self.spare = None if self.spare is None else self.spare.index_select(0, index)
         self.held = self.held[rows]
         self._prepared = None
 
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal table."""
-        capacities = None if self.rows is None else self.rows.capacities
         keys, values = self.stored() if self.base else (self.keys, self.values)
-        return {
+        return {name: getattr(self, name) for name in _FACTS} | {
             "keys": keys,
             "values": values,
-            "dtype": self.dtype,
-            "dims": self.dims,
-            "spare": self.spare,
             "columns": dict(self.columns),
-            "count": self.count,
-            "held": self.held,
-            "capacities": capacities,
+            "capacities": None if self.rows is None else self.rows.capacities,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -419,80 +331,51 @@ class SlotTable:
             raise ValueError(
                 f"columns must be {sorted((POSITION, *self.column_names))}, got {sorted(state['columns'])}"
             )
-        self.keys, self.values, self.spare = state["keys"], state["values"], state["spare"]
-        self.columns, self.count, self.held = state["columns"], state["count"], state["held"]
-        self.dtype, self.dims = state["dtype"], state["dims"]
+        for name in ("keys", "values", *_FACTS):
+            setattr(self, name, state[name])
+        self.columns = Columns(state["columns"])
         capacities = state["capacities"]
         self.rows = None if capacities is None else RaggedRows(capacities, self.keys.device)
         self._owned, self._prepared, self._complete = True, None, False
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _adopt(self, keys: Tensor, values: Tensor) -> slice:
-        """The first tokens: the model's own tensors serve until the end of the forward, nothing is copied."""
-        batch, kv_heads, tokens, _ = keys.shape
-        self.dtype, self.dims = keys.dtype, (keys.shape[-1], values.shape[-1])
-        self.keys, self.values, self._owned, self._complete = keys, values, False, False
-        self.count = tokens
-        self.held = numpy.zeros((batch, kv_heads), dtype=numpy.int64)
-        shape = (batch, kv_heads, tokens)
-        self.columns = {name: filled(shape, 0, keys, torch.float32) for name in self.column_names}
-        self.columns[POSITION] = filled(shape, -1, keys, torch.int32)
-        return slice(0, tokens)
+    def _begin(self, keys: Tensor, values: Tensor) -> slice:
+        """The first tokens."""
+        self._adopt(keys, values)
+        self.columns = Columns.empty(self.column_names, (*keys.shape[:2], self.count), keys)
+        self.held, self._complete = numpy.zeros(keys.shape[:2], dtype=numpy.int64), False
+        return slice(0, self.count)
 
     def _resume_growing(self, spare: Tensor, room: int) -> None:
         """From steady to growing: slots sorted by position, the spare one gone, `room` slots for coming tokens."""
-        keys, values = self.stored()
         positions = self.positions.scatter(-1, spare, -1)
         kept = int(self.held.max(initial=0))
         order = positions.argsort(dim=-1, stable=True)[..., self.count - kept :]
-        self.columns[POSITION] = self.columns[POSITION].scatter(-1, spare, -1)
-        self.keys, self.values = take(keys, order, kept + room), take(values, order, kept + room)
-        for name, column in self.columns.items():
-            fresh = filled((*column.shape[:2], kept + room), 0, column, column.dtype)
-            fresh[:, :, :kept] = column[:, :, : self.count].gather(-1, order)
-            self.columns[name] = fresh
-        self.count, self.spare, self.rows, self._prepared, self._complete = kept, None, None, None, False
+        self._compact(order, self.held, kept + room)
+
+    def _compact(self, index: Tensor, counts: numpy.ndarray, capacity: int) -> None:
+        """As `keep`, in a table that grows, of `capacity` slots."""
+        kept, surplus = index.shape[2], None
+        if counts.min() < kept:
+            empty = torch.from_numpy(kept - counts).to(index.device)[..., None]
+            surplus = torch.arange(kept, device=index.device) < empty
+        self._take(index, capacity)
+        self.columns = self.columns.taken(index, surplus, capacity)
+        self._hold(counts, kept, spare=None)
+
+    def _hold(self, counts: numpy.ndarray, slots: int, spare: Tensor | None) -> None:
+        """Other slots are in use from now on."""
+        self.held, self.count, self.spare = counts.astype(numpy.int64), slots, spare
+        self._prepared, self._complete = None, False
 
     def _reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots, with some to spare."""
-        roomy = self._grown_capacity(capacity) if self._owned else capacity
+        roomy = self._roomy(capacity) if self._owned else capacity
         if not self._owned or self.capacity < capacity:
-            held = self.count - self.base
-            make = allocate if self.stowage is None else self.stowage.allocate
-            self.keys = grown(self._pack(self.keys), held, roomy - self.base, make)
-            self.values = grown(self._pack(self.values), held, roomy - self.base, make)
+            self._grow(roomy)
             self._prepared = None
         if not self._owned or self.columns[POSITION].shape[2] < capacity:
-            self.columns = {name: grown(column, self.count, roomy) for name, column in self.columns.items()}
+            self.columns = self.columns.grown(self.count, roomy)
             self._prepared = None
         self._owned = True
-
-    def _pack(self, rows: Tensor) -> Tensor:
-        """Rows of this table as they are stored in buffers of its own."""
-        return rows if self._owned else self.form.pack(rows)
-
-    def _grown_capacity(self, capacity: int) -> int:
-        """`capacity` and some spare room, but no slot that would never be filled."""
-        roomy = capacity + growth(capacity)
-        return roomy if self.limit is None or self.limit < capacity else min(roomy, self.limit)
-
-    def keep_ragged(self, index: Tensor, counts: numpy.ndarray, capacities: numpy.ndarray) -> None:
-        """As `keep`, into heads of unequal size: `capacities [batch, kv_heads]` slots, spare ones included."""
-        keys, values = self.stored()
-        rows = RaggedRows(capacities, keys.device)
-        longest = int(rows.capacities.max())
-        batch, kv_heads, listed = index.shape
-        taken = torch.from_numpy(counts).to(keys.device)[..., None]
-        slot = torch.arange(longest, device=keys.device).expand(batch, kv_heads, longest)
-        source = index.gather(-1, (slot + listed - taken).clamp(max=listed - 1))  # the last of index[b, h]
-        self.keys, self.values = rows.flattened(keys, source, self._pack), rows.flattened(values, source, self._pack)
-        for name, column in self.columns.items():
-            fresh = allocate((batch, kv_heads, longest), column)
-            kept = column[:, :, : self.count].gather(-1, source)
-            fresh.copy_(kept.masked_fill(slot >= taken, -1 if name == POSITION else 0))
-            self.columns[name] = fresh
-        self.held, self._complete = counts.astype(numpy.int64), False
-        self.spare = taken
-        self.rows, self.count, self._owned = rows, longest, True
-        self._prepared = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SPARE = 64  # one part in so many of working memory is for tokens to come
 LEAST_FREED = 2 << 20  # bytes that a model let go, for which it is worth while to give memory back to the system
-MakeManager = Callable[[Offload, torch.device], TierManager]
 
 
 def make_manager(options: Offload, device: torch.device) -> TierManager:

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvpress.memory import allocate
 from kvpress.offload.key import BlockKey
 from kvpress.offload.slot_rows import NAME as SLOT_ROWS
 from kvpress.offload.slot_rows import RowLayout
-from kvpress.offload.working import StoredBlock, buffer_like, shaped_bytes
+from kvpress.offload.working import StoredBlock, shaped_bytes
 
 if TYPE_CHECKING:
+    from kvpress.key_values import KeyValues
     from kvpress.offload.manager import TierManager
-    from kvpress.slots import SlotTable
 
 NAMES = ("key", "value")
+Holding = Callable[[int], AbstractContextManager[None]]
 
 
 class BlockWriter:
@@ -43,23 +45,18 @@ class BlockWriter:
         copied.serial = self.serial
         return copied
 
-    def layout(self, table: SlotTable) -> RowLayout | None:
+    def layout(self, table: KeyValues) -> RowLayout | None:
         """Of slot rows, where they are written."""
         if self.together is None:
             return None
-        shapes, dtypes = stored_shapes(table, 1)
-        like = {
-            name: torch.empty(shape, dtype=dtype, device="meta")
-            for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)
-        }
-        return RowLayout.of(like, self.slots, together=self.together)
+        return RowLayout.of(stored_like(table, 1), self.slots, together=self.together)
 
     def put(
         self,
         manager: TierManager,
-        table: SlotTable,
+        table: KeyValues,
         number: int,
-        holding: Callable[[int], AbstractContextManager[None]],
+        holding: Holding,
     ) -> StoredBlock:
         """Store block `number`, whose slots lie in the table's buffers.
 
@@ -70,7 +67,7 @@ class BlockWriter:
             TierFullError: no tier has room for it; nothing of it is stored.
         """
         first = number * self.slots - table.base
-        packs = 0 if table.owned or table.form.plain else shaped_bytes(*stored_shapes(table, self.slots))
+        packs = 0 if table.owned or table.form.plain else stored_bytes(table, self.slots)
         with holding(packs):
             tensors = {
                 name: as_stored(table, whole[:, :, first : first + self.slots])
@@ -98,7 +95,7 @@ class BlockWriter:
         self, manager: TierManager, layout: RowLayout, tensors: dict[str, Tensor], number: int
     ) -> StoredBlock:
         batch, key = tensors["key"].shape[0], self._key(number, SLOT_ROWS)
-        rows = buffer_like(layout.nbytes(batch), torch.empty(0)).view(layout.shape(batch))
+        rows = allocate(layout.shape(batch), torch.empty(0), torch.uint8)
         layout.pack(tensors, rows, key)
         manager.put(key, {SLOT_ROWS: rows}, self.owner)
         return StoredBlock((((SLOT_ROWS,), key),), batch, layout=layout)
@@ -109,12 +106,30 @@ class BlockWriter:
         return key
 
 
-def stored_shapes(table: SlotTable, slots: int) -> tuple[list[tuple[int, ...]], list[torch.dtype]]:
-    """Shapes and types of the keys and of the values of `slots` slots, as they are stored."""
+def stored_shapes(
+    table: KeyValues, slots: int, batch: int | None = None
+) -> tuple[list[tuple[int, ...]], list[torch.dtype]]:
+    """Shapes and types of the keys and of the values of `slots` slots, as they are stored; of another number of batch rows than the
+    table's where it is given."""
+    rows, kv_heads = table.keys.shape[:2]
     stored = [table.form.stored_as(dim, table.dtype) for dim in table.dims]
-    return [(*table.keys.shape[:2], slots, size) for size, _ in stored], [dtype for _, dtype in stored]
+    return [(batch or rows, kv_heads, slots, size) for size, _ in stored], [dtype for _, dtype in stored]
 
 
-def as_stored(table: SlotTable, rows: Tensor) -> Tensor:
+def stored_bytes(table: KeyValues, slots: int, batch: int | None = None) -> int:
+    """Bytes of such keys and values."""
+    return shaped_bytes(*stored_shapes(table, slots, batch))
+
+
+def stored_like(table: KeyValues, slots: int) -> dict[str, Tensor]:
+    """Such keys and values by name, without memory."""
+    shapes, dtypes = stored_shapes(table, slots)
+    return {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, shape, dtype in zip(NAMES, shapes, dtypes, strict=True)
+    }
+
+
+def as_stored(table: KeyValues, rows: Tensor) -> Tensor:
     """Keys or values of `table` as they are stored: the model's own are packed."""
     return rows if table.owned else table.form.pack(rows)

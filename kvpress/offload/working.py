@@ -10,7 +10,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kvpress.host_memory import empty_pages
 from kvpress.memory import allocate
 from kvpress.offload.errors import TierFullError, TierLostError
 from kvpress.offload.key import BlockKey
@@ -117,12 +116,6 @@ class Reading:
         return found
 
 
-def buffer_like(nbytes: int, like: Tensor) -> Tensor:
-    """A flat uint8 buffer where `like` lies."""
-    with torch.inference_mode(False):
-        return empty_pages(nbytes) if like.is_cpu else allocate((nbytes,), like, torch.uint8)
-
-
 def shaped(buffer: Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Tensors of these shapes and types in a flat buffer, one behind the other."""
     tensors, start = [], 0
@@ -159,8 +152,8 @@ class WorkingMemory:
     """
 
     def __init__(self, nbytes: int, staging: int, like: Tensor) -> None:
-        self.buffer = buffer_like(nbytes, like)
-        self.staging = buffer_like(staging, torch.empty(0))
+        self.buffer = allocate((nbytes,), like, torch.uint8)
+        self.staging = allocate((staging,), torch.empty(0), torch.uint8)
         self.layer = -1
         self.future: Future[None] | None = None
 

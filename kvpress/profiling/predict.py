@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvpress.assembly import Policies
-from kvpress.memory import growth
+from kvpress.memory import table_growth
 from kvpress.policies.base import EvictionPolicy
 from kvpress.policies.budget import Budget, layer_budgets
 from kvpress.policies.quest import Quest
@@ -162,7 +162,7 @@ def grown_slots(prompt: int, decoded: int, limit: int | None) -> int:
     """Slots of a table that took a prompt and then one token after another, and evicted none."""
 
     def roomy(count: int) -> int:
-        slots = count + growth(count)
+        slots = count + table_growth(count)
         return slots if limit is None or limit < count else min(slots, limit)
 
     slots = roomy(prompt)

@@ -44,7 +44,7 @@ def steady() -> SlotTable:
 
 def stowed(table: SlotTable) -> SlotTable:
     """With a stowage that has nothing to bring."""
-    table.stowage = SimpleNamespace(fetch=lambda *_: None, allocate=lambda shape, like: torch.empty(shape))
+    table.stowage = SimpleNamespace(fetch=lambda *_: None)
     return table
 
 

@@ -93,27 +93,31 @@ def test_the_models_tensors_serve_until_the_end_of_the_forward():
 
 def test_room_to_grow():
     table = filled_table(10)
-    assert table.capacity == 14 and table.capacity_for(14) == 14 and table.capacity_for(15) == 19
-    assert table.append(*rows(4)) == slice(10, 14)
-    assert table.capacity == table.positions.shape[2] == table.columns["score"].shape[2] == 14
+    assert table.capacity == 15 and table.capacity_for(15) == 15 and table.capacity_for(16) == 24
+    assert table.append(*rows(5)) == slice(10, 15)
+    assert table.capacity == table.positions.shape[2] == table.columns["score"].shape[2] == 15
     table.append(*rows(1))
-    assert table.capacity == 19 and table.columns["score"].shape[2] == table.columns[POSITION].shape[2] == 19
-    assert not table.columns["score"].any() and not table.keys[:, :, 15:].any()
-    big = SlotTable()
+    assert table.capacity == 24 and table.columns["score"].shape[2] == table.columns[POSITION].shape[2] == 24
+    assert not table.columns["score"].any() and not table.keys[:, :, 16:].any()
+    few, big = SlotTable(), SlotTable()
+    few.append(*rows(511))
+    assert few.capacity_for(60) == 60 + 30 and few.capacity_for(511) == 511 + 32
+    few.stowage = Below(None, None)
+    assert few.capacity_for(60) == 60 + 4  # every byte is accounted for
     big.append(*rows(1280))
-    assert big.capacity_for(1280) == 1290 and big.capacity_for(1281) == 1291
+    assert big.capacity_for(512) == 512 + 8 and big.capacity_for(1280) == 1300 and big.capacity_for(1344) == 1365
+    table = filled_table(10)
+    table.limit = 17
+    table.append(*rows(6))
+    assert table.capacity == 17
+    table.append(*rows(1))
+    assert table.capacity == 17
+    table.append(*rows(1))  # beyond what was known: as without
+    assert table.capacity == 18 + 9
     table = filled_table(10)
     table.limit = 16
-    table.append(*rows(5))
+    table.append(*rows(6))
     assert table.capacity == 16
-    table.append(*rows(1))
-    assert table.capacity == 16
-    table.append(*rows(1))  # beyond what was known: as without
-    assert table.capacity == 17 + 4
-    table = filled_table(10)
-    table.limit = 15
-    table.append(*rows(5))
-    assert table.capacity == 15
 
 
 @pytest.mark.parametrize("tokens", [HEADS, KEY_DIM, VALUE_DIM])
@@ -338,6 +342,17 @@ def test_keys_are_exchanged_in_place():
     assert (steady.keys[:, :, 4] == 5).all() and not (steady.keys[:, :, :4] == 5).all()
 
 
+def test_where_a_new_key_lies():
+    table = filled_table(6)
+    assert table.place_of_key(slice(5, 6)) == (None, 0)  # nothing is prepared: buffers may change
+    new = table.append(*rows(1, start=70))
+    table.place(new, at(6), (1, 1))
+    assert table.place_of_key(new) == (table.keys, 6) and torch.equal(table.keys[:, :, 6:7], rows(1, start=70)[0])
+    assert table.place_of_key(slice(5, 7)) == table.place_of_key(torch.zeros(BATCH, HEADS, 1)) == (None, 0)
+    packed = filled_table(6, form="int8")
+    assert packed.place_of_key(packed.append(*rows(1))) == (None, 0) and packed.prepared is not None
+
+
 def test_growing_again_from_a_steady_table():
     table = steady_table()
     table.columns["score"].copy_(table.positions)
@@ -418,7 +433,7 @@ class Below:
         self.gatherings = 0
 
     def fetch(self, table, tokens):
-        self.asked.append(("fetch", tokens))
+        self.asked.append(("fetch", tokens, table.capacity))
 
     def gathered(self, table):
         self.gatherings += 1
@@ -426,10 +441,6 @@ class Below:
         return torch.cat([self.keys, table.keys[:, :, :own]], dim=2), torch.cat(
             [self.values, table.values[:, :, :own]], dim=2
         )
-
-    def allocate(self, shape, like, dtype=None):
-        self.asked.append(("allocate", tuple(shape)))
-        return torch.empty(shape, dtype=dtype or like.dtype)
 
     def cut(self, table):
         self.asked.append(("cut", table.count))
@@ -446,12 +457,8 @@ def test_a_table_whose_first_slots_lie_elsewhere():
     assert table.capacity == 10 and table.owned
     new = table.append(*rows(2, start=700))
     table.place(new, torch.tensor([[10, 11]], dtype=torch.int32), (2, 2))
-    assert new == slice(10, 12) and table.capacity == 16 and table.keys.shape[2] == 10
-    assert below.asked == [
-        ("fetch", 2),
-        ("allocate", (BATCH, HEADS, 10, KEY_DIM)),
-        ("allocate", (BATCH, HEADS, 10, VALUE_DIM)),
-    ]
+    assert new == slice(10, 12) and table.capacity == 16 and table.keys.shape[2] == table.values.shape[2] == 10
+    assert below.asked == [("fetch", 2, 10)]  # once, and before there is more room: it accounts for that first
     assert torch.equal(table.dense()[0], torch.cat([keys, rows(2, start=700)[0]], dim=2))
     assert torch.equal(table.dense()[1], torch.cat([values, rows(2, start=700)[1]], dim=2))
     table.write_keys(new, torch.full((BATCH, HEADS, 2, KEY_DIM), 5.0))

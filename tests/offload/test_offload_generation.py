@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvpress import PolicyCache
-from kvpress.offload import Offload
+from kvpress.offload import Offload, gathered
+from kvpress.offload.gathered import GatheredSlots
 from kvpress.offload.hot_slots import HotSlots
 from kvpress.offload.stowage import Stowage
 from kvpress.offload.working import StoredBlock
@@ -265,6 +266,41 @@ def test_a_token_in_the_place_of_one_taken_back_is_read(folder, name, monkeypatc
     monkeypatch.setattr(HotSlots, "forget_from", lambda self, slot: None)
     expected, found = logits_after_other_tokens(folder, NARROW[name], 5)
     assert not torch.equal(expected, found), "copies of tokens taken back that stay are not noticed"
+
+
+def test_blocks_filled_since_a_layer_was_read_ahead_are_read(folder, monkeypatch):
+    """A selection that has an index fetches nothing for decoded tokens: what was read ahead is old when the next turn comes."""
+    monkeypatch.setattr(gathered, "growth", lambda slots: 32)  # working memory has room for them
+    used = []
+    original = GatheredSlots._read_ahead
+
+    def counted(self, table, tokens):
+        ahead = self._ahead is not None
+        found = original(self, table, tokens)
+        used.append((ahead, found is not None))
+        return found
+
+    monkeypatch.setattr(GatheredSlots, "_read_ahead", counted)
+    expected, found = several_turns(folder, NARROW["tokenselect int8 keep"], decoded=6)
+    assert torch.equal(expected, found) and (True, False) in used
+    used.clear()
+    expected, found = several_turns(folder, NARROW["tokenselect int8 keep"], decoded=0)
+    assert torch.equal(expected, found) and (True, True) in used, "nothing was read ahead"
+
+
+def several_turns(folder, policy, decoded):
+    """Logits of turns of 5 tokens, after each of which `decoded` tokens come one by one: with offload, and without."""
+    model, ids, found = model_of("llama"), random_tokens(1, 90), []
+    for offload in (None, Offload(disk=folder, block=4)):
+        cache, logits, first = PolicyCache(model, policy, offload=offload), [], 0
+        with torch.no_grad():
+            for turn in range(4):
+                for length in (5 if turn else 36, *[1] * decoded):
+                    logits.append(model(ids[:, first : first + length], past_key_values=cache).logits)
+                    first += length
+        found.append(torch.cat(logits, dim=1))
+        cache.close()
+    return found
 
 
 # -- variants that must be noticed -------------------------------------------------------------------------------------

@@ -184,10 +184,11 @@ def test_what_follows_the_text_is_refused() -> None:
 
 
 def test_a_growing_table_has_its_room() -> None:
-    assert grown_slots(1000, 0, None) == 1007
-    assert grown_slots(1000, 7, None) == 1007
-    assert grown_slots(1000, 8, None) == 1008 + 7
-    assert grown_slots(1000, 8, 1009) == 1009
+    assert grown_slots(1000, 0, None) == 1015
+    assert grown_slots(1000, 15, None) == 1015
+    assert grown_slots(1000, 16, None) == 1016 + 15
+    assert grown_slots(1000, 16, 1017) == 1017
+    assert grown_slots(100, 0, None) == 132
     assert grown_slots(8, 0, None) == 12
 
 
