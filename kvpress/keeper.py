@@ -14,7 +14,6 @@ from kvpress.forward import Forward
 from kvpress.memory import held_bytes
 from kvpress.observation import AttentionArguments, Observation
 from kvpress.policies.budget import layer_budgets
-from kvpress.precision import own_precision
 from kvpress.reading import Reader
 from kvpress.recent_queries import RecentQueries
 from kvpress.slots import SlotTable
@@ -94,12 +93,11 @@ class Keeper:
             keys: of the table's slots, as attention saw them.
             taken_back: some rows of the forward may have been taken back; so many rows are no prompt then.
         """
-        with own_precision(keys.device):
-            if torch.is_grad_enabled():
-                with torch.no_grad():  # a model called with gradients must not keep its graphs alive in the columns
-                    self._keep(forward, query, keys, arguments, taken_back)
-            else:
+        if torch.is_grad_enabled():
+            with torch.no_grad():  # a model called with gradients must not keep its graphs alive in the columns
                 self._keep(forward, query, keys, arguments, taken_back)
+        else:
+            self._keep(forward, query, keys, arguments, taken_back)
         del forward.new_keys  # they may carry the forward (`hand_over`): each would keep the other alive
 
     def _keep(

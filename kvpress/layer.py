@@ -14,6 +14,7 @@ from kvpress.forward import Forward
 from kvpress.keeper import Keeper
 from kvpress.masks import LogicalLength
 from kvpress.observation import AttentionArguments
+from kvpress.precision import own_precision
 from kvpress.reading import Reader
 from kvpress.rope import Rotation
 from kvpress.row_format import RowFormat
@@ -357,6 +358,11 @@ class PolicyLayer(CacheLayerMixin):
         """End a forward that waited for a `crop` which did not come."""
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
+            self._keep_of(waiting)
+
+    def _keep_of(self, waiting: WaitingForward) -> None:
+        """The end of a forward outside of its attention, wherever that is called."""
+        with own_precision(waiting.keys.device):
             self.keeper.keep(*waiting, taken_back=self.record_past)
 
     # -- taking back ---------------------------------------------------------------------------------------------------
@@ -369,7 +375,7 @@ class PolicyLayer(CacheLayerMixin):
         self._waiting = None
         self._take_back(removed)
         if removed < rows:
-            self.keeper.keep(*waiting.without(removed, self.seen_rows, self.table), taken_back=self.record_past)
+            self._keep_of(waiting.without(removed, self.seen_rows, self.table))
 
     def _take_back(self, removed: int) -> None:
         if removed > self.seen:
