@@ -36,7 +36,7 @@ def prefill(model: Any, ids: torch.Tensor, policy: str, budget: int) -> tuple[An
     else:
         cache = PolicyCache(model, policy, **({} if policy == "full" else {"budget": budget}))
     start = clock()
-    logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+    logits = model(ids, cache=cache, logits_to_keep=1).logits
     return cache, logits, clock() - start
 
 

@@ -126,7 +126,7 @@ def profile(
 
     Example:
         with kvpress.profile(model) as profile:
-            model.generate(**inputs, past_key_values=PolicyCache(model, "snapkv", budget=1024), max_new_tokens=64)
+            model.generate(**inputs, cache=PolicyCache(model, "snapkv", budget=1024), max_new_tokens=64)
         print(profile)
     """
     result = Profile()
