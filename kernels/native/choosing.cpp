@@ -129,36 +129,37 @@ int best_slots(const BestSlots& o) {
   return failed ? OUT_OF_MEMORY : OK;
 }
 
-int page_slots(const PageSlots& o) {
-  const int64_t group = o.query_heads / o.kv_heads;
-  float* bound = static_cast<float*>(std::malloc((sizeof(float) + sizeof(uint32_t) + sizeof(int64_t)) * size_t(o.pages + 1)));
-  if (!bound) return OUT_OF_MEMORY;
-  uint32_t* scratch = reinterpret_cast<uint32_t*>(bound + o.pages + 1);
-  int64_t* best = reinterpret_cast<int64_t*>(scratch + o.pages + 1);
-  for (int64_t i = 0; i < o.batch * o.kv_heads; ++i) {
-    const int64_t b = i / o.kv_heads, h = i % o.kv_heads, first = o.first ? o.first[b] : 0;
-    const float* scores = o.scores + (b * o.query_heads + h * group) * o.pages;
-    for (int64_t p = 0; p < o.pages; ++p) {
-      float most = -INFINITY;
-      bool known = true;
-      for (int64_t g = 0; g < group; ++g) {
-        const float score = scores[g * o.pages + p];
-        known &= score == score;
-        most = score > most ? score : most;
-      }
-      bound[p] = known ? most : -INFINITY;
-    }
-    const int64_t newest = (o.newest ? o.newest[i] : o.slots - 1 - first) / o.page_size;
-    if (newest >= 0 && newest < o.pages) bound[newest] = INFINITY;
-    best_of(bound, o.pages, o.count, scratch, best);
-    int64_t* to = o.index + i * o.count * o.page_size;
-    for (int64_t n = 0; n < o.count; ++n)
-      for (int64_t k = 0; k < o.page_size; ++k, ++to) {
-        const int64_t slot = best[n] * o.page_size + k + first;
-        *to = bound[best[n]] == -INFINITY || slot >= o.slots ? -1 : slot;
-      }
+int64_t page_scratch(const PageSlots& o) { return o.pages * 16 + 8; }
+
+void page_slots_of(const PageSlots& o, int64_t i, void* scratch) {
+  int64_t* best = static_cast<int64_t*>(scratch);
+  float* bound = reinterpret_cast<float*>(best + o.pages);
+  uint32_t* ranks = reinterpret_cast<uint32_t*>(bound + o.pages);
+  const int64_t group = o.query_heads / o.kv_heads, pages = o.pages;
+  const int64_t b = i / o.kv_heads, h = i % o.kv_heads, first = o.first ? o.first[b] : 0;
+  const float* scores = o.scores + (b * o.query_heads + h * group) * pages;
+  std::memcpy(bound, scores, sizeof(float) * size_t(pages));
+  for (int64_t g = 1; g < group; ++g) {
+    scores += pages;
+    for (int64_t p = 0; p < pages; ++p)  // a NaN stays
+      bound[p] = scores[p] > bound[p] || scores[p] != scores[p] ? scores[p] : bound[p];
   }
-  std::free(bound);
+  for (int64_t p = 0; p < pages; ++p) bound[p] = bound[p] == bound[p] ? bound[p] : -INFINITY;
+  const int64_t newest = (o.newest ? o.newest[i] : o.slots - 1 - first) / o.page_size;
+  if (newest >= 0 && newest < pages) bound[newest] = INFINITY;
+  best_of(bound, pages, o.count, ranks, best);
+  int64_t* to = o.index + i * o.count * o.page_size;
+  for (int64_t n = 0; n < o.count; ++n, to += o.page_size) {
+    const int64_t begin = best[n] * o.page_size + first, left = bound[best[n]] == -INFINITY ? 0 : o.slots - begin;
+    for (int64_t k = 0; k < o.page_size; ++k) to[k] = k < left ? begin + k : -1;
+  }
+}
+
+int page_slots(const PageSlots& o) {
+  void* scratch = std::malloc(size_t(page_scratch(o)));
+  if (!scratch) return OUT_OF_MEMORY;
+  for (int64_t i = 0; i < o.batch * o.kv_heads; ++i) page_slots_of(o, i, scratch);
+  std::free(scratch);
   return OK;
 }
 

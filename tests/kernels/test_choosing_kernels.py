@@ -7,7 +7,7 @@ import torch
 
 from kvpress.kernels.attention.turned import attend_turned
 from kvpress.kernels.choosing import best_slots, largest_products, listed_slots, reused_slots
-from kvpress.kernels.pages import choose_pages, page_bounds, page_scores, page_slots
+from kvpress.kernels.pages import bounds_type, choose_pages, page_bounds, page_scores, page_slots
 from kvpress.row_format import row_format
 from kvpress.testing.slots_oracle import assert_within_budget, oracle, rejected
 
@@ -167,7 +167,7 @@ def test_the_slots_of_pages(poisoned, impl, group):
 def test_a_key_widens_its_page_before_pages_are_chosen(level, poisoned, impl, dtype, dim):
     keys, size = made(2, 2, 40, dim).to(dtype), 8
     keys[0, 0, 33, 2] = torch.nan
-    room = [torch.full((2, 2, 7, dim), torch.nan, dtype=dtype) for _ in range(2)]
+    room = [torch.full((2, 2, 7, dim), torch.nan, dtype=bounds_type(dtype)) for _ in range(2)]
     for whole, bound in zip(room, page_bounds(keys[:, :, :32], page_size=size), strict=True):
         whole[:, :, :4] = bound
     narrow = 0
