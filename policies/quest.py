@@ -21,9 +21,9 @@ class Quest(SelectionPolicy):
     """While decoding, attends to the pages with the highest upper bound of a dot product, per KV head.
 
     Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774. A page holds `page_size` slots;
-    the smallest and largest value of each key channel, in 16 bits, bound every dot product in it. The bound is taken per query head, its maximum over
-    the heads of a group ranks the pages of a KV head. The page of the newest token is always attended to, and counted. Prompts and the
-    first layers attend to everything.
+    the smallest and largest value of each key channel bound every dot product in it; they are held in 16 bits. The bound is taken per
+    query head, its maximum over the heads of a group ranks the pages of a KV head. The page of the newest token is always attended to, and
+    counted. Prompts and the first layers attend to everything.
 
     Args:
         top_k: tokens attended to, in whole pages.
