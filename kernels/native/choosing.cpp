@@ -77,7 +77,7 @@ void best_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch
 void best_pages(const float* bound, int64_t pages, int64_t count, uint32_t* scratch, int64_t* best) {
   int64_t members = 16;
   while (members > 1 && pages / members < 2 * count) members /= 2;
-  if (members == 1) return best_of(bound, pages, count, scratch, best);
+  if (members == 1 || count == 0) return best_of(bound, pages, count, scratch, best);
   const int64_t sets = pages / members;  // of pages `sets` apart; the last few pages may be in none
   float* maxima = reinterpret_cast<float*>(scratch + pages);
   std::memcpy(maxima, bound, sizeof(float) * size_t(sets));

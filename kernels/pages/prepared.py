@@ -15,9 +15,8 @@ from kvpress.kernels.pages.rounding import bounds_type
 # places among the fields of `ChoosePages` in `arguments.hpp`
 THREADS, SCORED_PAGES, QUERY, PAGES, SLOTS, INDEX, KEY, KEY_SCALE, PAGE, BEGINS = 0, 4, 6, 23, 26, 30, 33, 37, 40, 41
 
-_EXACT = {
-    torch.float32: (torch.bfloat16, torch.float16, torch.int8)
-}  # stored types whose rows the model's type holds as they are
+# types in which rows may be stored that the model's type holds as they are
+_EXACT = {torch.float32: (torch.bfloat16, torch.float16, torch.int8)}
 
 
 class PreparedPages:
@@ -32,7 +31,7 @@ class PreparedPages:
         page_size: slots a page.
 
     Raises:
-        ValueError: tensors that `refusal` would name.
+        ValueError: tensors that `refusal` would name; int8 keys without their scales.
     """
 
     def __init__(
@@ -49,6 +48,8 @@ class PreparedPages:
         reason = self.refusal(query, lowest, highest, keys)
         if reason is not None:
             raise ValueError(f"a choice of pages cannot be prepared: {reason}")
+        if keys.dtype == torch.int8 and keys_scale is None:
+            raise ValueError("keys_scale must be given for int8 keys, got None")
         self.lowest, self.highest, self.keys, self.keys_scale = lowest, highest, keys, keys_scale
         self._kind = (query.shape, query.stride(), query.dtype)
         self._count, self._page_size = count, page_size

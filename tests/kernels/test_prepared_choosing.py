@@ -170,3 +170,5 @@ def test_other_choices_of_pages_are_not_served():
         PreparedPages(query, bound.float(), bound.float(), keys, count=2, page_size=8)
     with pytest.raises(ValueError, match=r"keys stored as torch\.float16 are rounded to the model's torch\.bfloat16"):
         PreparedPages(query.bfloat16(), bound, bound, keys.half(), count=2, page_size=8)
+    with pytest.raises(ValueError, match="keys_scale must be given for int8 keys, got None"):
+        PreparedPages(query, bound, bound, keys.to(torch.int8), count=2, page_size=8)
