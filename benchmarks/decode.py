@@ -10,6 +10,7 @@ earlier one used again, which random weights say nothing about: TokenSelect is t
 none.
 `share_of_limit` compares with the stock cache of 256 tokens, stepped in the same turns: no cache is faster than the rest of the model.
 A cache whose logits must equal the stock's is checked first, and its times are not printed when they differ.
+With `--kv-dtype` our caches store keys and values in fewer bytes; the stock ones do not.
 `kvpress bench` does the same with a model of one's own.
 """
 
@@ -27,6 +28,7 @@ from kvpress import PolicyCache
 from kvpress.policies import Full, Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect
 from kvpress.policies.base import Policy
 from kvpress.profiling.turns import decode_seconds, logits_difference, random_cache, ratios
+from kvpress.row_format import KV_DTYPES
 
 TOLERANCE = 1e-5  # of the largest logit
 SHORT = 256  # tokens of the stock cache that serves as the limit
@@ -84,12 +86,15 @@ def measure(
     steps: int,
     emit: Callable[[dict[str, object]], None],
     only: Collection[str] = (),
+    kv_dtype: str | None = None,
 ) -> None:
-    """Emit one row per cache at one context."""
+    """Emit one row per cache at one context; ours store keys and values as `kv_dtype`."""
     policies = {name: policy for name, policy in all_policies(budget).items() if not only or name in only}
     stock = random_cache(model, tokens)
     caches: dict[str, Cache] = {"stock": stock, "stock_short": random_cache(model, SHORT)}
-    ours: dict[str, PolicyCache] = {name: PolicyCache.from_cache(model, policies[name], stock) for name in policies}
+    ours: dict[str, PolicyCache] = {
+        name: PolicyCache.from_cache(model, policies[name], stock, kv_dtype=kv_dtype) for name in policies
+    }
     found = ratios(decode_seconds(model, caches | ours, torch.tensor([[7]]), steps))
     limit = found["stock_short"]["token_milliseconds"]
     for name, figures in found.items():
@@ -102,6 +107,8 @@ def measure(
             "share_of_limit": round(figures["token_milliseconds"] / limit, 3),
             "steps": steps,
         }
+        if kv_dtype is not None and name in ours:
+            row["kv_dtype"] = kv_dtype
         if name in ours and ours[name].policies.selection is not None:
             row["reused"] = round(reused_share(ours[name]), 3)
         emit(row)
@@ -122,6 +129,9 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], choices=list(all_policies(1024)), help="of the policies, these"
     )
+    parser.add_argument(
+        "--kv-dtype", choices=KV_DTYPES, help="how our caches store keys and values; default: in the model's type"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = smollm2_shape(arguments.layers)
@@ -136,7 +146,7 @@ def main() -> None:
         if not agree:
             raise SystemExit("logits differ: no figure is printed")
         for tokens in arguments.contexts:
-            measure(model, tokens, arguments.budget, arguments.steps, emit, arguments.only)
+            measure(model, tokens, arguments.budget, arguments.steps, emit, arguments.only, arguments.kv_dtype)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, get_ctx
 
+from kvpress.kernels.pages.rounding import bounds_type
 from kvpress.kernels.scores import accumulator_type
 
 # schemas are made from annotations at run time: no `from __future__ import annotations` here
@@ -255,7 +256,8 @@ def page_bounds(keys: Tensor, page_size: int, positions: Tensor | None = None) -
 @page_bounds.register_fake
 def _(keys: Tensor, page_size: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     shape = (*keys.shape[:2], (keys.shape[2] + page_size - 1) // page_size, keys.shape[3])
-    return keys.new_empty(shape), keys.new_empty(shape)
+    kind = bounds_type(keys.dtype)
+    return keys.new_empty(shape, dtype=kind), keys.new_empty(shape, dtype=kind)
 
 
 @custom_op("kvpress::page_scores", mutates_args=())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpress.kernels.pages import choose_pages, page_bounds
 from kvpress.kernels.pages.prepared import PreparedPages
+from kvpress.kernels.pages.rounding import bounds_type
 from kvpress.memory import GROWTH, allocate
 from kvpress.policies.base import check_integer
 from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
@@ -20,9 +21,9 @@ class Quest(SelectionPolicy):
     """While decoding, attends to the pages with the highest upper bound of a dot product, per KV head.
 
     Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774. A page holds `page_size` slots;
-    the smallest and largest value of each key channel bound every dot product in it. The bound is taken per query head, its maximum over
-    the heads of a group ranks the pages of a KV head. The page of the newest token is always attended to, and counted. Prompts and the
-    first layers attend to everything.
+    the smallest and largest value of each key channel bound every dot product in it; they are held in 16 bits. The bound is taken per
+    query head, its maximum over the heads of a group ranks the pages of a KV head. The page of the newest token is always attended to, and
+    counted. Prompts and the first layers attend to everything.
 
     Args:
         top_k: tokens attended to, in whole pages.
@@ -57,7 +58,9 @@ class PageSelector(Selector):
         self.skip = skip
         self.has_index = not skip
         self.hits = self.misses = 0
-        self.low: Tensor | None = None  # [batch, kv_heads, room, dim]; a page without tokens has low above high
+        self.low: Tensor | None = (
+            None  # [batch, kv_heads, room, dim] of `bounds_type`; a page without tokens has low above high
+        )
         self.high: Tensor | None = None
         self.pages = 0  # that have bounds
         self.covered = 0  # slots whose keys the bounds include
@@ -84,7 +87,7 @@ class PageSelector(Selector):
         if not self.narrows(keys.shape[2]) or (self.low is not None and self.low.shape[2] >= pages):
             return held
         batch, heads, _, dim = keys.shape
-        fresh: int = 2 * batch * heads * (pages + pages // GROWTH) * dim * keys.dtype.itemsize
+        fresh: int = 2 * batch * heads * (pages + pages // GROWTH) * dim * bounds_type(keys.dtype).itemsize
         return held + fresh  # old bounds and new ones for a moment
 
     def narrows(self, slots: int) -> bool:
@@ -116,7 +119,7 @@ class PageSelector(Selector):
         """A decoded token's step over slots in order by one call of the compiled kernel, where it can serve."""
         slots, size = view.slots, self.policy.page_size
         keys, scales = view.buffer
-        if keys is None or scales is not None or self.low is None or slots != self.covered + 1:
+        if keys is None or self.low is None or slots != self.covered + 1:
             return None
         low, high = self._with_room(self.covered // size + 1, self.low)
         step = self._step
@@ -125,7 +128,7 @@ class PageSelector(Selector):
             if PreparedPages.refusal(view.query, low, high, keys) is not None:
                 return None
             count = self.policy.top_k // size
-            step = self._step = PreparedPages(view.query, low, high, keys, count=count, page_size=size)
+            step = self._step = PreparedPages(view.query, low, high, keys, scales, count=count, page_size=size)
         self.covered = slots
         return step.choose(view.query, slots)
 

@@ -71,8 +71,9 @@ struct PageBounds {
   int64_t kind, key_batch, key_head, key_slot;
   const void* positions;
   int64_t position_bytes, position_batch, position_head;
-  void* lowest;          // [batch, kv_heads, pages, dim], contiguous, of `kind`
+  void* lowest;          // [batch, kv_heads, pages, dim], contiguous, of `bound_kind`
   void* highest;
+  int64_t bound_kind;
 };
 
 struct PageScores {
@@ -163,8 +164,10 @@ struct ChoosePages {
   PageSlots slots;
   void* low;                   // the bounds once more, to write to
   void* high;
-  const void* key;             // of the newest token, of the bounds' kind, or null: nothing to widen
-  int64_t key_batch, key_head;
+  const void* key;             // of the newest token, or null: nothing to widen
+  int64_t key_kind, key_batch, key_head;
+  const float* key_scale;      // of an int8 key, one a head
+  int64_t scale_batch, scale_head;
   int64_t page, begins;        // that it widens; whether it is the first of that page
 };
 

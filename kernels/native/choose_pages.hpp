@@ -1,37 +1,49 @@
 // Quest's step for one decoded token: its key widens the bounds of its page, pages are scored, the best become slots.
 
 template <class T>
-static void widen_page(const ChoosePages& c, int64_t low_offset, int64_t high_offset, const T* key) {
-  T* low = static_cast<T*>(c.low) + low_offset;
-  T* high = static_cast<T*>(c.high) + high_offset;
-  for (int64_t d = 0; d < c.scores.dim; ++d) {
-    const float x = one(key + d);
-    if (c.begins || x < one(low + d) || x != x) low[d] = key[d];
-    if (c.begins || x > one(high + d) || x != x) high[d] = key[d];
+static void widen_page(T* low, T* high, const float* key, int64_t dim, bool begins) {
+  for (int64_t d = 0; d < dim; ++d) {
+    const float x = key[d];
+    if (begins || x < one(low + d) || x != x) put_bound(low + d, x, true);
+    if (begins || x > one(high + d) || x != x) put_bound(high + d, x, false);
   }
 }
 
-template <class T>
-static void widen_kind(const ChoosePages& c) {
+static void widen_last_page(const ChoosePages& c) {
   const PageScores& p = c.scores;
-  for (int64_t b = 0; b < p.batch; ++b)
-    for (int64_t h = 0; h < p.kv_heads; ++h)
-      widen_page(c, b * p.low_batch + h * p.low_head + c.page * p.low_page,
-                 b * p.high_batch + h * p.high_head + c.page * p.high_page,
-                 static_cast<const T*>(c.key) + b * c.key_batch + h * c.key_head);
+  float key[MAX_DIM];
+  for (int64_t i = 0; i < p.batch * p.kv_heads; ++i) {
+    const int64_t b = i / p.kv_heads, h = i % p.kv_heads, from = b * c.key_batch + h * c.key_head;
+    if (c.key_kind == INT8)
+      widen_row(static_cast<const int8_t*>(c.key) + from, key, p.dim, c.key_scale[b * c.scale_batch + h * c.scale_head]);
+    else
+      read_row(c.key, c.key_kind, from, key, p.dim, 1.f);
+    const int64_t low = b * p.low_batch + h * p.low_head + c.page * p.low_page;
+    const int64_t high = b * p.high_batch + h * p.high_head + c.page * p.high_page;
+    switch (p.kind) {
+      case BF16: widen_page(static_cast<BFloat16*>(c.low) + low, static_cast<BFloat16*>(c.high) + high, key, p.dim, c.begins); break;
+      case FP16: widen_page(static_cast<Float16*>(c.low) + low, static_cast<Float16*>(c.high) + high, key, p.dim, c.begins); break;
+      default: widen_page(static_cast<float*>(c.low) + low, static_cast<float*>(c.high) + high, key, p.dim, c.begins);
+    }
+  }
 }
 
 static int choose_pages(const ChoosePages& given) {
   ChoosePages c = given;
-  if (c.key) switch (c.scores.kind) {
-      case BF16: widen_kind<BFloat16>(c); break;
-      case FP16: widen_kind<Float16>(c); break;
-      default: widen_kind<float>(c);
-    }
-  Buffer<float> scores(c.scores.batch * c.scores.query_heads * c.scores.pages);
-  if (!scores.data) return OUT_OF_MEMORY;
+  if (c.key) widen_last_page(c);
+  const int64_t heads = c.scores.batch * c.scores.kv_heads, queries = c.scores.batch * c.scores.query_heads;
+  Buffer<float> query(queries * c.scores.dim), scores(queries * c.scores.pages);
+  Buffer<char> scratch(heads * page_scratch(c.slots));
+  if (!query.data || !scores.data || !scratch.data) return OUT_OF_MEMORY;
   c.scores.scores = scores.data;
   c.slots.scores = scores.data;
-  const int status = page_scores(c.scores);
-  return status ? status : page_slots(c.slots);
+  read_queries(c.scores, query.data);
+  const int threads = threads_for(c.scores);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    score_pages(c.scores, query.data);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < heads; ++i) page_slots_of(c.slots, i, scratch.data + i * page_scratch(c.slots));
+  }
+  return OK;
 }

@@ -2,9 +2,11 @@
 // Nothing here is arithmetic that needs an instruction set.
 #include "choosing.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 
 namespace {
 
@@ -70,6 +72,30 @@ void best_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch
   }
 }
 
+// As `best_of`. A page among the best has no less than the `count`-th largest of the maxima of sets, and few others have: only these are
+// searched. `scratch` holds three numbers a page.
+void best_pages(const float* bound, int64_t pages, int64_t count, uint32_t* scratch, int64_t* best) {
+  int64_t members = 16;
+  while (members > 1 && pages / members < 2 * count) members /= 2;
+  if (members == 1 || count == 0) return best_of(bound, pages, count, scratch, best);
+  const int64_t sets = pages / members;  // of pages `sets` apart; the last few pages may be in none
+  float* maxima = reinterpret_cast<float*>(scratch + pages);
+  std::memcpy(maxima, bound, sizeof(float) * size_t(sets));
+  for (int64_t m = 1; m < members; ++m)
+    for (int64_t i = 0; i < sets; ++i) maxima[i] = bound[m * sets + i] > maxima[i] ? bound[m * sets + i] : maxima[i];
+  std::nth_element(maxima, maxima + count - 1, maxima + sets, std::greater<float>());
+  const float least = maxima[count - 1];
+  uint32_t* candidates = scratch + 2 * pages;
+  int64_t found = 0;
+  for (int64_t p = 0; p < pages; ++p) {  // no branch: which pages reach it is not to be foreseen
+    candidates[found] = uint32_t(p);
+    found += bound[p] >= least;
+  }
+  for (int64_t i = 0; i < found; ++i) maxima[i] = bound[candidates[i]];
+  best_of(maxima, found, count, scratch, best);
+  for (int64_t i = 0; i < count; ++i) best[i] = candidates[best[i]];
+}
+
 double number(const void* base, int64_t kind, int64_t i) {
   if (kind == FP32) return static_cast<const float*>(base)[i];
   uint32_t bits = static_cast<const uint16_t*>(base)[i];
@@ -129,36 +155,37 @@ int best_slots(const BestSlots& o) {
   return failed ? OUT_OF_MEMORY : OK;
 }
 
-int page_slots(const PageSlots& o) {
-  const int64_t group = o.query_heads / o.kv_heads;
-  float* bound = static_cast<float*>(std::malloc((sizeof(float) + sizeof(uint32_t) + sizeof(int64_t)) * size_t(o.pages + 1)));
-  if (!bound) return OUT_OF_MEMORY;
-  uint32_t* scratch = reinterpret_cast<uint32_t*>(bound + o.pages + 1);
-  int64_t* best = reinterpret_cast<int64_t*>(scratch + o.pages + 1);
-  for (int64_t i = 0; i < o.batch * o.kv_heads; ++i) {
-    const int64_t b = i / o.kv_heads, h = i % o.kv_heads, first = o.first ? o.first[b] : 0;
-    const float* scores = o.scores + (b * o.query_heads + h * group) * o.pages;
-    for (int64_t p = 0; p < o.pages; ++p) {
-      float most = -INFINITY;
-      bool known = true;
-      for (int64_t g = 0; g < group; ++g) {
-        const float score = scores[g * o.pages + p];
-        known &= score == score;
-        most = score > most ? score : most;
-      }
-      bound[p] = known ? most : -INFINITY;
-    }
-    const int64_t newest = (o.newest ? o.newest[i] : o.slots - 1 - first) / o.page_size;
-    if (newest >= 0 && newest < o.pages) bound[newest] = INFINITY;
-    best_of(bound, o.pages, o.count, scratch, best);
-    int64_t* to = o.index + i * o.count * o.page_size;
-    for (int64_t n = 0; n < o.count; ++n)
-      for (int64_t k = 0; k < o.page_size; ++k, ++to) {
-        const int64_t slot = best[n] * o.page_size + k + first;
-        *to = bound[best[n]] == -INFINITY || slot >= o.slots ? -1 : slot;
-      }
+int64_t page_scratch(const PageSlots& o) { return o.pages * 24 + 8; }
+
+void page_slots_of(const PageSlots& o, int64_t i, void* scratch) {
+  int64_t* best = static_cast<int64_t*>(scratch);
+  float* bound = reinterpret_cast<float*>(best + o.pages);
+  uint32_t* ranks = reinterpret_cast<uint32_t*>(bound + o.pages);
+  const int64_t group = o.query_heads / o.kv_heads, pages = o.pages;
+  const int64_t b = i / o.kv_heads, h = i % o.kv_heads, first = o.first ? o.first[b] : 0;
+  const float* scores = o.scores + (b * o.query_heads + h * group) * pages;
+  std::memcpy(bound, scores, sizeof(float) * size_t(pages));
+  for (int64_t g = 1; g < group; ++g) {
+    scores += pages;
+    for (int64_t p = 0; p < pages; ++p)  // a NaN stays
+      bound[p] = scores[p] > bound[p] || scores[p] != scores[p] ? scores[p] : bound[p];
   }
-  std::free(bound);
+  for (int64_t p = 0; p < pages; ++p) bound[p] = bound[p] == bound[p] ? bound[p] : -INFINITY;
+  const int64_t newest = (o.newest ? o.newest[i] : o.slots - 1 - first) / o.page_size;
+  if (newest >= 0 && newest < pages) bound[newest] = INFINITY;
+  best_pages(bound, pages, o.count, ranks, best);
+  int64_t* to = o.index + i * o.count * o.page_size;
+  for (int64_t n = 0; n < o.count; ++n, to += o.page_size) {
+    const int64_t begin = best[n] * o.page_size + first, left = bound[best[n]] == -INFINITY ? 0 : o.slots - begin;
+    for (int64_t k = 0; k < o.page_size; ++k) to[k] = k < left ? begin + k : -1;
+  }
+}
+
+int page_slots(const PageSlots& o) {
+  void* scratch = std::malloc(size_t(page_scratch(o)));
+  if (!scratch) return OUT_OF_MEMORY;
+  for (int64_t i = 0; i < o.batch * o.kv_heads; ++i) page_slots_of(o, i, scratch);
+  std::free(scratch);
   return OK;
 }
 

@@ -3,6 +3,8 @@
 
 int best_slots(const BestSlots&);
 int page_slots(const PageSlots&);
+int64_t page_scratch(const PageSlots&);  // bytes, a multiple of 8, in which one (batch row, KV head) is worked on
+void page_slots_of(const PageSlots&, int64_t head, void* scratch);  // the part of one of batch * kv_heads
 int listed_slots(const ListedSlots&);
 bool reused_slots(const ReusedSlots&);
 

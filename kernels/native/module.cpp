@@ -106,11 +106,11 @@ OPERATION(attention, Attention, ATTENTION, used->level->attention)
 OPERATION(attention_mass, Mass, ATTENTION "dii" "ii", used->level->attention_mass)
 OPERATION(head_vote, Vote, ATTENTION, used->level->head_vote)
 OPERATION(group_products, Vote, ATTENTION, used->level->group_products)
-OPERATION(page_bounds, PageBounds, "iiiiii" "iiiii" "iiii" "ii", used->level->page_bounds)
+OPERATION(page_bounds, PageBounds, "iiiiii" "iiiii" "iiii" "iii", used->level->page_bounds)
 #define PAGE_SCORES "iiiiii" "iiii" "ii" "iiiiiii" "i"
 #define PAGE_SLOTS "iiiiiii" "iii" "i"
 OPERATION(page_scores, PageScores, PAGE_SCORES, used->level->page_scores)
-OPERATION(choose_pages, ChoosePages, PAGE_SCORES PAGE_SLOTS "ii" "iii" "ii", used->level->choose_pages)
+OPERATION(choose_pages, ChoosePages, PAGE_SCORES PAGE_SLOTS "ii" "iiii" "iii" "ii", used->level->choose_pages)
 OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "iiii", used->level->rotate)
 OPERATION(pack_int8, Packing, "iiiii" "iiii" "i" "i", used->level->pack_int8)
 OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)

@@ -30,6 +30,20 @@ static inline Vec larger(Vec a, Vec b) {
 static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 
+#if LANES == 8
+static inline Vec by_sign(Vec sign, Vec negative, Vec other) {  // lane by lane, by the sign bit
+  return reinterpret_cast<Vec>(
+      _mm256_blendv_ps(reinterpret_cast<__m256>(other), reinterpret_cast<__m256>(negative), reinterpret_cast<__m256>(sign)));
+}
+#elif LANES == 16
+static inline Vec by_sign(Vec sign, Vec negative, Vec other) {  // lane by lane, by the sign bit
+  const __mmask16 below = _mm512_movepi32_mask(reinterpret_cast<__m512i>(sign));
+  return reinterpret_cast<Vec>(_mm512_mask_blend_ps(below, reinterpret_cast<__m512>(other), reinterpret_cast<__m512>(negative)));
+}
+#else
+static inline Vec by_sign(Vec sign, Vec negative, Vec other) { return as_int(sign) < 0 ? negative : other; }
+#endif
+
 #if defined(__x86_64__) && (LANES == 8 || LANES == 16)
 #define KEEP_IN_REGISTER(x) asm("" : "+v"(x))  // or each use is folded into a load of its own, and loads are the limit
 #else
@@ -117,6 +131,16 @@ static inline void put(Float16* p, float x) {  // to nearest, ties to even
     half = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
   }
   p->bits = uint16_t(sign | half);
+}
+
+// The nearest number of a bound's type that is not above `x`, or not below it. Only bfloat16 holds bounds of wider keys.
+template <class T>
+static inline void put_bound(T* p, float x, bool) { put(p, x); }
+static inline void put_bound(BFloat16* p, float x, bool below) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const bool away = (bits >> 31) == uint32_t(below) && (bits & 0xffff);
+  p->bits = x != x ? 0x7fc0 : uint16_t((bits >> 16) + away);
 }
 
 // ---- reductions ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpress.kernels import operators, triton_support
 from kvpress.kernels.dispatch import choose
 from kvpress.kernels.pages import native, reference
+from kvpress.kernels.pages.rounding import bounds_type
 
 TRITON_PAGE = 128  # slots of a page that a GPU program holds in registers
 
@@ -27,7 +28,7 @@ def page_bounds(
         impl: `"auto"` or the name of an implementation.
 
     Returns:
-        Two tensors `[batch, kv_heads, pages, dim]` in the type of `keys`.
+        Two tensors `[batch, kv_heads, pages, dim]` in the type of `keys`; of fp32 keys in bfloat16, rounded outwards: down and up.
 
     Raises:
         ValueError: `page_size` below 1, shapes that do not fit, an unknown `impl`, or an explicit one that cannot
@@ -69,7 +70,8 @@ def page_bounds(
 
 
 def page_scores(query: Tensor, lowest: Tensor, highest: Tensor, *, impl: str = "auto") -> Tensor:
-    """Upper bounds of a query head's dot products over each page: `sum_c max(q_c low_c, q_c high_c)`.
+    """Upper bounds of a query head's dot products over each page: the sum over channels of `q_c high_c`, or of `q_c low_c` where the
+    query is negative.
 
     Args:
         query: `[batch, query_heads, 1, dim]`.
@@ -162,8 +164,8 @@ def choose_pages(
         query: `[batch, query_heads, 1, dim]`.
         lowest, highest: `[batch, kv_heads, pages, dim]`, of `page_bounds`; with `key` they are changed in place.
         count, page_size, slots, first, newest: as of `page_slots`.
-        key: `[batch, kv_heads, 1, dim]` in the type of the bounds, of the newest token, in slot `slots - 1`: it is taken into the bounds of
-            the last page. What these were counts for nothing where it is the first token of that page. Excludes `first` and `newest`.
+        key: `[batch, kv_heads, 1, dim]` of a type with such bounds, of the newest token, in slot `slots - 1`: it is taken into the bounds
+            of the last page. What these were counts for nothing where it is the first token of that page. Excludes `first` and `newest`.
         impl: `"auto"`, `"native"`, or `"apart"`: one operation after another.
 
     Raises:
@@ -171,9 +173,10 @@ def choose_pages(
     """
     batch, kv_heads, pages, dim = lowest.shape
     if key is not None:
-        if key.shape != (batch, kv_heads, 1, dim) or key.dtype != lowest.dtype:
+        if key.shape != (batch, kv_heads, 1, dim) or bounds_type(key.dtype) != lowest.dtype:
             raise ValueError(
-                f"key must be [{batch}, {kv_heads}, 1, {dim}] of {lowest.dtype}, got {tuple(key.shape)} of {key.dtype}"
+                f"key must be [{batch}, {kv_heads}, 1, {dim}] of a type with bounds in {lowest.dtype}, "
+                f"got {tuple(key.shape)} of {key.dtype}"
             )
         if first is not None or newest is not None or (slots - 1) // page_size != pages - 1:
             raise ValueError(

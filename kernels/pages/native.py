@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvpress.kernels.choosing.native import scores_refusal
 from kvpress.kernels.native import tensors as native
+from kvpress.kernels.pages.rounding import bounds_type
 
 __all__ = ["page_bounds", "page_scores", "page_slots", "refusal", "scores_refusal"]
 
@@ -29,7 +30,7 @@ def choice_refusal(query: Tensor, lowest: Tensor, highest: Tensor, key: Tensor |
 def page_bounds(keys: Tensor, page_size: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `kvpress.kernels.pages.page_bounds`."""
     batch, kv_heads, slots, dim = keys.shape
-    lowest = torch.empty(batch, kv_heads, -(-slots // page_size), dim, dtype=keys.dtype)
+    lowest = torch.empty(batch, kv_heads, -(-slots // page_size), dim, dtype=bounds_type(keys.dtype))
     highest = torch.empty_like(lowest)
     placed = (0, 0, 0, 0)
     if positions is not None:
@@ -52,6 +53,7 @@ def page_bounds(keys: Tensor, page_size: int, positions: Tensor | None) -> tuple
         *placed,
         lowest.data_ptr(),
         highest.data_ptr(),
+        native.FLOATS[lowest.dtype],
     )
     return lowest, highest
 
@@ -137,10 +139,13 @@ def choice_fields(
     key: Tensor | None,
     places: tuple[int, int],
     index: int,
+    key_scale: Tensor | None = None,
 ) -> tuple[int, ...]:
-    """The fields of `ChoosePages`; `places` are the addresses of `first` and `newest`."""
+    """The fields of `ChoosePages`; `places` are the addresses of `first` and `newest`, `key_scale [batch, kv_heads, 1]` is that of an int8
+    key."""
     batch, kv_heads, pages, _ = lowest.shape
-    widening = (0, 0, 0) if key is None else (key.data_ptr(), *key.stride()[:2])
+    widening = (0, 0, 0, 0) if key is None else (key.data_ptr(), native.KINDS[key.dtype], *key.stride()[:2])
+    scaling = (0, 0, 0) if key_scale is None else (key_scale.data_ptr(), *key_scale.stride()[:2])
     return (
         *_score_fields(query, lowest, highest),
         0,
@@ -157,6 +162,7 @@ def choice_fields(
         lowest.data_ptr(),
         highest.data_ptr(),
         *widening,
+        *scaling,
         pages - 1,
         int((slots - 1) % page_size == 0),
     )

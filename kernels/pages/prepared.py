@@ -10,9 +10,13 @@ from torch import Tensor
 
 from kvpress.kernels.native import tensors as fields
 from kvpress.kernels.pages import native
+from kvpress.kernels.pages.rounding import bounds_type
 
 # places among the fields of `ChoosePages` in `arguments.hpp`
-THREADS, SCORED_PAGES, QUERY, PAGES, SLOTS, INDEX, KEY, PAGE, BEGINS = 0, 4, 6, 23, 26, 30, 33, 36, 37
+THREADS, SCORED_PAGES, QUERY, PAGES, SLOTS, INDEX, KEY, KEY_SCALE, PAGE, BEGINS = 0, 4, 6, 23, 26, 30, 33, 37, 40, 41
+
+# types in which rows may be stored that the model's type holds as they are
+_EXACT = {torch.float32: (torch.bfloat16, torch.float16, torch.int8)}
 
 
 class PreparedPages:
@@ -21,29 +25,44 @@ class PreparedPages:
     Args:
         query: `[batch, query_heads, 1, dim]`, like those that will be asked for.
         lowest, highest: `[batch, kv_heads, room, dim]`: bounds of the pages in use come first.
-        keys: `[batch, kv_heads, room, dim]` in the type of the bounds: those of the slots in use come first.
+        keys: `[batch, kv_heads, room, dim]`, as they are stored: those of the slots in use come first.
+        keys_scale: `[batch, kv_heads, room]` fp32, of int8 keys.
         count: pages to choose.
         page_size: slots a page.
 
     Raises:
-        ValueError: tensors that `refusal` would name.
+        ValueError: tensors that `refusal` would name; int8 keys without their scales.
     """
 
     def __init__(
-        self, query: Tensor, lowest: Tensor, highest: Tensor, keys: Tensor, *, count: int, page_size: int
+        self,
+        query: Tensor,
+        lowest: Tensor,
+        highest: Tensor,
+        keys: Tensor,
+        keys_scale: Tensor | None = None,
+        *,
+        count: int,
+        page_size: int,
     ) -> None:
         reason = self.refusal(query, lowest, highest, keys)
         if reason is not None:
             raise ValueError(f"a choice of pages cannot be prepared: {reason}")
-        self.lowest, self.highest, self.keys = lowest, highest, keys
+        if keys.dtype == torch.int8 and keys_scale is None:
+            raise ValueError("keys_scale must be given for int8 keys, got None")
+        self.lowest, self.highest, self.keys, self.keys_scale = lowest, highest, keys, keys_scale
         self._kind = (query.shape, query.stride(), query.dtype)
         self._count, self._page_size = count, page_size
         batch, kv_heads, _, _ = lowest.shape
         self._shape = (batch, kv_heads, count * page_size)
         self._first_key, self._key_bytes = keys.data_ptr(), keys.stride(2) * keys.element_size()
-        newest = keys[:, :, :1]
+        self._first_scale, self._scale_bytes = 0, 0
+        newest, scale = keys[:, :, :1], None
+        if keys_scale is not None:
+            self._first_scale, self._scale_bytes = keys_scale.data_ptr(), keys_scale.stride(2) * 4
+            scale = keys_scale[:, :, :1]
         found = native.choice_fields(
-            query, lowest, highest, count, page_size, slots=1, key=newest, places=(0, 0), index=0
+            query, lowest, highest, count, page_size, slots=1, key=newest, places=(0, 0), index=0, key_scale=scale
         )
         self._fields = array("q", found)
 
@@ -53,8 +72,10 @@ class PreparedPages:
     @staticmethod
     def refusal(query: Tensor, lowest: Tensor, highest: Tensor, keys: Tensor) -> str | None:
         """Why the compiled kernel cannot serve such calls, or `None`."""
-        if keys.dtype != lowest.dtype:
-            return f"keys are {keys.dtype}, their bounds {lowest.dtype}"
+        if bounds_type(query.dtype) != lowest.dtype:
+            return f"bounds of {query.dtype} keys are {bounds_type(query.dtype)}, got {lowest.dtype}"
+        if keys.dtype not in (query.dtype, *_EXACT.get(query.dtype, ())):
+            return f"keys stored as {keys.dtype} are rounded to the model's {query.dtype}"
         return native.choice_refusal(query, lowest, highest, keys)
 
     def serves(self, query: Tensor, lowest: Tensor, keys: Tensor) -> bool:
@@ -85,5 +106,6 @@ class PreparedPages:
         call[SCORED_PAGES] = call[PAGES] = last + 1
         call[SLOTS], call[PAGE], call[BEGINS] = slots, last, (slots - 1) % self._page_size == 0
         call[KEY] = self._first_key + (slots - 1) * self._key_bytes
+        call[KEY_SCALE] = self._first_scale + (slots - 1) * self._scale_bytes
         fields.built().choose_pages_again(call)
         return index

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvpress.kernels.choosing.reference import best_slots
+from kvpress.kernels.pages.rounding import rounded_down, rounded_up
 from kvpress.kernels.scores import accumulator_type
 
 
@@ -20,17 +21,17 @@ def page_bounds(keys: Tensor, page_size: int, positions: Tensor | None) -> tuple
         held = keys.masked_fill(absent[..., None], worst)
         whole = pad(held, (0, 0, 0, pages * page_size - slots), value=worst)
         bounds.append(reduce(whole.unflatten(2, (pages, page_size)), dim=3))
-    return bounds[0], bounds[1]
+    return rounded_down(bounds[0]), rounded_up(bounds[1])
 
 
 def page_scores(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """See `kvpress.kernels.pages.page_scores`."""
     kind = accumulator_type(query)
     batch, kv_heads, pages, dim = lowest.shape
-    empty = (lowest > highest).any(dim=-1)
+    empty = lowest[..., 0] > highest[..., 0]
     grouped = query.to(kind).reshape(batch, kv_heads, -1, 1, dim)
-    bounds = [bound.to(kind).masked_fill(empty[..., None], 0)[:, :, None] for bound in (lowest, highest)]
-    scores = torch.maximum(grouped * bounds[0], grouped * bounds[1]).sum(dim=-1)
+    low, high = (bound.to(kind).masked_fill(empty[..., None], 0)[:, :, None] for bound in (lowest, highest))
+    scores = (grouped * torch.where(grouped.signbit(), low, high)).sum(dim=-1)
     return scores.masked_fill(empty[:, :, None], -torch.inf).reshape(batch, query.shape[1], pages)
 
 
@@ -59,5 +60,6 @@ def page_slots(
 def widen_last_page(lowest: Tensor, highest: Tensor, key: Tensor, begins: bool) -> None:
     """Take `key [batch, kv_heads, 1, dim]` into the last page of the bounds, in place; `begins`: as its first."""
     low, high = lowest[:, :, -1:], highest[:, :, -1:]
-    low.copy_(key if begins else torch.minimum(low, key))
-    high.copy_(key if begins else torch.maximum(high, key))
+    least, most = rounded_down(key), rounded_up(key)
+    low.copy_(least if begins else torch.minimum(low, least))
+    high.copy_(most if begins else torch.maximum(high, most))

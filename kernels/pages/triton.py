@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.pages import triton_kernels
+from kvpress.kernels.pages.rounding import bounds_type
 from kvpress.kernels.triton_support import on_device, power_of_two, strides
 
 BLOCK_PAGES = 32
@@ -15,8 +16,8 @@ MOST_PAGE = 128  # slots of a page that a program holds in registers
 
 
 def page_bounds(keys: Tensor, *, page_size: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Lowest and highest key of each page, channel by channel, each `[batch, kv_heads, pages, dim]` in the type of
-    `keys`.
+    """Lowest and highest key of each page, channel by channel, each `[batch, kv_heads, pages, dim]` in `bounds_type`
+    of the keys, rounded outwards.
 
     Args:
         keys: `[batch, kv_heads, slots, dim]`; the last page may be short.
@@ -31,7 +32,7 @@ def page_bounds(keys: Tensor, *, page_size: int, positions: Tensor | None = None
         raise ValueError(f"page_size must be from 1 to {MOST_PAGE}, got {page_size}")
     batch, kv_heads, slots, dim = keys.shape
     pages = -(-slots // page_size)
-    lowest = keys.new_empty(batch, kv_heads, pages, dim)
+    lowest = keys.new_empty(batch, kv_heads, pages, dim, dtype=bounds_type(keys.dtype))
     highest = torch.empty_like(lowest)
     if lowest.numel():
         with on_device(keys):

@@ -8,6 +8,15 @@ import triton.language as tl
 from kvpress.kernels.triton_launch import Remembered
 
 
+@triton.jit
+def outwards(bound, BELOW: tl.constexpr):
+    """`bound` in fp32 as the nearest bfloat16 numbers that are not above it (`BELOW`), or not below it; NaN stays NaN."""
+    bits = bound.to(tl.int32, bitcast=True)
+    away = ((bits < 0) == BELOW) & ((bits & 0xFFFF) != 0)
+    shorter = (bits >> 16) + away.to(tl.int32)
+    return tl.where(bound != bound, 0x7FC0, shorter).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
 @Remembered
 @triton.jit(do_not_specialize=["slots", "pages", "stride_ph"])
 def bounds_kernel(
@@ -34,8 +43,12 @@ def bounds_kernel(
     out = (tl.program_id(1).to(tl.int64) * pages + page) * DIM + channel
     low = tl.min(tl.where(mask, key, float("inf")), axis=0)
     high = tl.max(tl.where(mask, key, -float("inf")), axis=0)
-    tl.store(lowest + out, low.to(lowest.dtype.element_ty), mask=channel < DIM)
-    tl.store(highest + out, high.to(highest.dtype.element_ty), mask=channel < DIM)
+    if keys.dtype.element_ty == tl.float32:
+        tl.store(lowest + out, outwards(low, True), mask=channel < DIM)
+        tl.store(highest + out, outwards(high, False), mask=channel < DIM)
+    else:
+        tl.store(lowest + out, low.to(lowest.dtype.element_ty), mask=channel < DIM)
+        tl.store(highest + out, high.to(highest.dtype.element_ty), mask=channel < DIM)
 
 
 @Remembered
@@ -46,7 +59,8 @@ def score_kernel(
     stride_ub, stride_uh, stride_us, stride_ud,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: `sum_c max(q_c low_c, q_c high_c)` of `BLOCK_N` pages for the query heads of one KV head.
+    """One program: the scores of `BLOCK_N` pages for the query heads of one KV head: the sum over channels of `q_c high_c`, or of
+    `q_c low_c` where the query's sign bit is set.
 
     The bounds are read once for the whole group; a page without a token (its low above its high) scores `-inf`.
     """
@@ -73,6 +87,6 @@ def score_kernel(
             mask=channel < DIM,
             other=0.0,
         ).to(tl.float32)[None, :]
-        bound = tl.sum(tl.maximum(asked * low, asked * high), axis=1)
+        bound = tl.sum(asked * tl.where(asked.to(tl.int32, bitcast=True) < 0, low, high), axis=1)
         bound = tl.where(empty, -float("inf"), bound)
         tl.store(output + (batch * (KV_HEADS * GROUP) + query_head) * pages + page, bound, mask=page < pages)

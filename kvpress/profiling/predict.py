@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvpress.assembly import Policies
+from kvpress.kernels.pages.rounding import bounds_type
 from kvpress.memory import table_growth
 from kvpress.policies.base import EvictionPolicy
 from kvpress.policies.budget import Budget, layer_budgets
@@ -145,7 +146,8 @@ class _Layer:
     def _selection_bytes(self, selection: SelectionPolicy, slots: int) -> int:
         item = self.shape.dtype.itemsize
         if isinstance(selection, Quest) and self.ordinal >= selection.skip_layers and slots > selection.top_k:
-            return 2 * self.heads * -(-slots // selection.page_size) * self.layer.key_dim * item
+            bound = bounds_type(self.shape.dtype).itemsize
+            return 2 * self.heads * -(-slots // selection.page_size) * self.layer.key_dim * bound
         if isinstance(selection, TokenSelect) and slots > selection.sinks + selection.top_k + selection.local:
             in_order = (
                 self.policy.budget is None

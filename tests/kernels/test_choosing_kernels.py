@@ -7,7 +7,7 @@ import torch
 
 from kvpress.kernels.attention.turned import attend_turned
 from kvpress.kernels.choosing import best_slots, largest_products, listed_slots, reused_slots
-from kvpress.kernels.pages import choose_pages, page_bounds, page_scores, page_slots
+from kvpress.kernels.pages import bounds_type, choose_pages, page_bounds, page_scores, page_slots
 from kvpress.row_format import row_format
 from kvpress.testing.slots_oracle import assert_within_budget, oracle, rejected
 
@@ -161,13 +161,38 @@ def test_the_slots_of_pages(poisoned, impl, group):
     assert (found[1] == -1).any() and not torch.equal(found[0][0, 0], found[0][1, 0])
 
 
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize(
+    ("pages", "count"), [(40, 1), (131, 7), (131, 64), (600, 3), (600, 40), (600, 599), (2000, 64)]
+)
+@pytest.mark.parametrize("kind", ["any", "few values", "equal", "rising", "falling", "mostly nothing", "no numbers"])
+def test_the_slots_of_the_best_of_many_pages(impl, pages, count, kind):
+    scores = made(1, 4, pages, seed=pages)
+    if kind == "few values":
+        scores = scores.round().abs() * torch.tensor([1.0, -1.0])[torch.arange(pages) % 2]  # both zeros among them
+    elif kind == "equal":
+        scores = torch.full_like(scores, -2.0)
+    elif kind in ("rising", "falling"):
+        scores = scores.sort(dim=-1, descending=kind == "falling").values
+    elif kind == "mostly nothing":
+        scores[:, :, torch.arange(pages) % 9 > 0] = -torch.inf
+        scores[0, 0, pages // 2] = torch.inf
+    elif kind == "no numbers":
+        scores[:, 1, ::2] = torch.nan
+        scores[:, 2, 1:] = torch.nan
+    slots = 3 * pages - 1
+    index = page_slots(scores, count, kv_heads=2, page_size=3, slots=slots, impl=impl)
+    assert torch.equal(index, slots_of_best_pages(scores, count, 2, 3, slots, None, None))
+    assert index.max() == slots - 1 and index.shape[-1] == 3 * count < slots
+
+
 @pytest.mark.parametrize("impl", ["native", "apart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 80])
 def test_a_key_widens_its_page_before_pages_are_chosen(level, poisoned, impl, dtype, dim):
     keys, size = made(2, 2, 40, dim).to(dtype), 8
     keys[0, 0, 33, 2] = torch.nan
-    room = [torch.full((2, 2, 7, dim), torch.nan, dtype=dtype) for _ in range(2)]
+    room = [torch.full((2, 2, 7, dim), torch.nan, dtype=bounds_type(dtype)) for _ in range(2)]
     for whole, bound in zip(room, page_bounds(keys[:, :, :32], page_size=size), strict=True):
         whole[:, :, :4] = bound
     narrow = 0

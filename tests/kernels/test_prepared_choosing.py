@@ -7,10 +7,10 @@ from kvpress.kernels.choosing import best_slots, listed_slots, reused_slots
 from kvpress.kernels.choosing.prepared import PreparedVote
 from kvpress.kernels.head_vote import head_vote
 from kvpress.kernels.native import missing
-from kvpress.kernels.pages import choose_pages, page_bounds
+from kvpress.kernels.pages import bounds_type, choose_pages, page_bounds
 from kvpress.kernels.pages.prepared import PreparedPages
 from kvpress.kernels.rotation import rotate
-from kvpress.row_format import row_format
+from kvpress.row_format import KV_DTYPES, row_format
 
 pytestmark = pytest.mark.skipif(missing is not None, reason="no native kernels")
 
@@ -115,14 +115,22 @@ def test_other_calls_are_not_served():
         PreparedVote(query.double(), keys.double(), None, threshold=0.9, sinks=1, top_k=2, local=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), *((torch.float32, name) for name in KV_DTYPES)],
+    ids=str,
+)
 @pytest.mark.parametrize("group", [1, 3])
-def test_prepared_pages_are_those_of_checked_calls(level, group, dtype):
-    size, count = 8, 3
-    keys = made(BATCH, KV_HEADS, ROOM, DIM, seed=1).to(dtype)
-    keys[1, 0, 45, 3] = torch.nan
+def test_prepared_pages_are_those_of_checked_calls(level, group, dtype, kv_dtype):
+    size, count, form = 8, 3, row_format(kv_dtype)
+    stored = form.pack(made(BATCH, KV_HEADS, ROOM, DIM, seed=1).to(dtype))
+    raw, scale = form.parts(stored)
+    keys = form.unpack(stored, dtype)
+    if kv_dtype is None:
+        keys[1, 0, 45, 3] = torch.nan
     ours, theirs = (
-        [torch.full((BATCH, KV_HEADS, 12, DIM), torch.nan, dtype=dtype) for _ in range(2)] for _ in range(2)
+        [torch.full((BATCH, KV_HEADS, 12, DIM), torch.nan, dtype=bounds_type(dtype)) for _ in range(2)]
+        for _ in range(2)
     )
     for low_or_high, bound in zip(
         zip(ours, theirs, strict=True), page_bounds(keys[:, :, :40], page_size=size), strict=True
@@ -130,7 +138,7 @@ def test_prepared_pages_are_those_of_checked_calls(level, group, dtype):
         for room in low_or_high:
             room[:, :, :5] = bound
     query = made(BATCH, 1, KV_HEADS * group, DIM).to(dtype).transpose(1, 2)
-    prepared = PreparedPages(query, *ours, keys, count=count, page_size=size)
+    prepared = PreparedPages(query, *ours, raw, scale, count=count, page_size=size)
     lists = set()
     for slots in range(41, 90):
         query = made(BATCH, 1, KV_HEADS * group, DIM, seed=slots).to(dtype).transpose(1, 2)
@@ -147,7 +155,7 @@ def test_prepared_pages_are_those_of_checked_calls(level, group, dtype):
 
 
 def test_other_choices_of_pages_are_not_served():
-    keys, query, bound = made(1, 2, 40, DIM, seed=1), made(1, 4, 1, DIM), torch.zeros(1, 2, 4, DIM)
+    keys, query, bound = made(1, 2, 40, DIM, seed=1), made(1, 4, 1, DIM), torch.zeros(1, 2, 4, DIM).bfloat16()
     prepared = PreparedPages(query, bound, bound.clone(), keys, count=2, page_size=8)
     assert prepared.serves(made(1, 4, 1, DIM, seed=5), bound, keys)
     assert not prepared.serves(query.double(), bound, keys)
@@ -156,5 +164,11 @@ def test_other_choices_of_pages_are_not_served():
     for slots in (8, 33):
         with pytest.raises(ValueError, match=f"slots must make 2 to 4 pages of 8, got {slots}"):
             prepared.choose(query, slots)
-    with pytest.raises(ValueError, match=r"cannot be prepared: keys are torch\.bfloat16, their bounds torch\.float32"):
-        PreparedPages(query, bound, bound, keys.bfloat16(), count=2, page_size=8)
+    with pytest.raises(
+        ValueError, match=r"prepared: bounds of torch\.float32 keys are torch\.bfloat16, got torch\.float32"
+    ):
+        PreparedPages(query, bound.float(), bound.float(), keys, count=2, page_size=8)
+    with pytest.raises(ValueError, match=r"keys stored as torch\.float16 are rounded to the model's torch\.bfloat16"):
+        PreparedPages(query.bfloat16(), bound, bound, keys.half(), count=2, page_size=8)
+    with pytest.raises(ValueError, match="keys_scale must be given for int8 keys, got None"):
+        PreparedPages(query, bound, bound, keys.to(torch.int8), count=2, page_size=8)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvpress.kernels.head_vote.triton import head_vote
+from kvpress.kernels.pages import reference
 from kvpress.kernels.pages.triton import page_bounds, page_scores
 
 
@@ -63,10 +64,22 @@ def test_nobody_votes_for_nothing(generator):
         head_vote(query.expand(1, 4, 2, 16), keys)
 
 
+def outwards(bound, towards):
+    """The bfloat16 number next to `bound` in the direction of an infinity, unless `bound` is one; of other types itself."""
+    if bound.dtype != torch.float32:
+        return bound
+    near = bound.bfloat16()
+    inside = near.float() > bound if towards < 0 else near.float() < bound
+    return torch.where(inside, near.nextafter(torch.tensor(towards, dtype=torch.bfloat16)), near)
+
+
 @pytest.mark.parametrize("page_size", [16, 13])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_page_bounds_are_exact(generator, page_size, dtype):
-    keys = torch.randn(2, 2, 50, 20, generator=generator).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+def test_page_bounds_are_the_tightest(generator, page_size, dtype):
+    keys = torch.randn(2, 2, 50, 20, generator=generator)
+    keys[..., 0] *= 1e-40 if dtype == torch.float32 else 1.0  # the interpreter makes denormal bfloat16 numbers 0
+    keys[..., 1], keys[..., 2] = keys[..., 1].bfloat16(), 3.4e38 * keys[..., 2].sign()
+    keys = keys.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
     positions = torch.arange(50).view(1, 1, -1).repeat(1, 2, 1)
     positions[:, 1, 10:45] = -1
     lowest, highest = page_bounds(keys, page_size=page_size, positions=positions)
@@ -77,7 +90,13 @@ def test_page_bounds_are_exact(generator, page_size, dtype):
             inside = keys[:, head, slots]
             low = inside.amin(1) if slots else torch.full((2, 20), torch.inf, dtype=dtype)
             high = inside.amax(1) if slots else torch.full((2, 20), -torch.inf, dtype=dtype)
+            low, high = outwards(low, -torch.inf), outwards(high, torch.inf)
             assert torch.equal(lowest[:, head, page], low) and torch.equal(highest[:, head, page], high)
+    anew = reference.page_bounds(keys, page_size, positions)
+    assert torch.equal(lowest.view(torch.int16), anew[0].view(torch.int16))
+    assert torch.equal(highest.view(torch.int16), anew[1].view(torch.int16))
+    assert lowest.dtype == torch.bfloat16
+    assert (highest[..., 2] == torch.inf).any(), "3.4e38 lies above every bfloat16 number"
 
 
 @pytest.mark.parametrize("group", [1, 3])
