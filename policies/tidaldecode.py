@@ -26,8 +26,8 @@ class TidalDecode(SelectionPolicy):
     Args:
         top_k: tokens attended to.
         dense_layers: first compressed layers that attend to everything; the next one selects.
-        reselect_layer: compressed layer that selects again; `None` is 2/5 of the depth (the paper: 13 of 32 in Llama-3-8B), and
-            `kvpress.calibration.reselect_layer` finds a model's best.
+        reselect_layer: compressed layer that selects again; `None` is 2/5 of the depth (the paper: 13 of 32 in Llama-3-8B, but 7 of 32
+            in Llama-2-7B), and `kvpress.calibration.reselect_layer` finds a model's best.
     """
 
     name: ClassVar[str] = "tidaldecode"
