@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpress.models.errors import ModelLoadError
+from kvpress.models.hub import check_reachable
 from kvpress.models.load import first_line, packaged_folder, quiet_transformers
 from kvpress.models.names import choices, existing_path
 from kvpress.models.packaged import PACKAGED_MODELS
@@ -22,9 +23,11 @@ def load_config(name: str | Path) -> Any:
     path, source, options = existing_path(name), str(name), dict[str, Any]()
     if source in PACKAGED_MODELS:
         source = str(packaged_folder(PACKAGED_MODELS[source]))
-    elif path is not None and path.is_dir():
+    elif path is None:
+        check_reachable(source)
+    elif path.is_dir():
         source = str(path)
-    elif path is not None:
+    else:
         source, options = str(path.parent), {"gguf_file": path.name}
     try:
         with quiet_transformers():

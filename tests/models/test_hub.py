@@ -1,7 +1,7 @@
 """A model of the hub: asked for once, and refused at once where the hub cannot be reached."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from kvpress.models import ModelLoadError, load_model
 from kvpress.models.hub import check_reachable
+from kvpress.profiling.configuration import load_config
 
 
 def ask_at(endpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,10 +48,13 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]
         server.shutdown()
 
 
+@pytest.mark.parametrize("load", [load_model, load_config])
 @pytest.mark.usefixtures("unreachable")
-def test_a_model_of_an_unreachable_hub_is_refused_after_one_try(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_an_unreachable_hub_is_refused_after_one_try(
+    load: Callable[[str], object], capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ModelLoadError, match=r"'nowhere' is not in the hub's cache folder.*cannot be reached.*smollm2"):
-        load_model("nowhere")
+        load("nowhere")
     assert "Retrying" not in capfd.readouterr().err
 
 
