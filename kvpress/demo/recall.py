@@ -13,13 +13,14 @@ FACT = "The special number of the {place} is {number}."
 QUESTION = "\nWhat is the special number of the {place}? The special number of the {place} is"
 
 
-def recall_texts(tokenizer: Any, tokens: int = 1024, count: int = 4) -> Tensor:
+def recall_texts(tokenizer: Any, tokens: int = 1024, count: int = 4, *, seed: int = 0) -> Tensor:
     """Generated prose with a number of seven digits in it, each text with another at another depth, asked for and answered at the end.
 
     Args:
         tokenizer: the model's tokenizer.
         tokens: length wanted; reached to within some sentences, never exceeded.
         count: texts.
+        seed: chooses prose, places and numbers.
 
     Returns:
         Token ids `[count, at most tokens]` int64, no padding; the last tokens are the answer and a full stop.
@@ -31,7 +32,7 @@ def recall_texts(tokenizer: Any, tokens: int = 1024, count: int = 4) -> Tensor:
 
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    texts = [_text(tokenizer, tokens, seed, (seed + 0.5) / count) for seed in range(count)]
+    texts = [_text(tokenizer, tokens, seed * count + number, (number + 0.5) / count) for number in range(count)]
     shortest = min(map(len, texts))
     # the first token stays: many models attend to it as a rest
     return torch.tensor([ids[:1] + ids[len(ids) - shortest + 1 :] for ids in texts])

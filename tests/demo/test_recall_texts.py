@@ -24,6 +24,8 @@ def test_every_text_ends_with_what_its_fact_says():
     assert depths == sorted(depths) and depths[0] < 0.3 and 0.6 < depths[-1] < 0.95
     assert len({FACT.findall(tokenizer.decode(row))[0] for row in ids}) == 3
     assert torch.equal(ids, recall_texts(tokenizer, 1500, count=3))
+    others = [tokenizer.decode(row) for row in recall_texts(tokenizer, 1500, count=3, seed=1)]
+    assert {FACT.findall(text)[0] for text in others}.isdisjoint(FACT.findall(tokenizer.decode(row))[0] for row in ids)
 
 
 def test_the_first_token_of_every_text_stays():
