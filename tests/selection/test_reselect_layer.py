@@ -7,6 +7,7 @@ import torch
 from test_tidaldecode_sets import tidal
 
 from kvpress import PolicyCache
+from kvpress.cache_argument import passed
 from kvpress.calibration import divergence, reselect_layer
 from kvpress.policies import TidalDecode
 from kvpress.testing.families import random_tokens, tiny_model
@@ -79,7 +80,7 @@ def test_windows_are_what_they_were_before_each_layer():
         cache = PolicyCache(model, policy or TidalDecode(top_k=64))
         cuts = [ids.shape[1] - ROWS - 1, *[1] * ROWS]
         with torch.no_grad():
-            logits = [model(part, past_key_values=cache).logits[:, -1] for part in ids[:, :-1].split(cuts, dim=1)]
+            logits = [model(part, **passed(model, cache)).logits[:, -1] for part in ids[:, :-1].split(cuts, dim=1)]
         log_probabilities.append(torch.stack(logits[1:]).log_softmax(dim=-1))
     full, *selected = log_probabilities
     expected = [float((full.exp() * (full - each)).sum(dim=-1).mean()) for each in selected]
