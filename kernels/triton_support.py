@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+OLDEST = (3, 6)
 MOST_DIM = 256
 PROGRAMS_A_PROCESSOR = 2  # programs wanted on every multiprocessor before the context is split no further
 ENTRIES_A_SPLIT = 256  # a split shorter than this costs more in its merge than it gains
@@ -33,10 +35,10 @@ def interpreted() -> bool:
 
 def refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
     """Why no Triton kernel can run on these tensors, or `None`. Storage is checked by `storage_refusal`."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
     if not tensor.is_cuda and not interpreted():
         return f"Triton runs on GPUs, not on {tensor.device} (but for its interpreter: TRITON_INTERPRET=1)"
+    if (missing := _missing()) is not None:
+        return missing
     for other in others:
         if other is not None and other.device != tensor.device:
             return f"all tensors must be on {tensor.device}, one is on {other.device}"
@@ -44,6 +46,16 @@ def refusal(tensor: Tensor, *others: Tensor | None) -> str | None:
         return "the Triton kernels compute in fp32, and query is fp64"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (tensor, *others)):
         return "the Triton kernels have no gradient"
+    return None
+
+
+@cache
+def _missing() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    found = import_module("triton").__version__
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        return f"triton must be {OLDEST[0]}.{OLDEST[1]} or later, the oldest that the kernels were run with, got {found}"
     return None
 
 
