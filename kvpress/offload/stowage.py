@@ -22,6 +22,7 @@ from kvpress.offload.attached import Attached
 from kvpress.offload.block_writer import NAMES, BlockWriter, as_stored, stored_shapes
 from kvpress.offload.errors import TierClosedError, TierFullError
 from kvpress.offload.hot_slots import HotSlots
+from kvpress.offload.row_source import RowSource
 from kvpress.offload.stored_slots import StoredSlots
 from kvpress.offload.working import Reading, StoredBlock, WorkingMemory, buffer_like, read_all, shaped, shaped_bytes
 
@@ -56,6 +57,7 @@ class Stowage:
         self._broken = False  # putting away broke off
         self._beside = 0  # bytes of what the layer holds beside its table
         self._hot: HotSlots | None = None
+        self.row_source: RowSource | None = None  # what `StoredSlots` knows of the blocks
         self._table: weakref.ref[SlotTable] | None = None
         attached.stowages[layer] = weakref.ref(self)
 
