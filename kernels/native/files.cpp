@@ -95,7 +95,7 @@ int64_t nanoseconds() {
 int64_t read_files(const ReadRows& r) {
   int64_t *next = r.progress, *failed = r.progress + 1, files = 0;
   for (;;) {
-    const int64_t item = __atomic_fetch_add(next, 1, __ATOMIC_ACQ_REL);
+    const int64_t item = __atomic_fetch_add(next, 1, __ATOMIC_SEQ_CST);
     int64_t first = __atomic_load_n(failed, __ATOMIC_RELAXED);
     if (item >= r.count || item >= first) return files;
     ++files;
@@ -108,17 +108,18 @@ int64_t read_files(const ReadRows& r) {
 
 int read_rows(const ReadRows& r) {
   int64_t *reading = r.progress + 2, begin = nanoseconds();
-  if (r.helps) __atomic_fetch_add(reading, 1, __ATOMIC_ACQ_REL);  // before it takes a file: who finds none left waits for it
+  if (r.helps) __atomic_fetch_add(reading, 1, __ATOMIC_SEQ_CST);  // before it takes a file: who finds none left waits for it
   int64_t files = 0;
 #pragma omp parallel num_threads(int(r.threads)) if (r.threads > 1 && r.count > 3) reduction(+ : files)
   files += read_files(r);
   if (r.helps) {
-    __atomic_fetch_sub(reading, 1, __ATOMIC_ACQ_REL);
+    __atomic_fetch_sub(reading, 1, __ATOMIC_SEQ_CST);
     return OK;
   }
+  __atomic_store_n(r.progress, r.count, __ATOMIC_SEQ_CST);  // a helper that comes later finds none, after a failure too
   const int64_t end = nanoseconds();
   const timespec moment = {0, 20000};
-  for (int tries = 0; __atomic_load_n(reading, __ATOMIC_ACQUIRE) > 0; ++tries)
+  for (int tries = 0; __atomic_load_n(reading, __ATOMIC_SEQ_CST) > 0; ++tries)
     if (tries > SPINS) nanosleep(&moment, nullptr);
   r.progress[3] = files;
   r.progress[4] = end - begin;
