@@ -116,3 +116,5 @@ def test_help_pauses_for_longer_and_longer_while_it_does_not_pay():
         pass
     help.judge(60, 30, 0.5, 0.1)
     assert help.is_wanted()
+    help.judge(60, 60, 1.0, 0.1)  # it came too late, which may have been chance
+    assert help.is_wanted()
