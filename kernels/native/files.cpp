@@ -5,6 +5,7 @@
 #if (defined(__unix__) || defined(__APPLE__)) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #include <cerrno>
 #include <cstring>
+#include <ctime>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -43,60 +44,93 @@ uint64_t checksum(const char* data, int64_t bytes, uint64_t seed) {  // `bytes` 
   return hash ^ (hash >> 32);
 }
 
-bool is_intact(const ReadRows& r, int64_t file, int64_t row) {
-  const char* data = r.output + r.places[row] * r.stride;
-  const int64_t bytes = r.width - 8;
-  return word_at(data + bytes) == checksum(data, bytes, r.seeds[file] ^ uint64_t(r.numbers[row]));
-}
+constexpr int CHECKSUM = 8;    // bytes behind each row's payload
+constexpr int SPINS = 20000;   // some 10 microseconds: about as long as a file takes
+constexpr int64_t MOST = 256;  // rows a call; twice as many pieces are below the least limit of any system
 
-constexpr int64_t MOST = 256;  // rows a call; below the least limit of any system
-
-// Rows `first … first + count - 1` of the list, which lie side by side in the file.
+// Rows `first … first + count - 1` of the list, which lie side by side in the file: each payload to its place, and whether all are intact.
 bool read_run(const ReadRows& r, int handle, int64_t file, int64_t first, int64_t count) {
-  iovec pieces[MOST];
+  iovec pieces[2 * MOST];
+  uint64_t sums[MOST];
   for (int64_t i = 0; i < count; ++i) {
-    pieces[i].iov_base = r.output + r.places[first + i] * r.stride;
-    pieces[i].iov_len = size_t(r.width);
+    pieces[2 * i] = {r.output + r.places[first + i] * r.stride, size_t(r.payload)};
+    pieces[2 * i + 1] = {sums + i, CHECKSUM};
   }
+  const int64_t width = r.payload + CHECKSUM;
   ssize_t got;
   do {
-    got = preadv(handle, pieces, int(count), off_t(r.starts[file] + r.numbers[first] * r.width));
+    got = preadv(handle, pieces, int(2 * count), off_t(r.starts[file] + r.numbers[first] * width));
   } while (got < 0 && errno == EINTR);
-  return got == count * r.width;
+  bool fine = got == count * width;
+  for (int64_t i = 0; fine && i < count; ++i)
+    fine = sums[i] == checksum(static_cast<const char*>(pieces[2 * i].iov_base), r.payload, r.seeds[file] ^ uint64_t(r.numbers[first + i]));
+  return fine;
 }
 
-bool read_file(const ReadRows& r, int64_t file) {
+bool read_file(const ReadRows& r, int64_t item) {
   const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
+  const int64_t file = r.files[item];
   const int handle = openat(int(r.directory), r.names + file * r.name_bytes, flags);
   if (handle < 0) return false;
   struct stat facts;
   bool fine = fstat(handle, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size == r.sizes[file];
-  const int64_t end = r.firsts[file + 1];
-  for (int64_t row = r.firsts[file]; fine && row < end;) {
+  const int64_t end = r.firsts[item + 1];
+  for (int64_t row = r.firsts[item]; fine && row < end;) {
     int64_t count = 1;
     while (count < MOST && row + count < end && r.numbers[row + count] == r.numbers[row] + count) ++count;
     fine = read_run(r, handle, file, row, count);
-    for (; count > 0; --count, ++row) fine = fine && is_intact(r, file, row);
+    row += count;
   }
   close(handle);
   return fine;
 }
 
+int64_t nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t(now.tv_sec) * 1000000000 + now.tv_nsec;
+}
+
+// Files in their order, until none is left or one before them is not as expected. How many were read.
+int64_t read_files(const ReadRows& r) {
+  int64_t *next = r.progress, *failed = r.progress + 1, files = 0;
+  for (;;) {
+    const int64_t item = __atomic_fetch_add(next, 1, __ATOMIC_SEQ_CST);
+    int64_t first = __atomic_load_n(failed, __ATOMIC_RELAXED);
+    if (item >= r.count || item >= first) return files;
+    ++files;
+    if (read_file(r, item)) continue;
+    while (item < first && !__atomic_compare_exchange_n(failed, &first, item, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+  }
+}
+
 }  // namespace
 
 int read_rows(const ReadRows& r) {
-  int64_t failed = r.files;  // the first that is not as expected
-#pragma omp parallel for schedule(dynamic) num_threads(int(r.threads)) if (r.threads > 1 && r.files > 3) reduction(min : failed)
-  for (int64_t file = 0; file < r.files; ++file)
-    if (file < failed && !read_file(r, file)) failed = file;
-  *r.done = failed;
+  int64_t *reading = r.progress + 2, begin = nanoseconds();
+  if (r.helps) __atomic_fetch_add(reading, 1, __ATOMIC_SEQ_CST);  // before it takes a file: who finds none left waits for it
+  int64_t files = 0;
+#pragma omp parallel num_threads(int(r.threads)) if (r.threads > 1 && r.count > 3) reduction(+ : files)
+  files += read_files(r);
+  if (r.helps) {
+    __atomic_fetch_sub(reading, 1, __ATOMIC_SEQ_CST);
+    return OK;
+  }
+  __atomic_store_n(r.progress, r.count, __ATOMIC_SEQ_CST);  // a helper that comes later finds none, after a failure too
+  const int64_t end = nanoseconds();
+  const timespec moment = {0, 20000};
+  for (int tries = 0; __atomic_load_n(reading, __ATOMIC_SEQ_CST) > 0; ++tries)
+    if (tries > SPINS) nanosleep(&moment, nullptr);
+  r.progress[3] = files;
+  r.progress[4] = end - begin;
+  r.progress[5] = nanoseconds() - end;
   return OK;
 }
 
 #else
 
 int read_rows(const ReadRows& r) {
-  *r.done = 0;
+  r.progress[1] = 0;
   return OK;
 }
 

@@ -5,17 +5,21 @@ struct ReadRows {
   int64_t threads;
   int64_t directory;           // an open handle
   const char* names;           // of the files in it, `name_bytes` each, ended by 0
-  int64_t name_bytes, files;
+  int64_t name_bytes;
   const int64_t* sizes;        // bytes that each file must have
   const int64_t* starts;       // bytes before its rows
-  const int64_t* firsts;       // [files + 1] which of `numbers` are its own
+  const uint64_t* seeds;       // of the checksums of its rows
+  const int64_t* files;        // [count] which of them to read
+  int64_t count;
+  const int64_t* firsts;       // [count + 1] which of `numbers` are each one's own
   const int64_t* numbers;      // of the rows to read
   const int64_t* places;       // where each of them goes, in rows of the output
-  const uint64_t* seeds;       // of the checksums of each file's rows
-  int64_t width;               // bytes of a row, the last 8 of which are its checksum
+  int64_t payload;             // bytes of a row before its checksum, a multiple of 8
   char* output;
   int64_t stride;              // bytes from one of its rows to the next
-  int64_t* done;               // files that were read, from the first on; the next one is not as expected
+  int64_t helps;               // not 0: for another call, which has the same `progress` and waits for this one where it reads a file
+  int64_t* progress;           // [6]: which of `files` is next, the first that is not as expected, and how many helpers are reading;
+                               // of the call that is helped: files it read, nanoseconds it took for them, and waited then
 };
 
 int read_rows(const ReadRows&);

@@ -119,7 +119,7 @@ OPERATION(best_slots, BestSlots, "iiii" "ii" "i", best_slots)
 OPERATION(listed_slots, ListedSlots, "iiiii" "ii", listed_slots)
 OPERATION(page_slots, PageSlots, PAGE_SLOTS, page_slots)
 OPERATION(find_places, FindPlaces, "iiiii" "i" "iii" "ii", find_places)
-OPERATION(read_rows, ReadRows, "i" "iiii" "iiiiii" "iiii", read_rows)
+OPERATION(read_rows, ReadRows, "i" "iii" "iii" "ii" "iii" "iii" "ii", read_rows)
 OPERATION(prefer_large_pages, Region, "ii", prefer_large_pages)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
 

@@ -9,7 +9,7 @@ from kvpress.offload.key import BlockKey
 from kvpress.offload.layout import BlockLayout
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Block:
     """An immutable block and where its copies lie.
 

@@ -3,12 +3,11 @@
 import errno
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -25,8 +24,9 @@ from kvpress.offload.key import BlockKey
 from kvpress.offload.layout import BlockLayout, memory_of
 from kvpress.offload.ledger import Ledger
 from kvpress.offload.namespace import Namespace
-from kvpress.offload.slot_rows import RowLayout, RowsWanted, seed_of
-from kvpress.offload.store import FileStore
+from kvpress.offload.row_source import RowSource
+from kvpress.offload.slot_rows import RowsWanted
+from kvpress.offload.store import Background, FileStore
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -48,8 +48,6 @@ class DiskTier:
     ) -> None:
         self.ledger = Ledger(limit)
         self._lock = Lock()
-        # of the files that are there: the bytes before their tensors, the bytes in all, the seed of their rows' checksums
-        self._files: dict[str, tuple[int, int, int]] = {}
         self._stuck: dict[str, int] = {}  # files that could not be removed, and their bytes
         namespace = Namespace(root)
         self.path = namespace.path
@@ -86,7 +84,6 @@ class DiskTier:
             self.ledger.count(failures=1)
             kind = TierFullError if error.errno in FULL else TierWriteError
             raise kind(self.name, f"could not be written ({error.strerror or error})", key) from error
-        self._files[key.digest] = size - layout.nbytes, size, seed_of(key)
         self.ledger.count(bytes_in=size, blocks=1)
 
     def read(self, key: BlockKey, layout: BlockLayout, out: Mapping[str, Tensor]) -> None:
@@ -100,46 +97,37 @@ class DiskTier:
         self.ledger.count(bytes_out=self.size(key, layout))
 
     def read_rows(
-        self, blocks: Sequence[tuple[BlockKey, BlockLayout]], wanted: RowsWanted, rows: RowLayout, out: Tensor
+        self, source: RowSource, wanted: RowsWanted, out: Tensor, beside: Background | None = None
     ) -> tuple[int, TierError] | None:
-        """Read single rows of blocks of slot rows to their places in `out [n, width]`.
+        """Read single rows of blocks of slot rows to their places in `out [n, payload]`, `beside` on another thread too.
 
-        Returns None, or which block failed first and why, as `read` would raise it; those places are then undefined.
+        Returns None, or which of `wanted.blocks` failed first and why, as `read` would raise it; those places are then undefined.
         """
-        files = [self._files[key.digest] for key, _ in blocks]
-        names = [key.digest for key, _ in blocks]
-        starts, sizes, seeds = numpy.array(files, dtype=numpy.uint64).T.copy()
         first = 0
-        while first < len(blocks):
-            behind = names[first:], sizes[first:], starts[first:], wanted.firsts[first:], wanted.numbers, wanted.places
+        while first < len(wanted.blocks):
             with suppress(OSError):  # that file is read again below
-                first += self.store.read_rows(*behind, seeds[first:], out)
-            if first < len(blocks):
+                first += self.store.read_rows(source, wanted, first, out, beside)
+            if first < len(wanted.blocks):
                 try:
-                    self._read_slowly(*blocks[first], *wanted.of_block(first), rows, out)
+                    self._read_slowly(source, wanted, first, out)
                 except TierError as error:
                     return first, error
                 first += 1
-        self.ledger.count(bytes_out=wanted.rows * rows.width)
+        self.ledger.count(bytes_out=wanted.rows * source.layout.width)
         return None
 
-    def _read_slowly(
-        self,
-        key: BlockKey,
-        layout: BlockLayout,
-        numbers: Sequence[int],
-        places: Sequence[int],
-        rows: RowLayout,
-        out: Tensor,
-    ) -> None:
+    def _read_slowly(self, source: RowSource, wanted: RowsWanted, each: int, out: Tensor) -> None:
         """One block's rows, step by step. Raises as `read` does."""
+        block, rows = int(wanted.blocks[each]), source.layout
+        key, start, size = source.keys[block], int(source.starts[block]), int(source.sizes[block])
+        numbers, places = wanted.of_block(each)
         piece = torch.empty(len(numbers), rows.width, dtype=torch.uint8)
-        self._read(key, lambda: read_rows(self.store, key, layout, rows, numbers, piece))
+        self._read(key, lambda: read_rows(self.store, key, start, size, rows.width, numbers, piece))
         damaged = rows.first_damaged(memory_of(piece), numbers, range(len(numbers)), key)
         if damaged is not None:
             self.ledger.count(failures=1)
             raise TierCorruptError(self.name, f"the checksum of row {damaged} does not match its bytes", key)
-        out[torch.tensor(places)] = piece
+        out[torch.tensor(places)] = piece[:, : rows.payload]
 
     def _read(self, key: BlockKey, once: Callable[[], None]) -> None:
         try:
@@ -156,7 +144,6 @@ class DiskTier:
 
     def remove(self, key: BlockKey, layout: BlockLayout) -> None:
         """Remove the block's file. When that fails its bytes stay accounted for, and it is tried again later."""
-        self._files.pop(key.digest, None)
         self.ledger.count(blocks=-1)
         try:
             self.store.unlink(key.digest)

@@ -27,7 +27,7 @@ from torch import Tensor
 from kvpress.offload.errors import TierCorruptError, TierLostError
 from kvpress.offload.key import FORMAT_VERSION, BlockKey
 from kvpress.offload.layout import DTYPE_NAMES, DTYPES, BlockLayout, chunks_of, memory_of
-from kvpress.offload.slot_rows import RowLayout, runs
+from kvpress.offload.slot_rows import runs
 from kvpress.offload.store import FileStore, OpenFile
 
 TYPE = "kvpress.block"
@@ -148,27 +148,24 @@ def read_block(store: FileStore, name: str, key: str, layout: BlockLayout, out: 
 
 
 def read_rows(
-    store: FileStore,
-    key: BlockKey,
-    layout: BlockLayout,
-    rows: RowLayout,
-    numbers: Sequence[int],
-    out: Tensor,
+    store: FileStore, key: BlockKey, start: int, size: int, width: int, numbers: Sequence[int], out: Tensor
 ) -> None:
     """Read the rows `numbers` of the block `key` of slot rows into `out [n, width]`; nothing else of the file is read.
 
     Whether they are what was written, each row's own checksum says (`RowLayout.first_damaged`).
+
+    Args:
+        start, size: bytes before the rows of the file, and in all.
 
     Raises:
         TierCorruptError: the file has another size than was written; `out` is then undefined.
         TierLostError: there is no such file.
         OSError: it could not be read; `out` is then undefined.
     """
-    description, width = key.description(), rows.width
-    start, target, done = header_bytes(description, layout), memory_of(out), 0
+    description, target, done = key.description(), memory_of(out), 0
     with _opened(store, key.digest, description) as file:
-        if file.size != start + layout.nbytes:
-            raise TierCorruptError("disk", f"{file.size} bytes instead of {start + layout.nbytes}", description)
+        if file.size != size:
+            raise TierCorruptError("disk", f"{file.size} bytes instead of {size}", description)
         for first, count in runs(numbers):
             piece = target[done : done + count * width]
             if file.read_into(piece, start + first * width, bool) < len(piece):

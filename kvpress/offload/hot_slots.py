@@ -22,7 +22,7 @@ class HotSlots:
 
     Attributes:
         tensors: keys and values by name, `[batch, kv_heads, capacity, dim]` as they are stored; views of `rows`, if there are slot rows.
-        rows: slot rows `[batch, groups, capacity, width]` of uint8, or None.
+        rows: payloads of slot rows `[batch, groups, capacity, payload]` of uint8, or None.
         holder: `[batch, lists, capacity]` int32 which slot each copy is of, -1 for none; one list where all KV heads select the same.
         place: `[batch, lists, slots]` int32 where the copy of each slot is, -1 for nowhere.
         used: `[batch, lists, capacity]` int32 the last forward that read it.
@@ -65,7 +65,7 @@ class HotSlots:
     def _open(self) -> None:
         self.tensors, self.rows = self._memory, None
         if self._layout is not None:
-            self.rows = self._memory[NAME][..., : self._layout.width]
+            self.rows = self._memory[NAME][..., : self._layout.payload]
             self.tensors = self._layout.unpack(self.rows)
         self.attention = PreparedAttention(*self.form.readable(self.tensors["key"], self.tensors["value"], {}))
 
@@ -107,6 +107,6 @@ class HotSlots:
 
 
 def row_memory(layout: RowLayout, batch: int) -> dict[str, Tensor]:
-    """What memory for slot rows is like, each at a multiple of `ROW_BYTES`: `[batch, groups, 0, bytes]` of uint8."""
-    width = -(-layout.width // ROW_BYTES) * ROW_BYTES
+    """What memory for the payloads of slot rows is like, each at a multiple of `ROW_BYTES`: `[batch, groups, 0, bytes]` of uint8."""
+    width = -(-layout.payload // ROW_BYTES) * ROW_BYTES
     return {NAME: torch.empty(batch, layout.groups, 0, width, dtype=torch.uint8)}

@@ -6,28 +6,25 @@ manager does not hold, or a typed error that says what was lost; never anything 
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import NoReturn
 
-import torch
 from torch import Tensor
 
 from kvpress.offload.block import Block
 from kvpress.offload.disk import DiskTier
 from kvpress.offload.errors import TierClosedError, TierCorruptError, TierError, TierFullError, TierLostError
-from kvpress.offload.held_blocks import HeldBlocks
 from kvpress.offload.host import MemoryTier
 from kvpress.offload.key import BlockKey
 from kvpress.offload.layout import BlockLayout
 from kvpress.offload.ledger import TierStatistics
-from kvpress.offload.loader import Loader
 from kvpress.offload.mover import Attempt, Mover, Tier
 from kvpress.offload.options import Offload
-from kvpress.offload.slot_rows import NAME, RowLayout, RowsWanted
+from kvpress.offload.row_reader import RowReader
 from kvpress.offload.store import FileStore
 from kvpress.offload.transfer import Device, HostDevice, Transfer
 
@@ -35,7 +32,7 @@ logger = logging.getLogger(__name__)
 THREADS = 2  # reads and writes in the background; more only compete for one disk
 
 
-class TierManager(HeldBlocks):
+class TierManager(RowReader):
     """Holds blocks in the tiers that `options` names. Safe to use from several threads.
 
     Args:
@@ -60,9 +57,7 @@ class TierManager(HeldBlocks):
             tiers.append(MemoryTier("host", options.host_bytes, device.host_bytes))
         if options.disk is not None:
             tiers.append(DiskTier(options.disk, options.disk_bytes, open_store))
-        super().__init__(Mover(device, Transfer(device) if transfer is None else transfer, tiers))
-        self._loader = Loader(self._mover)
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="kvpress-offload")
+        super().__init__(Mover(device, Transfer(device) if transfer is None else transfer, tiers), THREADS)
         self._background: set[Future[None]] = set()
 
     # --- storing -----------------------------------------------------------------------------------------------
@@ -203,72 +198,6 @@ class TierManager(HeldBlocks):
             if isinstance(source, MemoryTier):
                 source.ledger.count(bytes_out=block.layout.nbytes)
             return True
-
-    def read_rows(self, keys: Sequence[BlockKey], wanted: RowsWanted, layout: RowLayout, out: Tensor) -> None:
-        """Copy the rows `wanted` of the blocks `keys` of slot rows to their places in `out [n, width]`, a contiguous CPU tensor.
-
-        Takes no room in any tier, and reads nothing else.
-
-        Raises:
-            TierLostError: a block is not held.
-            TierCorruptError, TierLostError, TierReadError: as `get` does; `out` is then undefined.
-        """
-        with self._locked() as mover:
-            pinned: list[Block] = []
-            try:
-                for key in keys:
-                    block = mover.blocks.get(key.digest)
-                    if block is None or block.moved_by is not None:
-                        block = self._settled(key)
-                    if block is None or not block.owners:
-                        raise TierLostError("manager", "is not held", key)
-                    if block.failure is not None or not (block.on_disk or block.buffers):
-                        self._missing(block)
-                    block.pins += 1
-                    pinned.append(block)
-                self._count(pinned)
-                mover.moving += 1
-                try:
-                    with mover.unlocked(stalls=mover.disk):
-                        failed = self._read_rows(pinned, wanted, layout, out)
-                finally:
-                    mover.moving -= 1
-                if failed is not None:
-                    block, error = failed
-                    while block.busy:
-                        mover.lock.wait()
-                    self._loader.withdraw(block, error)
-                    self._remove_if_lost(block)
-                    raise error
-                for block in pinned:
-                    if block.buffers:  # nothing lies below the disk, whose order of use matters to nobody
-                        mover.touch(block)
-            finally:
-                for block in pinned:
-                    block.pins -= 1
-                    if not block.owners:
-                        mover.collect(block)
-                mover.changed()
-
-    def _read_rows(
-        self, blocks: Sequence[Block], wanted: RowsWanted, layout: RowLayout, out: Tensor
-    ) -> tuple[Block, TierError] | None:
-        """The block that could not be read, and why. Called without the lock, on pinned blocks, whose copies stay where they are."""
-        on_disk = []
-        for number, block in enumerate(blocks):
-            buffer = next(iter(block.buffers.values()), None)
-            if buffer is None:
-                on_disk.append(number)
-                continue
-            rows = block.layout.views(buffer)[NAME].view(-1, layout.width)
-            numbers, places = (torch.tensor(each) for each in wanted.of_block(number))
-            out[places] = rows[numbers.to(rows.device)].to(out.device)
-        if not on_disk:
-            return None
-        some = wanted if len(on_disk) == len(blocks) else wanted.some(on_disk)
-        listed = [(blocks[number].key, blocks[number].layout) for number in on_disk]
-        failed = self._mover.need_disk().read_rows(listed, some, layout, out)
-        return None if failed is None else (blocks[on_disk[failed[0]]], failed[1])
 
     def prefetch(self, keys: Iterable[BlockKey]) -> None:
         """Bring blocks near in the background, in the order given. A failure is raised by the next `get`."""

@@ -59,9 +59,14 @@ class RowLayout:
         return cls(groups, heads, slots, tuple(parts))
 
     @property
+    def payload(self) -> int:
+        """Bytes of a row before its checksum."""
+        return -(-self.parts[-1].stop // ALIGNMENT) * ALIGNMENT
+
+    @property
     def width(self) -> int:
         """Bytes of a row."""
-        return -(-self.parts[-1].stop // ALIGNMENT) * ALIGNMENT + CHECKSUM_BYTES
+        return self.payload + CHECKSUM_BYTES
 
     def shape(self, batch: int) -> tuple[int, int, int, int]:
         """Of the rows of a block."""
@@ -85,14 +90,14 @@ class RowLayout:
                 target.unflatten(-1, (self.heads, part.dim)).copy_(source.transpose(1, 2)[:, None])
             else:
                 target.copy_(source)
-        flat, width, payload = memory_of(rows), self.width, self.width - CHECKSUM_BYTES
+        flat, width, payload = memory_of(rows), self.width, self.payload
         seed = seed_of(key)
         for number in range(len(flat) // width):
             start = number * width
             flat[start + payload : start + width] = checksum(flat[start : start + payload], seed ^ number)
 
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
-        """Views `[batch, kv_heads, n, dim]` of rows `[batch, groups, n, width]`."""
+        """Views `[batch, kv_heads, n, dim]` of rows `[batch, groups, n, width]`, or of their payloads."""
         found = {}
         for part in self.parts:
             tensor = rows[..., part.start : part.stop].view(part.dtype)
@@ -105,7 +110,7 @@ class RowLayout:
         self, rows: memoryview, numbers: Sequence[int], places: Iterable[int], key: BlockKey
     ) -> int | None:
         """The first of the rows `numbers` of the block `key` that is not what was written, if one is not; they lie at `places`."""
-        width, payload, seed = self.width, self.width - CHECKSUM_BYTES, seed_of(key)
+        width, payload, seed = self.width, self.payload, seed_of(key)
         for number, place in zip(numbers, places, strict=True):
             start = place * width
             end = start + payload
@@ -115,39 +120,42 @@ class RowLayout:
 
 
 class RowsWanted:
-    """Rows of several blocks, one block after the other.
+    """Rows of several blocks, one block after the other. Arrays are contiguous and of int64.
 
     Args:
-        numbers: of the rows in their blocks, int64.
-        firsts: `[blocks + 1]` int64: those of block `i` are `numbers[firsts[i] : firsts[i + 1]]`.
-        places: int64, where they go, as rows of the output; in order where None.
+        blocks: which blocks of their source.
+        firsts: `[blocks + 1]`: those of `blocks[i]` are `numbers[firsts[i] : firsts[i + 1]]`.
+        numbers: of the rows in their blocks.
+        places: where they go, as rows of the output.
     """
 
-    def __init__(self, numbers: numpy.ndarray, firsts: numpy.ndarray, places: numpy.ndarray | None = None) -> None:
-        self.numbers, self.firsts = numbers, firsts
-        self.places = numpy.arange(len(numbers)) if places is None else places
+    def __init__(
+        self, blocks: numpy.ndarray, firsts: numpy.ndarray, numbers: numpy.ndarray, places: numpy.ndarray
+    ) -> None:
+        self.blocks, self.firsts, self.numbers, self.places = blocks, firsts, numbers, places
 
     @classmethod
     def of(cls, numbers: Sequence[Sequence[int]]) -> RowsWanted:
-        """From a list of numbers for each block."""
+        """From a list of numbers for each block of the source, to places in order."""
         firsts = numpy.cumsum([0, *map(len, numbers)], dtype=numpy.int64)
-        return cls(numpy.array([number for some in numbers for number in some], dtype=numpy.int64), firsts)
+        listed = numpy.array([number for some in numbers for number in some], dtype=numpy.int64)
+        return cls(numpy.arange(len(numbers)), firsts, listed, numpy.arange(len(listed)))
 
     @property
     def rows(self) -> int:
         """How many."""
         return int(self.firsts[-1] - self.firsts[0])
 
-    def some(self, blocks: Sequence[int]) -> RowsWanted:
-        """Those of some of the blocks."""
-        chosen = [numpy.arange(self.firsts[block], self.firsts[block + 1]) for block in blocks]
+    def some(self, which: Sequence[int]) -> RowsWanted:
+        """Those of `blocks[each]` for each of `which`."""
+        chosen = [numpy.arange(self.firsts[each], self.firsts[each + 1]) for each in which]
         firsts = numpy.cumsum([0, *map(len, chosen)], dtype=numpy.int64)
         rows = numpy.concatenate(chosen)
-        return RowsWanted(self.numbers[rows], firsts, self.places[rows])
+        return RowsWanted(self.blocks[which], firsts, self.numbers[rows], self.places[rows])
 
-    def of_block(self, block: int) -> tuple[list[int], list[int]]:
-        """Numbers and places of one block's."""
-        mine = slice(self.firsts[block], self.firsts[block + 1])
+    def of_block(self, each: int) -> tuple[list[int], list[int]]:
+        """Numbers and places of the rows of `blocks[each]`."""
+        mine = slice(self.firsts[each], self.firsts[each + 1])
         return self.numbers[mine].tolist(), self.places[mine].tolist()
 
 

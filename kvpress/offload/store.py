@@ -4,27 +4,36 @@ All names are relative to an open directory handle. A directory that is renamed,
 symbolic link while the store is open therefore cannot lead a read or a write anywhere else.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy
 import torch
 from torch import Tensor
 
 from kvpress.kernels.native import extension
+from kvpress.offload.help import Help
+
+if TYPE_CHECKING:
+    from kvpress.offload.row_source import RowSource
+    from kvpress.offload.slot_rows import RowsWanted
 
 Result = TypeVar("Result")
+Background = Callable[[Callable[[], None]], "Future[None]"]
 
 NAME = re.compile(r"[0-9a-f]{64}")
-HEXADECIMAL = b"0123456789abcdef"
 NAME_BYTES = 65  # with the 0 that ends it
 TEMPORARY_NAME = re.compile(r"[0-9a-f]{64}\.[0-9]+\.tmp")
+WORTH_HELP = 128  # rows of which reading is worth waking another thread
 PIECE = 1 << 20  # bytes a hash sees while they are still in the processor's cache
 STEPS = ("open_temporary", "write", "fsync", "rename", "fsync_directory", "open", "read", "stat", "unlink")
 
@@ -40,6 +49,7 @@ class FileStore:
         self.directory = directory
         self._handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._serial = count()
+        self._help = Help()
         self.leftovers: list[str] = []  # files of failed writes that could not be removed
 
     def step(self, name: str, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
@@ -81,7 +91,7 @@ class FileStore:
         return done
 
     @contextmanager
-    def open(self, name: str) -> Iterator["OpenFile"]:
+    def open(self, name: str) -> Iterator[OpenFile]:
         """Open the regular file `name` for reading. Raises OSError; a symbolic link is never followed."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         file = self.step("open", os.open, checked(name), flags, dir_fd=self._handle)
@@ -91,48 +101,48 @@ class FileStore:
             os.close(file)
 
     def read_rows(
-        self,
-        names: Sequence[str],
-        sizes: numpy.ndarray,
-        starts: numpy.ndarray,
-        firsts: numpy.ndarray,
-        numbers: numpy.ndarray,
-        places: numpy.ndarray,
-        seeds: numpy.ndarray,
-        out: Tensor,
+        self, source: RowSource, wanted: RowsWanted, first: int, out: Tensor, beside: Background | None = None
     ) -> int:
-        """Read single rows of several files into `out [n, width]` and check them, in one call of the native kernels where they are built.
+        """Read single rows of several files into `out [n, payload]` and check them, by the native kernels where they are built.
 
         Args:
-            names, sizes: of the files, and the bytes that each must have.
-            starts: bytes before the rows of each.
-            firsts: `[files + 1]`: those of file `i` are `numbers[firsts[i] : firsts[i + 1]]`.
-            numbers, places: of the rows in their files, and where they go in `out`.
-            seeds: uint64, of each file's rows: the last 8 bytes of a row are the XXH64 of the others, with its number in the seed.
+            source: tells of the files.
+            wanted: the rows, of which those of the files before `wanted.blocks[first]` are left out.
+            out: uint8, rows of contiguous bytes.
+            beside: runs a function on another thread, which reads along where torch computes on one thread only.
 
-        Returns the number of files that were read, from the first on. What is wrong with the next one, its `open` tells. Raises OSError.
+        Returns the number of files that were read, from `first` on. What is wrong with the next one, its `open` tells. Raises OSError.
         """
         native = getattr(extension, "read_rows", None)
         if native is None:
             return 0
-        listed = numpy.frombuffer(_checked_list(names), dtype=numpy.uint8)
-        done = numpy.zeros(1, dtype=numpy.int64)
-        columns = [each.ctypes.data for each in (sizes, starts, firsts, numbers, places, seeds)]
-        self.step(
-            "read",
-            native,
-            torch.get_num_threads(),
-            self._handle,
-            listed.ctypes.data,
-            NAME_BYTES,
-            len(names),
-            *columns,
-            out.shape[1],
-            out.data_ptr(),
-            out.stride(0),
-            done.ctypes.data,
-        )
-        return int(done[0])
+        count, threads = len(wanted.blocks) - first, torch.get_num_threads()
+        progress = numpy.array([0, count, 0, 0, 0, 0], dtype=numpy.int64)
+        names, *of_files = source.addresses
+        blocks, firsts = wanted.blocks[first:], wanted.firsts[first:]
+        fields = (
+            threads, self._handle, names, NAME_BYTES, *of_files, blocks.ctypes.data, count, firsts.ctypes.data,
+            wanted.numbers.ctypes.data, wanted.places.ctypes.data, out.shape[1], out.data_ptr(), out.stride(0),
+        )  # fmt: skip
+
+        def take_part(helps: int) -> None:  # holds on to `progress`, which a helper that comes late looks at
+            self.step("read", native, *fields, helps, progress.ctypes.data)
+
+        helper = None
+        if beside is not None and threads == 1 and wanted.rows >= WORTH_HELP and self._help.is_wanted():
+            with suppress(RuntimeError):  # the threads have ended meanwhile
+                helper = beside(lambda: take_part(1))
+        try:
+            take_part(0)  # ends when no helper reads any more
+        except BaseException:
+            if helper is not None and not helper.cancel():
+                helper.exception()
+            raise
+        if helper is not None:
+            helper.cancel()
+            _, done, _, own, working, waiting = progress.tolist()
+            self._help.judge(done, own, working, waiting)
+        return int(progress[1])
 
     def unlink(self, name: str) -> None:
         """Remove the block or temporary file `name`, or the link of that name; a missing one is no error."""
@@ -188,12 +198,3 @@ def checked(name: str) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f"name must be 64 lower-case hexadecimal digits, got {name!r}")
     return name
-
-
-def _checked_list(names: Sequence[str]) -> bytes:
-    """As `checked`, of each; a byte of 0 after every one."""
-    listed = "\0".join([*names, ""]).encode()
-    ends = listed[NAME_BYTES - 1 :: NAME_BYTES]
-    if listed.translate(None, HEXADECIMAL) != ends or len(ends) != len(names) or len(listed) != NAME_BYTES * len(names):
-        raise ValueError(f"names must be 64 lower-case hexadecimal digits each, got {names!r}")
-    return listed

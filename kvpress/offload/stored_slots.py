@@ -11,7 +11,8 @@ from torch import Tensor
 from kvpress.memory import growth
 from kvpress.offload.errors import TierFullError
 from kvpress.offload.hot_slots import HotSlots, row_memory
-from kvpress.offload.slot_rows import RowLayout, RowsWanted
+from kvpress.offload.row_source import RowSource
+from kvpress.offload.slot_rows import RowsWanted
 from kvpress.row_format import PackedRows, Rows, unpacked
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ class StoredSlots:
         Raises:
             TierError: not all could be had; none of them has a place then.
         """
-        if len(missing) == hot.holder.shape[0] == hot.holder.shape[1] == 1:
+        one = hot.holder.shape[0] == hot.holder.shape[1] == 1
+        if one and len(missing) == 1:
             entry = int(missing)
             behind = int(index[0, 0, entry]) - self._table.base
             if behind >= 0:  # a decoded token's own
@@ -150,26 +152,26 @@ class StoredSlots:
                 for name, tail in (("key", self._table.keys), ("value", self._table.values)):
                     hot.tensors[name][:, :, goes] = tail[:, :, behind]
                 return
-        entries = missing.cpu().numpy()
-        slot, place = (each.view(-1)[missing].cpu().numpy() for each in (index, places))
-        row, group = numpy.divmod(entries // index.shape[-1], index.shape[1])
-        wanted = _Wanted(row, group, slot, place)
+        wanted = _Wanted.of(missing, index, places)
         try:
-            near = slot >= self._table.base
-            if not near.all():
-                stored = wanted if not near.any() else wanted.some(~near)
+            stored, near = wanted.apart(self._table.base)
+            if len(stored.slot):
                 self._bring_parts(hot, stored) if hot.rows is None else self._bring_rows(hot, stored)
-            if near.any():
-                self._bring_tail(hot, wanted if near.all() else wanted.some(near))
+            if len(near.slot):
+                self._bring_tail(hot, near)
         except BaseException:
-            hot.forget(row, group, slot)
+            hot.forget(wanted.row, wanted.group, wanted.slot)
             raise
 
     def _bring_tail(self, hot: HotSlots, wanted: _Wanted) -> None:
         """From the table's own memory."""
         row, heads, slot, place = wanted.tensors(self.device, one_list=hot.holder.shape[1] == 1)
+        slot = slot - self._table.base
         for name, tail in (("key", self._table.keys), ("value", self._table.values)):
-            hot.tensors[name][row, heads, place] = tail[row, heads, slot - self._table.base]
+            if hot.holder.shape[0] == hot.holder.shape[1] == 1:
+                hot.tensors[name].index_copy_(2, place, tail.index_select(2, slot))
+            else:
+                hot.tensors[name][row, heads, place] = tail[row, heads, slot]
 
     def _bring_parts(self, hot: HotSlots, wanted: _Wanted) -> None:
         """Block by block."""
@@ -197,24 +199,37 @@ class StoredSlots:
 
     def _bring_rows(self, hot: HotSlots, wanted: _Wanted) -> None:
         """Row by row into place: nothing else of a block is read."""
-        stowage, size, batches = self._stowage, self._stowage.attached.options.block, self._table.keys.shape[0]
-        layout: RowLayout | None = stowage.blocks[0].layout
-        if layout is None or hot.rows is None:
-            raise RuntimeError("these blocks do not lie in slot rows")
-        if batches * layout.groups > 1 or not (numpy.diff(wanted.slot) > 0).all():
+        stowage, batches = self._stowage, self._table.keys.shape[0]
+        source, rows = self._source(), hot.rows
+        if rows is None:
+            raise RuntimeError("these copies do not lie in slot rows")
+        layout = source.layout
+        size, lists = layout.slots, batches * layout.groups
+        if lists > 1 or not wanted.ascends:
             row = (wanted.slot // size * batches + wanted.row) * layout.groups + wanted.group
             wanted = wanted.some((row * size + wanted.slot % size).argsort())
-        numbers = wanted.slot // size
-        firsts = numpy.concatenate([[0], numpy.flatnonzero(numpy.diff(numbers)) + 1, [len(numbers)]])
-        blocks = [stowage.blocks[number] for number in numbers[firsts[:-1]].tolist()]
-        old = wanted.row
-        if any(block.rows is not None for block in blocks):
-            rows_then = numpy.array([block.rows or range(block.batch) for block in blocks])
-            old = rows_then[numpy.repeat(numpy.arange(len(blocks)), numpy.diff(firsts)), wanted.row]
-        places = (wanted.row * layout.groups + wanted.group) * hot.capacity + wanted.place
-        rows = RowsWanted((old * layout.groups + wanted.group) * size + wanted.slot % size, firsts, places)
-        keys = [block.parts[0][1] for block in blocks]
-        stowage.attached.manager.read_rows(keys, rows, layout, hot.rows.flatten(0, 2))
+        block, number = numpy.divmod(wanted.slot, size)
+        begins = numpy.flatnonzero(block[1:] != block[:-1]) + 1
+        firsts = numpy.concatenate([[0], begins, [len(block)]])
+        blocks, places = block[firsts[:-1]], wanted.place
+        if lists > 1:
+            places = (wanted.row * layout.groups + wanted.group) * hot.capacity + places
+        if lists > 1 or source.batch_rows is not None:
+            then = wanted.row if source.batch_rows is None else source.batch_rows[block, wanted.row]
+            number += (then * layout.groups + wanted.group) * size
+        found = RowsWanted(blocks, firsts, number, places)
+        stowage.attached.manager.read_rows(source, found, rows.flatten(0, 2))
+
+    def _source(self) -> RowSource:
+        """The blocks, for reading rows of them."""
+        stowage, blocks = self._stowage, self._stowage.blocks
+        layout = blocks[0].layout
+        if layout is None:
+            raise RuntimeError("these blocks do not lie in slot rows")
+        if stowage.row_source is None or stowage.row_source.layout is not layout:
+            stowage.row_source = RowSource(layout)
+        stowage.row_source.follow(blocks)
+        return stowage.row_source
 
 
 class _Wanted:
@@ -223,7 +238,28 @@ class _Wanted:
     def __init__(self, row: numpy.ndarray, group: numpy.ndarray, slot: numpy.ndarray, place: numpy.ndarray) -> None:
         self.row, self.group, self.slot, self.place = row, group, slot, place
 
-    def some(self, which: numpy.ndarray) -> _Wanted:
+    @classmethod
+    def of(cls, entries: Tensor, index: Tensor, places: Tensor) -> _Wanted:
+        """Those of the flat `entries` of `index [batch, lists, n]` and of their `places`."""
+        chosen = entries.cpu().numpy()
+        slot, place = (each.view(-1).cpu().numpy()[chosen] for each in (index, places))
+        if index.shape[0] == index.shape[1] == 1:
+            return cls(none := numpy.zeros_like(slot), none, slot, place)
+        return cls(*numpy.divmod(chosen // index.shape[-1], index.shape[1]), slot, place)
+
+    @property
+    def ascends(self) -> bool:
+        """Whether each slot lies behind the one before it."""
+        return bool((self.slot[1:] > self.slot[:-1]).all())
+
+    def apart(self, base: int) -> tuple[_Wanted, _Wanted]:
+        """Those before slot `base`, and those from there on."""
+        near = self.slot >= base
+        if not near.any():
+            return self, self.some(slice(0, 0))
+        return self.some(~near), self.some(near)
+
+    def some(self, which: numpy.ndarray | slice) -> _Wanted:
         """Those of a mask, or in an order."""
         return _Wanted(self.row[which], self.group[which], self.slot[which], self.place[which])
 

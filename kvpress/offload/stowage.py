@@ -22,6 +22,7 @@ from kvpress.offload.errors import TierFullError
 from kvpress.offload.gathered import Buffers, GatheredSlots, allocated
 from kvpress.offload.hot_slots import HotSlots
 from kvpress.offload.layer_blocks import LayerBlocks
+from kvpress.offload.row_source import RowSource
 from kvpress.offload.stored_slots import StoredSlots
 from kvpress.offload.working import Reading, StoredBlock, WorkingMemory
 
@@ -51,6 +52,7 @@ class Stowage:
         self._broken = False  # putting away broke off
         self._beside = 0  # bytes of what the layer holds beside its table
         self._hot: HotSlots | None = None
+        self.row_source: RowSource | None = None  # what `StoredSlots` knows of the blocks
         self._table: weakref.ref[SlotTable] | None = None
         attached.stowages[layer] = weakref.ref(self)
 

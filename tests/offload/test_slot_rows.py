@@ -13,8 +13,10 @@ from kvpress.offload import slot_rows as module
 from kvpress.offload import store as store_module
 from kvpress.offload.key import BlockKey
 from kvpress.offload.manager import TierManager
+from kvpress.offload.row_source import RowSource
 from kvpress.offload.slot_rows import NAME, RowLayout, RowsWanted, runs
 from kvpress.offload.stored_slots import StoredSlots
+from kvpress.offload.working import StoredBlock
 from kvpress.policies import Quest, TokenSelect
 from kvpress.testing.families import random_tokens, tiny_model
 from kvpress.testing.faulty_store import FaultyStore
@@ -85,7 +87,9 @@ def stored(request, folder):
 
 def read(manager, wanted, layout, out):
     """`wanted` names the rows of each block."""
-    manager.read_rows([key for key, _ in wanted], RowsWanted.of([numbers for _, numbers in wanted]), layout, out)
+    source = RowSource(layout)
+    source.follow([StoredBlock((((NAME,), key),), BATCH, layout=layout) for key, _ in wanted])
+    manager.read_rows(source, RowsWanted.of([numbers for _, numbers in wanted]), out)
 
 
 @pytest.fixture(params=["native", "python"], autouse=True)
@@ -100,10 +104,10 @@ def how(request, monkeypatch):
 def test_rows_come_in_the_order_asked_for(stored):
     manager, keys, layout, written, store = stored
     wanted = [(keys[2], [3, 4, 5, 15]), (keys[0], [0]), (keys[1], [7, 2, 9])]
-    out = torch.zeros(8, layout.width, dtype=torch.uint8)
+    out = torch.zeros(8, layout.payload, dtype=torch.uint8)
     read(manager, wanted, layout, out)
     expected = [written[2][[3, 4, 5, 15]], written[0][[0]], written[1][[7, 2, 9]]]
-    assert torch.equal(out, torch.cat(expected))
+    assert torch.equal(out, torch.cat(expected)[:, : layout.payload])
     looked_at = store_module.extension is None and manager.tiers_of(keys[0]) == ["disk"]
     assert store.calls["open"] == (3 if looked_at else 0), "the native kernels read nothing"
     before = manager.statistics()
@@ -117,7 +121,7 @@ def test_a_block_that_is_not_held_is_told(stored):
     manager, keys, layout, _, _ = stored
     manager.drop("me", [keys[1]])
     with pytest.raises(TierLostError, match="is not held"):
-        read(manager, [(keys[0], [1]), (keys[1], [1])], layout, torch.empty(2, layout.width, dtype=torch.uint8))
+        read(manager, [(keys[0], [1]), (keys[1], [1])], layout, torch.empty(2, layout.payload, dtype=torch.uint8))
     assert not any(each.pins for each in manager._mover.blocks.values())
 
 
@@ -142,7 +146,7 @@ def test_every_damage_to_a_row_is_caught_and_other_rows_are_served(folder):
                     data[at] ^= 1 << generator.randrange(8)
                 numbers = sorted(generator.sample(range(BATCH * SLOTS), 6))
                 hit = len(data) < len(whole) or (at - header) // layout.width in numbers
-                out = torch.empty(6, layout.width, dtype=torch.uint8)
+                out = torch.empty(6, layout.payload, dtype=torch.uint8)
                 path.write_bytes(data)
                 try:
                     read(manager, [(key, numbers)], layout, out)
@@ -150,7 +154,7 @@ def test_every_damage_to_a_row_is_caught_and_other_rows_are_served(folder):
                     assert hit and error.lost
                     caught += 1
                     break  # it is withdrawn
-                assert not hit and torch.equal(out, rows.view(-1, layout.width)[numbers])
+                assert not hit and torch.equal(out, rows.view(-1, layout.width)[numbers, : layout.payload])
                 served += 1
             if key not in manager:
                 with pytest.raises(TierLostError):
@@ -162,10 +166,10 @@ def test_faults_of_the_disk(stored):
     manager, keys, layout, written, store = stored
     if manager.tiers_of(keys[0]) != ["disk"]:
         return
-    out = torch.empty(1, layout.width, dtype=torch.uint8)
+    out = torch.empty(1, layout.payload, dtype=torch.uint8)
     store.errors["read"], store.times["read"] = errno.EIO, 1
     read(manager, [(keys[0], [4])], layout, out)  # tried again
-    assert torch.equal(out[0], written[0][4]) and store.times["read"] == 0
+    assert torch.equal(out[0], written[0][4][: layout.payload]) and store.times["read"] == 0
     store.times["read"] = 3
     with pytest.raises(TierReadError):
         read(manager, [(keys[0], [4])], layout, out)
@@ -194,9 +198,9 @@ def rows_read(monkeypatch, policy, folder):
     counts = {"rows": 0, "blocks": 0}
     read_rows, read_into = TierManager.read_rows, TierManager.read_into
 
-    def count_rows(self, keys, wanted, layout, out):
+    def count_rows(self, source, wanted, out):
         counts["rows"] += wanted.rows
-        return read_rows(self, keys, wanted, layout, out)
+        return read_rows(self, source, wanted, out)
 
     def count_blocks(self, key, out):
         counts["blocks"] += 1
