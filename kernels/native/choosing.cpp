@@ -25,11 +25,12 @@ struct Threshold {
   int64_t ties;    // how many of those with just this rank
 };
 
-// Radix selection: the bits of the `count`-th largest rank, a level at a time. `scratch` holds `size` ranks.
-Threshold threshold_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch) {
+// Radix selection: the bits of the `count`-th largest of the ranks `rank_at(0 … size - 1)`, a level at a time. `scratch` holds `size` ranks.
+template <class RankAt>
+Threshold threshold_of(RankAt rank_at, int64_t size, int64_t count, uint32_t* scratch) {
   uint32_t bins[BINS];
   std::memset(bins, 0, sizeof bins);
-  for (int64_t i = 0; i < size; ++i) ++bins[rank_of(scores[i]) >> SHIFT[0]];
+  for (int64_t i = 0; i < size; ++i) ++bins[rank_at(i) >> SHIFT[0]];
   uint32_t prefix = 0;
   int64_t wanted = count, left = 0;
   for (int level = 0;; ++level) {
@@ -38,16 +39,15 @@ Threshold threshold_of(const float* scores, int64_t size, int64_t count, uint32_
     prefix |= bin << SHIFT[level];
     if (level + 1 == LEVELS) return {prefix, wanted};
     const int low = SHIFT[level];
+    const auto keep = [&](uint32_t rank, int64_t to) {  // no branch: which ranks are kept is not to be foreseen
+      scratch[to] = rank;
+      return to + (rank >> low == prefix >> low);
+    };
     int64_t kept = 0;
-    if (level == 0) {
-      for (int64_t i = 0; i < size; ++i) {
-        const uint32_t rank = rank_of(scores[i]);
-        if (rank >> low == bin) scratch[kept++] = rank;
-      }
-    } else {
-      for (int64_t i = 0; i < left; ++i)
-        if (scratch[i] >> low == prefix >> low) scratch[kept++] = scratch[i];
-    }
+    if (level == 0)
+      for (int64_t i = 0; i < size; ++i) kept = keep(rank_at(i), kept);
+    else
+      for (int64_t i = 0; i < left; ++i) kept = keep(scratch[i], kept);
     left = kept;
     std::memset(bins, 0, sizeof bins);
     const uint32_t mask = (1u << (low - SHIFT[level + 1])) - 1;
@@ -55,19 +55,54 @@ Threshold threshold_of(const float* scores, int64_t size, int64_t count, uint32_
   }
 }
 
-// The `count` best of `scores [size]`, ascending; of equal ones the later.
+// The `count` best of the scores of the slots `slot_at(0 … size - 1)`, which ascend; of equal ones the later.
+template <class SlotAt>
+void best_among(const float* scores, SlotAt slot_at, int64_t size, int64_t count, uint32_t* scratch, int64_t* slots) {
+  const auto rank_at = [&](int64_t i) { return rank_of(scores[slot_at(i)]); };
+  Threshold least = threshold_of(rank_at, size, count, scratch);
+  int64_t place = count;
+  for (int64_t i = size - 1; place > 0; --i) {
+    const uint32_t rank = rank_at(i);
+    const bool tied = rank == least.rank;
+    slots[place - 1] = slot_at(i);
+    place -= rank > least.rank || (tied && least.ties > 0);
+    least.ties -= tied;
+  }
+}
+
+constexpr int64_t SAMPLE = 1024;          // scores from which it is guessed what the `count`-th largest may be
+constexpr int64_t WORTH = 4 * SAMPLE;     // scores of which a sample is worth taking
+
+// Collect into `candidates` the slots whose scores reach what somewhat more than `count` of them do, by a sample; how many these are.
+// They may turn out to be fewer than `count`. `candidates` holds `size` slots.
+int64_t collect_candidates(const float* scores, int64_t size, int64_t count, uint32_t* candidates) {
+  const double expected = double(count) * SAMPLE / double(size);
+  const int64_t wanted = int64_t(expected + 3 * std::sqrt(expected) + 3);  // of the sample: three standard deviations more
+  if (size < WORTH || size > UINT32_MAX || wanted > SAMPLE / 3) return 0;
+  const auto sampled = [&](int64_t i) { return scores[i * size / SAMPLE]; };
+  const uint32_t rank = threshold_of([&](int64_t i) { return rank_of(sampled(i)); }, SAMPLE, wanted, candidates).rank;
+  const uint32_t bits = rank & 0x80000000 ? rank ^ 0x80000000 : ~rank;
+  float guess;
+  std::memcpy(&guess, &bits, 4);
+  int64_t found = 0;
+  for (int64_t i = 0; i < size; ++i) {  // no branch, as above
+    candidates[found] = uint32_t(i);
+    found += scores[i] >= guess;
+  }
+  return found;
+}
+
+// The `count` best of `scores [size]`, ascending; of equal ones the later. `scratch` holds `size` numbers.
 void best_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch, int64_t* slots) {
   if (count >= size) {
     for (int64_t i = 0; i < size; ++i) slots[i] = i;
     return;
   }
-  Threshold least = threshold_of(scores, size, count, scratch);
-  int64_t place = count;
-  for (int64_t i = size - 1; place > 0; --i) {
-    const uint32_t rank = rank_of(scores[i]);
-    if (rank < least.rank || (rank == least.rank && least.ties-- <= 0)) continue;
-    slots[--place] = i;
-  }
+  const int64_t found = collect_candidates(scores, size, count, scratch);
+  if (found >= count && found <= size / 2)
+    best_among(scores, [&](int64_t i) { return int64_t(scratch[i]); }, found, count, scratch + found, slots);
+  else
+    best_among(scores, [](int64_t i) { return i; }, size, count, scratch, slots);
 }
 
 double number(const void* base, int64_t kind, int64_t i) {
