@@ -8,16 +8,12 @@
 
 namespace {
 
-constexpr int LEVELS = 3;
-constexpr int SHIFT[LEVELS] = {21, 10, 0};  // 11, 11 and 10 bits, the highest first
-constexpr uint32_t BINS = 1 << 11;
-
 // A number whose order is that of the scores: both zeros are alike.
 inline uint32_t rank_of(float score) {
   score += 0.f;
   uint32_t bits;
   std::memcpy(&bits, &score, 4);
-  return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+  return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000);  // negative ones: all bits, else the sign
 }
 
 struct Threshold {
@@ -25,60 +21,67 @@ struct Threshold {
   int64_t ties;    // how many of those with just this rank
 };
 
-// Radix selection: the bits of the `count`-th largest of the ranks `rank_at(0 … size - 1)`, a level at a time. `scratch` holds `size` ranks.
-template <class RankAt>
-Threshold threshold_of(RankAt rank_at, int64_t size, int64_t count, uint32_t* scratch) {
-  uint32_t bins[BINS];
+// Radix selection: the `count`-th largest of the ranks `rank_at(0 … size - 1)`, BITS bits at a time, the highest first.
+// `scratch` holds `size` ranks.
+template <int BITS, class RankAt>
+Threshold threshold_by(RankAt rank_at, int64_t size, int64_t count, uint32_t* scratch) {
+  uint32_t bins[1 << BITS];
   std::memset(bins, 0, sizeof bins);
-  for (int64_t i = 0; i < size; ++i) ++bins[rank_at(i) >> SHIFT[0]];
-  uint32_t prefix = 0;
-  int64_t wanted = count, left = 0;
-  for (int level = 0;; ++level) {
-    uint32_t bin = BINS - 1;
+  int low = 32 - BITS;  // bits from here on are looked at
+  for (int64_t i = 0; i < size; ++i) ++bins[rank_at(i) >> low];
+  uint32_t prefix = 0, bin = (1u << BITS) - 1;
+  int64_t wanted = count, left = size;
+  for (;;) {
     for (; bins[bin] < wanted; --bin) wanted -= bins[bin];
-    prefix |= bin << SHIFT[level];
-    if (level + 1 == LEVELS) return {prefix, wanted};
-    const int low = SHIFT[level];
+    prefix |= bin << low;
+    if (low == 0) return {prefix, wanted};
     const auto keep = [&](uint32_t rank, int64_t to) {  // no branch: which ranks are kept is not to be foreseen
       scratch[to] = rank;
       return to + (rank >> low == prefix >> low);
     };
     int64_t kept = 0;
-    if (level == 0)
-      for (int64_t i = 0; i < size; ++i) kept = keep(rank_at(i), kept);
+    if (low == 32 - BITS)
+      for (int64_t i = 0; i < left; ++i) kept = keep(rank_at(i), kept);
     else
       for (int64_t i = 0; i < left; ++i) kept = keep(scratch[i], kept);
     left = kept;
+    const int next = low > BITS ? low - BITS : 0;
+    bin = (1u << (low - next)) - 1;
     std::memset(bins, 0, sizeof bins);
-    const uint32_t mask = (1u << (low - SHIFT[level + 1])) - 1;
-    for (int64_t i = 0; i < left; ++i) ++bins[scratch[i] >> SHIFT[level + 1] & mask];
+    for (int64_t i = 0; i < left; ++i) ++bins[scratch[i] >> next & bin];
+    low = next;
   }
 }
 
-// The `count` best of the scores of the slots `slot_at(0 … size - 1)`, which ascend; of equal ones the later.
-template <class SlotAt>
-void best_among(const float* scores, SlotAt slot_at, int64_t size, int64_t count, uint32_t* scratch, int64_t* slots) {
-  const auto rank_at = [&](int64_t i) { return rank_of(scores[slot_at(i)]); };
+constexpr int64_t FEW_SCORES = 4096;  // of which it costs more to go through many bins than to look at the scores once more
+
+template <class RankAt>
+Threshold threshold_of(RankAt rank_at, int64_t size, int64_t count, uint32_t* scratch) {
+  return size < FEW_SCORES ? threshold_by<8>(rank_at, size, count, scratch) : threshold_by<11>(rank_at, size, count, scratch);
+}
+
+// The `count` best of `size` slots of these ranks, ascending; of equal ones the later. `scratch` holds `size` ranks.
+template <class RankAt, class SlotAt>
+void best_among(RankAt rank_at, SlotAt slot_at, int64_t size, int64_t count, uint32_t* scratch, int64_t* slots) {
   Threshold least = threshold_of(rank_at, size, count, scratch);
   int64_t place = count;
   for (int64_t i = size - 1; place > 0; --i) {
     const uint32_t rank = rank_at(i);
-    const bool tied = rank == least.rank;
+    const int64_t above = rank > least.rank, tied = rank == least.rank, wanted = least.ties > 0;
     slots[place - 1] = slot_at(i);
-    place -= rank > least.rank || (tied && least.ties > 0);
+    place -= above | (tied & wanted);
     least.ties -= tied;
   }
 }
 
-constexpr int64_t SAMPLE = 1024;          // scores from which it is guessed what the `count`-th largest may be
-constexpr int64_t WORTH = 4 * SAMPLE;     // scores of which a sample is worth taking
+constexpr int64_t SAMPLE = 1024;  // scores from which it is guessed what the `count`-th largest may be
 
 // Collect into `candidates` the slots whose scores reach what somewhat more than `count` of them do, by a sample; how many these are.
 // They may turn out to be fewer than `count`. `candidates` holds `size` slots.
 int64_t collect_candidates(const float* scores, int64_t size, int64_t count, uint32_t* candidates) {
   const double expected = double(count) * SAMPLE / double(size);
   const int64_t wanted = int64_t(expected + 3 * std::sqrt(expected) + 3);  // of the sample: three standard deviations more
-  if (size < WORTH || size > UINT32_MAX || wanted > SAMPLE / 3) return 0;
+  if (size < FEW_SCORES || size > UINT32_MAX || wanted > SAMPLE / 3) return 0;
   const auto sampled = [&](int64_t i) { return scores[i * size / SAMPLE]; };
   const uint32_t rank = threshold_of([&](int64_t i) { return rank_of(sampled(i)); }, SAMPLE, wanted, candidates).rank;
   const uint32_t bits = rank & 0x80000000 ? rank ^ 0x80000000 : ~rank;
@@ -99,10 +102,11 @@ void best_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch
     return;
   }
   const int64_t found = collect_candidates(scores, size, count, scratch);
-  if (found >= count && found <= size / 2)
-    best_among(scores, [&](int64_t i) { return int64_t(scratch[i]); }, found, count, scratch + found, slots);
-  else
-    best_among(scores, [](int64_t i) { return i; }, size, count, scratch, slots);
+  if (found < count || found > size / 3)
+    return best_among([&](int64_t i) { return rank_of(scores[i]); }, [](int64_t i) { return i; }, size, count, scratch, slots);
+  uint32_t* ranks = scratch + found;
+  for (int64_t i = 0; i < found; ++i) ranks[i] = rank_of(scores[scratch[i]]);
+  best_among([&](int64_t i) { return ranks[i]; }, [&](int64_t i) { return int64_t(scratch[i]); }, found, count, ranks + found, slots);
 }
 
 double number(const void* base, int64_t kind, int64_t i) {
