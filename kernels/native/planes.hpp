@@ -16,12 +16,13 @@ static void score_planes(const Head<T>& head, const float* query, int queries, c
   part_queries(scores, queries, planes);
   if (!head.key_scale) return;
   float scale[TILE];
-  const float* first = head.key_scale + head.slot_of(tile, 0) * head.slots.key_scale_slot;
   const int64_t step = head.slots.key_scale_slot;
-  if (tile.count == TILE && head.slot_of(tile, TILE - 1) - head.slot_of(tile, 0) == TILE - 1)
+  if (!head.index && tile.count == TILE && tile.entry[TILE - 1] - tile.entry[0] == TILE - 1) {  // slots side by side
+    const float* first = head.key_scale + tile.entry[0] * step;
     for (int t = 0; t < TILE; ++t) scale[t] = first[t * step];
-  else
+  } else {
     for (int t = 0; t < TILE; ++t) scale[t] = t < tile.count ? head.key_scale_of(tile, t) : 0.f;
+  }
   for (int q = 0; q < queries; ++q)
     for (int t = 0; t < TILE; t += LANES) store(planes + q * TILE + t, load(planes + q * TILE + t) * load(scale + t));
 }
