@@ -33,6 +33,51 @@ static void products_piece(const Head<T>& head, const float* query, int64_t grou
   }
 }
 
+template <int QUERIES>
+static void multiply_queries(const float* query, int64_t dim, const float* key, float* products) {
+  Vec sums[4] = {Vec{}, Vec{}, Vec{}, Vec{}};
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    const Vec x = load(key + d);
+#pragma GCC unroll 4
+    for (int q = 0; q < QUERIES; ++q) sums[q] += x * load(query + q * dim + d);
+  }
+  sum_four(sums, products);
+  for (; d < dim; ++d)
+    for (int q = 0; q < QUERIES; ++q) products[q] += key[d] * query[q * dim + d];
+}
+
+// The largest of a key's products with all queries of its group; -inf where one of them is no number.
+static float largest_product(const float* query, int64_t group, int64_t dim, const float* key, float scale) {
+  float most = -INFINITY;
+  bool known = true;
+  for (int64_t g = 0; g < group; g += 4, query += 4 * dim) {
+    float products[4];
+    switch (group - g) {
+      case 1: multiply_queries<1>(query, dim, key, products); break;
+      case 2: multiply_queries<2>(query, dim, key, products); break;
+      case 3: multiply_queries<3>(query, dim, key, products); break;
+      default: multiply_queries<4>(query, dim, key, products);
+    }
+    for (int64_t q = 0; q < 4 && g + q < group; ++q) {
+      const float product = products[q] * scale;
+      known &= product == product;
+      most = product > most ? product : most;
+    }
+  }
+  return known ? most : -INFINITY;
+}
+
+// fp32 rows are bound by memory, not by sums: row by row, without tiles between, they are read faster.
+static void products_piece(const Head<float>& head, const float* query, int64_t group, int64_t begin, int64_t end, float* out) {
+  const Slots& s = head.slots;
+  for (int64_t slot = begin; slot < end; ++slot) {
+    const bool held = !head.positions || head.positions[slot] >= 0;
+    const float scale = head.key_scale ? head.key_scale[slot * s.key_scale_slot] : 1.f;
+    out[slot] = held ? largest_product(query, group, s.dim, head.keys + slot * s.key_slot, scale) : -INFINITY;
+  }
+}
+
 template <class T>
 static int products_kind(const Attention& a) {
   const Slots& s = a.slots;
