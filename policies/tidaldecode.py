@@ -92,6 +92,8 @@ class TidalSelector(Selector):
 def slots_of_largest_products(view: SlotView, top_k: int) -> Tensor:
     """The slots of the `top_k` largest dot products of each KV head: `[batch, heads of the keys, top_k]`, `-1` where there are fewer."""
     keys, scales = parts(view.keys)
+    if view.ordered:  # every slot holds a token
+        return best_slots(largest_products(view.query, keys, keys_scale=scales), top_k)
     products = largest_products(view.query, keys, positions=view.positions, keys_scale=scales)
     positions = view.positions.expand(-1, products.shape[1], -1)  # a model that expands keys has more heads of them
     best = best_slots(products, top_k, None if view.ascending else positions)

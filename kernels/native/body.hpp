@@ -7,6 +7,7 @@
 #include "attention_few.hpp"
 #include "attention_many.hpp"
 #include "mass.hpp"
+#include "planes.hpp"
 #include "vote.hpp"
 #include "products.hpp"
 #include "pages.hpp"

@@ -10,16 +10,12 @@
 
 namespace {
 
-constexpr int LEVELS = 3;
-constexpr int SHIFT[LEVELS] = {21, 10, 0};  // 11, 11 and 10 bits, the highest first
-constexpr uint32_t BINS = 1 << 11;
-
 // A number whose order is that of the scores: both zeros are alike.
 inline uint32_t rank_of(float score) {
   score += 0.f;
   uint32_t bits;
   std::memcpy(&bits, &score, 4);
-  return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+  return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000);  // negative ones: all bits, else the sign
 }
 
 struct Threshold {
@@ -27,49 +23,92 @@ struct Threshold {
   int64_t ties;    // how many of those with just this rank
 };
 
-// Radix selection: the bits of the `count`-th largest rank, a level at a time. `scratch` holds `size` ranks.
-Threshold threshold_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch) {
-  uint32_t bins[BINS];
+// Radix selection: the `count`-th largest of the ranks `rank_at(0 … size - 1)`, BITS bits at a time, the highest first.
+// `scratch` holds `size` ranks.
+template <int BITS, class RankAt>
+Threshold threshold_by(RankAt rank_at, int64_t size, int64_t count, uint32_t* scratch) {
+  uint32_t bins[1 << BITS];
   std::memset(bins, 0, sizeof bins);
-  for (int64_t i = 0; i < size; ++i) ++bins[rank_of(scores[i]) >> SHIFT[0]];
-  uint32_t prefix = 0;
-  int64_t wanted = count, left = 0;
-  for (int level = 0;; ++level) {
-    uint32_t bin = BINS - 1;
+  int low = 32 - BITS;  // bits from here on are looked at
+  for (int64_t i = 0; i < size; ++i) ++bins[rank_at(i) >> low];
+  uint32_t prefix = 0, bin = (1u << BITS) - 1;
+  int64_t wanted = count, left = size;
+  for (;;) {
     for (; bins[bin] < wanted; --bin) wanted -= bins[bin];
-    prefix |= bin << SHIFT[level];
-    if (level + 1 == LEVELS) return {prefix, wanted};
-    const int low = SHIFT[level];
+    prefix |= bin << low;
+    if (low == 0) return {prefix, wanted};
+    const auto keep = [&](uint32_t rank, int64_t to) {  // no branch: which ranks are kept is not to be foreseen
+      scratch[to] = rank;
+      return to + (rank >> low == prefix >> low);
+    };
     int64_t kept = 0;
-    if (level == 0) {
-      for (int64_t i = 0; i < size; ++i) {
-        const uint32_t rank = rank_of(scores[i]);
-        if (rank >> low == bin) scratch[kept++] = rank;
-      }
-    } else {
-      for (int64_t i = 0; i < left; ++i)
-        if (scratch[i] >> low == prefix >> low) scratch[kept++] = scratch[i];
-    }
+    if (low == 32 - BITS)
+      for (int64_t i = 0; i < left; ++i) kept = keep(rank_at(i), kept);
+    else
+      for (int64_t i = 0; i < left; ++i) kept = keep(scratch[i], kept);
     left = kept;
+    const int next = low > BITS ? low - BITS : 0;
+    bin = (1u << (low - next)) - 1;
     std::memset(bins, 0, sizeof bins);
-    const uint32_t mask = (1u << (low - SHIFT[level + 1])) - 1;
-    for (int64_t i = 0; i < left; ++i) ++bins[scratch[i] >> SHIFT[level + 1] & mask];
+    for (int64_t i = 0; i < left; ++i) ++bins[scratch[i] >> next & bin];
+    low = next;
   }
 }
 
-// The `count` best of `scores [size]`, ascending; of equal ones the later.
+constexpr int64_t FEW_SCORES = 4096;  // of which it costs more to go through many bins than to look at the scores once more
+
+template <class RankAt>
+Threshold threshold_of(RankAt rank_at, int64_t size, int64_t count, uint32_t* scratch) {
+  return size < FEW_SCORES ? threshold_by<8>(rank_at, size, count, scratch) : threshold_by<11>(rank_at, size, count, scratch);
+}
+
+// The `count` best of `size` slots of these ranks, ascending; of equal ones the later. `scratch` holds `size` ranks.
+template <class RankAt, class SlotAt>
+void best_among(RankAt rank_at, SlotAt slot_at, int64_t size, int64_t count, uint32_t* scratch, int64_t* slots) {
+  Threshold least = threshold_of(rank_at, size, count, scratch);
+  int64_t place = count;
+  for (int64_t i = size - 1; place > 0; --i) {
+    const uint32_t rank = rank_at(i);
+    const int64_t above = rank > least.rank, tied = rank == least.rank, wanted = least.ties > 0;
+    slots[place - 1] = slot_at(i);
+    place -= above | (tied & wanted);
+    least.ties -= tied;
+  }
+}
+
+constexpr int64_t SAMPLE = 1024;  // scores from which it is guessed what the `count`-th largest may be
+
+// Collect into `candidates` the slots whose scores reach what somewhat more than `count` of them do, by a sample; how many these are.
+// They may turn out to be fewer than `count`. `candidates` holds `size` slots.
+int64_t collect_candidates(const float* scores, int64_t size, int64_t count, uint32_t* candidates) {
+  const double expected = double(count) * SAMPLE / double(size);
+  const int64_t wanted = int64_t(expected + 3 * std::sqrt(expected) + 3);  // of the sample: three standard deviations more
+  if (size < FEW_SCORES || size > UINT32_MAX || wanted > SAMPLE / 3) return 0;
+  const auto sampled = [&](int64_t i) { return scores[i * size / SAMPLE]; };
+  const uint32_t rank = threshold_of([&](int64_t i) { return rank_of(sampled(i)); }, SAMPLE, wanted, candidates).rank;
+  const uint32_t bits = rank & 0x80000000 ? rank ^ 0x80000000 : ~rank;
+  float guess;
+  std::memcpy(&guess, &bits, 4);
+  int64_t found = 0;
+  for (int64_t i = 0; i < size; ++i) {  // no branch, as above
+    candidates[found] = uint32_t(i);
+    found += scores[i] >= guess;
+  }
+  return found;
+}
+
+// The `count` best of `scores [size]`, ascending; of equal ones the later. `scratch` holds `size` numbers.
 void best_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch, int64_t* slots) {
   if (count >= size) {
     for (int64_t i = 0; i < size; ++i) slots[i] = i;
     return;
   }
-  Threshold least = threshold_of(scores, size, count, scratch);
-  int64_t place = count;
-  for (int64_t i = size - 1; place > 0; --i) {
-    const uint32_t rank = rank_of(scores[i]);
-    if (rank < least.rank || (rank == least.rank && least.ties-- <= 0)) continue;
-    slots[--place] = i;
-  }
+  const int64_t found = collect_candidates(scores, size, count, scratch);
+  if (found < count || found > size / 3)
+    return best_among([&](int64_t i) { return rank_of(scores[i]); }, [](int64_t i) { return i; }, size, count, scratch, slots);
+  uint32_t* ranks = scratch + found;
+  for (int64_t i = 0; i < found; ++i) ranks[i] = rank_of(scores[scratch[i]]);
+  best_among([&](int64_t i) { return ranks[i]; }, [&](int64_t i) { return int64_t(scratch[i]); }, found, count, ranks + found, slots);
 }
 
 // As `best_of`. A page among the best has no less than the `count`-th largest of the maxima of sets, and few others have: only these are

@@ -1,7 +1,40 @@
 // The largest dot product of each slot over the query heads of its KV head (TidalDecode), for one query row.
 
-template <int QUERIES, class T>
-static void multiply_queries(const float* query, int64_t dim, const T* key, float* products) {
+// The largest of the products of a tile's slots, [queries][TILE], with those found before; -inf for good where one is no number.
+static inline void take_largest(const float* planes, int queries, float* most) {
+  for (int t = 0; t < TILE; t += LANES) {
+    Vec best = load(most + t);
+    for (int q = 0; q < queries; ++q) {
+      const Vec product = load(planes + q * TILE + t);
+      best = product != product || best != best ? splat(NAN) : larger(product, best);
+    }
+    store(most + t, best);
+  }
+}
+
+// The slots `begin … end - 1` of one head.
+template <class T>
+static void products_piece(const Head<T>& head, const float* query, int64_t group, int64_t begin, int64_t end, float* out) {
+  fill(out + begin, end - begin, -INFINITY);
+  Tile tiles[2];
+  float planes[4 * TILE], most[TILE];
+  int64_t entry = head.collect(tiles[0], begin, end, INT64_MAX);
+  for (int turn = 0; tiles[turn].count; turn ^= 1) {
+    const Tile& tile = tiles[turn];
+    Tile& next = tiles[turn ^ 1];
+    entry = head.collect(next, entry, end, INT64_MAX);
+    fill(most, TILE, -INFINITY);
+    for (int64_t q = 0; q < group; q += 4) {
+      const int here = int(group - q < 4 ? group - q : 4);
+      score_planes(head, query + q * head.slots.dim, here, tile, (next.count ? next : tile).key, planes);
+      take_largest(planes, here, most);
+    }
+    for (int t = 0; t < tile.count; ++t) out[tile.entry[t]] = most[t] == most[t] ? most[t] : -INFINITY;
+  }
+}
+
+template <int QUERIES>
+static void multiply_queries(const float* query, int64_t dim, const float* key, float* products) {
   Vec sums[4] = {Vec{}, Vec{}, Vec{}, Vec{}};
   int64_t d = 0;
   for (; d + LANES <= dim; d += LANES) {
@@ -11,12 +44,11 @@ static void multiply_queries(const float* query, int64_t dim, const T* key, floa
   }
   sum_four(sums, products);
   for (; d < dim; ++d)
-    for (int q = 0; q < QUERIES; ++q) products[q] += one(key + d) * query[q * dim + d];
+    for (int q = 0; q < QUERIES; ++q) products[q] += key[d] * query[q * dim + d];
 }
 
 // The largest of a key's products with all queries of its group; -inf where one of them is no number.
-template <class T>
-static float largest_product(const float* query, int64_t group, int64_t dim, const T* key, float scale) {
+static float largest_product(const float* query, int64_t group, int64_t dim, const float* key, float scale) {
   float most = -INFINITY;
   bool known = true;
   for (int64_t g = 0; g < group; g += 4, query += 4 * dim) {
@@ -36,11 +68,21 @@ static float largest_product(const float* query, int64_t group, int64_t dim, con
   return known ? most : -INFINITY;
 }
 
+// fp32 rows are bound by memory, not by sums: row by row, without tiles between, they are read faster.
+static void products_piece(const Head<float>& head, const float* query, int64_t group, int64_t begin, int64_t end, float* out) {
+  const Slots& s = head.slots;
+  for (int64_t slot = begin; slot < end; ++slot) {
+    const bool held = !head.positions || head.positions[slot] >= 0;
+    const float scale = head.key_scale ? head.key_scale[slot * s.key_scale_slot] : 1.f;
+    out[slot] = held ? largest_product(query, group, s.dim, head.keys + slot * s.key_slot, scale) : -INFINITY;
+  }
+}
+
 template <class T>
 static int products_kind(const Attention& a) {
   const Slots& s = a.slots;
   const int64_t group = a.query_heads / a.kv_heads, heads = a.batch * a.kv_heads;
-  constexpr int64_t PIECE = 1024;
+  constexpr int64_t PIECE = 16 * TILE;
   const int64_t pieces = (s.slots + PIECE - 1) / PIECE;
   Buffer<float> queries(a.batch * a.query_heads * s.dim);
   if (!queries.data) return OUT_OF_MEMORY;
@@ -52,13 +94,7 @@ static int products_kind(const Attention& a) {
     const int64_t i = task / pieces, begin = task % pieces * PIECE;
     const int64_t end = begin + PIECE < s.slots ? begin + PIECE : s.slots;
     const Head<T> head(s, a.kv_heads, i / a.kv_heads, i % a.kv_heads);
-    for (int64_t slot = begin; slot < end; ++slot) {
-      const bool held = !head.positions || head.positions[slot] >= 0;
-      const float scale = head.key_scale ? head.key_scale[slot * s.key_scale_slot] : 1.f;
-      const T* key = head.keys + slot * s.key_slot;
-      a.weights[i * s.slots + slot] =
-          held ? largest_product(queries.data + i * group * s.dim, group, s.dim, key, scale) : -INFINITY;
-    }
+    products_piece(head, queries.data + i * group * s.dim, group, begin, end, a.weights + i * s.slots);
   }
   return OK;
 }

@@ -1,32 +1,48 @@
 // Head vote: the softmax of every query head over the visible slots, summed over all heads (one query row).
 //
 // Keys are read once. What remains of a tile of TILE slots are exp(score - maximum of its piece so far), as
-// [KV head][slot][quad][4], and that maximum; a second pass sums them, times a factor for each tile and query.
+// [tile][query head][slot], and that maximum; a second pass sums them, times a factor for each tile and query head.
 
-struct Votes {  // of one batch row
-  int64_t tiles, pieces;       // of each KV head: TILE slots, and PIECE tiles
-  float* weight;               // [KV head][slot][quad][4]
-  float* base;                 // [KV head][tile][quad][4]: what was subtracted from the scores; then the tile's factor
-  float* maximum;              // [KV head][piece][quad][4]
+struct Votes {  // of one batch row; `width` query heads, padded to whole vectors
+  int64_t width, tiles, pieces;  // TILE slots, and PIECE tiles
+  float* weight;                 // [tile][query head][TILE]
+  float* base;                   // [tile][width]: what was subtracted from the scores
+  float* maximum;                // [piece][width]
   float* sum;
 };
 
 constexpr int64_t PIECE = 32;  // tiles of a piece
 
-// One piece of one KV head: `scores` of its tiles, softened tile by tile.
-template <class T>
-static void vote_piece(const Attention& a, const Head<T>& head, int64_t h, int64_t piece, int64_t limit,
-                       const float* query, const Votes& votes) {
-  const int64_t group = a.query_heads / a.kv_heads, line = a.weights_entries;
-  const int quads = int((group + 3) / 4);
-  float* maximum = votes.maximum + (h * votes.pieces + piece) * quads * 4;
-  float* sum = votes.sum + (h * votes.pieces + piece) * quads * 4;
-  for (int q = 0; q < quads * 4; ++q) {
-    maximum[q] = -INFINITY;
-    sum[q] = 0;
+// One tile's step of the running softmax of one query: scores become exp(score - maximum). Past the last slot they become 0.
+static inline void soften_plane(float* scores, int count, float* maximum, float* sums) {
+  for (int i = count; i < TILE; ++i) scores[i] = -INFINITY;
+  Vec best = splat(*maximum);
+  for (int i = 0; i < TILE; i += LANES) best = larger(load(scores + i), best);
+  const float top = max_lanes(best);
+  Vec sum = load(sums);
+  if (top > *maximum) {
+    sum = sum * splat(expf(*maximum - top));
+    *maximum = top;
   }
+  const Vec shift = splat(top == -INFINITY ? 0.f : top);
+  for (int i = 0; i < TILE; i += LANES) {
+    const Vec p = exp_vec(load(scores + i) - shift);
+    sum += p;
+    store(scores + i, p);
+  }
+  store(sums, sum);
+}
+
+// One piece of one KV head: `scores` of its tiles, softened tile by tile. `sums` is scratch, LANES numbers a query.
+template <class T>
+static void vote_piece(const Attention& a, const Head<T>& head, int64_t h, int64_t piece, int64_t limit, const float* query,
+                       const Votes& votes, float* sums) {
+  const int64_t group = a.query_heads / a.kv_heads;
+  float* maximum = votes.maximum + piece * votes.width + h * group;
+  fill(maximum, group, -INFINITY);
+  fill(sums, group * LANES, 0.f);
   Tile tiles[2];
-  float scores[(TILE + 8) * 4], nothing[4] = {0, 0, 0, 0};
+  float planes[4 * TILE];
   const int64_t first = piece * PIECE, last = first + PIECE < votes.tiles ? first + PIECE : votes.tiles;
   const auto collect = [&](int64_t k, Tile& tile) {
     const int64_t end = (k + 1) * TILE < head.entries ? (k + 1) * TILE : head.entries;
@@ -38,82 +54,79 @@ static void vote_piece(const Attention& a, const Head<T>& head, int64_t h, int64
     const Tile& tile = tiles[(k - first) % 2];
     Tile& next = tiles[(k - first + 1) % 2];
     collect(k + 1, next);
-    const int64_t end = (k + 1) * TILE < line ? (k + 1) * TILE : line;
-    float* weight = votes.weight + (h * line + k * TILE) * quads * 4;
-    if (tile.count < end - k * TILE) fill(weight, (end - k * TILE) * quads * 4, 0.f);
-    for (int quad = 0; quad < quads; ++quad) {
-      float* top = maximum + quad * 4;
-      if (tile.count) {
-        const int here = int(group - quad * 4 < 4 ? group - quad * 4 : 4);
-        score_queries<T>(here, query + quad * 4 * a.slots.dim, a.slots.dim, tile, (next.count ? next : tile).key, scores);
-        if (a.slots.key_scale) scale_scores(scores, tile.count, [&](int t) { return head.key_scale_of(tile, t); });
-        if (a.softcap != 0) cap_scores(scores, tile.count * 4, float(a.softcap));
-        soften_quad(scores, tile.count, here, top, sum + quad * 4, nothing, 0);
-        for (int t = 0; t < tile.count; ++t)
-          std::memcpy(weight + ((tile.entry[t] - k * TILE) * quads + quad) * 4, scores + t * 4, 16);
+    float* weight = votes.weight + (k * a.query_heads + h * group) * TILE;
+    const bool whole = tile.count && tile.entry[tile.count - 1] == k * TILE + tile.count - 1;  // no slot is left out
+    if (!whole) fill(weight, group * TILE, 0.f);
+    for (int64_t q = 0; q < group && tile.count; q += 4) {
+      const int here = int(group - q < 4 ? group - q : 4);
+      float* scores = whole ? weight + q * TILE : planes;
+      score_planes(head, query + q * a.slots.dim, here, tile, (next.count ? next : tile).key, scores);
+      if (a.softcap != 0) cap_scores(scores, here * TILE, float(a.softcap));
+      for (int i = 0; i < here; ++i) {
+        soften_plane(scores + i * TILE, tile.count, maximum + q + i, sums + (q + i) * LANES);
+        if (!whole)
+          for (int t = 0; t < tile.count; ++t) weight[(q + i) * TILE + tile.entry[t] - k * TILE] = planes[i * TILE + t];
       }
-      std::memcpy(votes.base + ((h * votes.tiles + k) * quads + quad) * 4, top, 16);
     }
+    std::memcpy(votes.base + k * votes.width + h * group, maximum, sizeof(float) * size_t(group));
   }
+  for (int64_t q = 0; q < group; ++q) votes.sum[piece * votes.width + h * group + q] = sum_lanes(load(sums + q * LANES));
+}
+
+// Of `LANES` query heads from `first` on: the maximum of all pieces, and the inverse of the sum. They take the place of the first piece's.
+static void join_pieces(const Votes& votes, int64_t first) {
+  Vec maximum = splat(-INFINITY), sum = Vec{};
+  for (int64_t piece = 0; piece < votes.pieces; ++piece) maximum = larger(load(votes.maximum + piece * votes.width + first), maximum);
+  const Vec shift = maximum == splat(-INFINITY) ? Vec{} : maximum;
+  for (int64_t piece = 0; piece < votes.pieces; ++piece) {
+    const int64_t at = piece * votes.width + first;
+    sum += load(votes.sum + at) * exp_vec(load(votes.maximum + at) - shift);
+  }
+  store(votes.maximum + first, shift);
+  store(votes.sum + first, sum == Vec{} ? Vec{} : splat(1.f) / sum);
 }
 
 // The votes of the slots of tile `k`: weights times factors, summed over all heads.
 static void sum_tile(const Attention& a, const Votes& votes, int64_t k, float* out) {
-  const int64_t line = a.weights_entries, end = (k + 1) * TILE < line ? (k + 1) * TILE : line;
-  const int quads = int((a.query_heads / a.kv_heads + 3) / 4);
-  float total[(TILE + LANES) * 4];
-  fill(total, TILE * 4, 0.f);
-  for (int64_t h = 0; h < a.kv_heads; ++h)
-    for (int quad = 0; quad < quads; ++quad) {
-      const float* factor = votes.base + ((h * votes.tiles + k) * quads + quad) * 4;
-      const float* weight = votes.weight + ((h * line + k * TILE) * quads + quad) * 4;
-      for (int64_t t = 0; t < end - k * TILE; ++t)
-        for (int q = 0; q < 4; ++q) total[t * 4 + q] += weight[t * quads * 4 + q] * factor[q];
-    }
-  for (int64_t t = 0; t < end - k * TILE; ++t) {
-    const float* of = total + t * 4;
-    out[k * TILE + t] = (of[0] + of[1]) + (of[2] + of[3]);
-  }
+  float* factor = votes.base + k * votes.width;
+  for (int64_t i = 0; i < votes.width; i += LANES)
+    store(factor + i, exp_vec(load(factor + i) - load(votes.maximum + i)) * load(votes.sum + i));
+  Vec total[TILE / LANES];
+  for (Vec& each : total) each = Vec{};
+  const float* weight = votes.weight + k * a.query_heads * TILE;
+  for (int64_t i = 0; i < a.query_heads; ++i, weight += TILE)
+    for (int t = 0; t < TILE / LANES; ++t) total[t] += load(weight + t * LANES) * splat(factor[i]);
+  const int64_t line = a.weights_entries, count = (k + 1) * TILE < line ? TILE : line - k * TILE;
+  std::memcpy(out + k * TILE, total, sizeof(float) * size_t(count));
 }
 
 template <class T>
 static int vote_kind(const Attention& a) {
   const Slots& s = a.slots;
-  const int64_t group = a.query_heads / a.kv_heads, line = a.weights_entries, dim = s.dim;
-  const int quads = int((group + 3) / 4);
+  const int64_t group = a.query_heads / a.kv_heads, line = a.weights_entries;
   const int64_t tiles = (line + TILE - 1) / TILE, pieces = (tiles + PIECE - 1) / PIECE;
-  const int64_t width = a.kv_heads * quads * 4;  // queries, padded
-  Buffer<float> weight(width * line), base(width * tiles), maxima(width * pieces), sums(width * pieces), query(width * dim);
-  if (!weight.data || !base.data || !maxima.data || !sums.data || !query.data) return OUT_OF_MEMORY;
-  const Votes votes{tiles, pieces, weight.data, base.data, maxima.data, sums.data};
-  for (int64_t b = 0; b < a.batch; ++b) {
+  const int64_t width = (a.query_heads + LANES - 1) / LANES * LANES;
+  Buffer<float> weight(a.query_heads * tiles * TILE), base(width * tiles), maxima(width * pieces), sums(width * pieces);
+  Buffer<float> query(a.query_heads * s.dim), scratch(a.threads * group * LANES);
+  if (!weight.data || !base.data || !maxima.data || !sums.data || !query.data || !scratch.data) return OUT_OF_MEMORY;
+  const Votes votes{width, tiles, pieces, weight.data, base.data, maxima.data, sums.data};
+  fill(base.data, width * tiles, 0.f);  // of heads that only fill up a vector
+  fill(maxima.data, width * pieces, 0.f);
+  fill(sums.data, width * pieces, 0.f);
+  for (int64_t b = 0; b < a.batch && line; ++b) {
     const int64_t limit = a.query_positions ? a.query_positions[b * a.query_position_batch] : INT64_MAX;
-    for (int64_t h = 0; h < a.kv_heads; ++h) load_queries(a, b, h, 0, 1, query.data + h * quads * 4 * dim);
+    for (int64_t h = 0; h < a.kv_heads; ++h) load_queries(a, b, h, 0, 1, query.data + h * group * s.dim);
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < a.kv_heads * pieces; ++task) {
         const int64_t h = task / pieces;
         const Head<T> head(s, a.kv_heads, b, h);
-        vote_piece<T>(a, head, h, task % pieces, limit, query.data + h * quads * 4 * dim, votes);
+        float* own = scratch.data + thread_number() * group * LANES;
+        vote_piece<T>(a, head, h, task % pieces, limit, query.data + h * group * s.dim, votes, own);
       }
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t h = i / (quads * 4), q = i % (quads * 4);
-        float maximum = -INFINITY, sum = 0;
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          const float here = votes.maximum[(h * pieces + piece) * quads * 4 + q];
-          if (here > maximum) maximum = here;
-        }
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int64_t at = (h * pieces + piece) * quads * 4 + q;
-          if (votes.sum[at] != 0) sum += votes.sum[at] * expf(votes.maximum[at] - maximum);
-        }
-        for (int64_t k = 0; k < tiles; ++k) {
-          float& at = votes.base[(h * tiles + k) * quads * 4 + q];
-          at = q >= group || sum == 0 ? 0.f : expf(at - maximum) / sum;
-        }
-      }
+      for (int64_t i = 0; i < width; i += LANES) join_pieces(votes, i);
 #pragma omp for schedule(static)
       for (int64_t k = 0; k < tiles; ++k) sum_tile(a, votes, k, a.weights + b * line);
     }

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -31,6 +32,23 @@ SCORES = {
     "close together": lambda *shape: 1 + made(*shape, seed=6) * 1e-6,
     "votes": lambda *shape: (made(*shape, seed=7) * 6).softmax(-1),
 }
+LONG = {  # rows of which a sample is taken first, and those on which a sample misleads
+    "random": lambda size: made(size, seed=8),
+    "votes": lambda size: (made(size, seed=9) * 6).softmax(-1),
+    "all equal": lambda size: torch.full((size,), 0.25),
+    "two values": lambda size: (made(size, seed=10) > 1).float(),
+    "many ties at the least": lambda size: made(size, seed=11).mul(8).round(),
+    "rising": lambda size: torch.arange(size).float(),
+    "falling": lambda size: torch.arange(size).flip(0).float(),
+    "denormal": lambda size: made(size, seed=12) * 1e-41,
+    "both zeros": lambda size: made(size, seed=13).sign().mul(0.0),
+    "infinities": lambda size: made(size, seed=14).div(0.0).where(made(size, seed=15) > 1.5, made(size, seed=16)),
+    "mostly nothing": lambda size: made(size, seed=17).masked_fill(made(size, seed=18) < 2, -torch.inf),
+    "only the sample is high": lambda size: made(size).index_add(
+        0, torch.arange(1024) * size // 1024, torch.full((1024,), 9.0)
+    ),
+    "only the sample is low": lambda size: made(size).index_fill(0, torch.arange(1024) * size // 1024, -9.0),
+}
 
 
 @pytest.mark.parametrize("impl", BOTH)
@@ -46,6 +64,20 @@ def test_the_best_slots_are_the_last_of_a_sorted_list(level, poisoned, impl, kin
     assert best.reshape(len(rows), -1).tolist() == [ranked(row, count) for row in rows]
     strided = torch.stack([scores, -scores], dim=-1)[..., 0]
     assert torch.equal(best_slots(strided, count, impl=impl), best)
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("size", [4095, 4096, 5000, 32769, 70000])
+def test_the_best_slots_of_long_rows(poisoned, kind, size):
+    row = LONG[kind](size)
+    order = numpy.argsort(row.numpy(), kind="stable")  # of equal ones the later comes last
+    for count in (1, 2, 60, 640, size // 8, size // 3, size - 1, size):
+        best = best_slots(row, count, impl="native").numpy()
+        assert numpy.array_equal(best, numpy.sort(order[-count:]))
+    apart = torch.stack([row, -row])[:, : size - 3]  # rows that do not lie side by side
+    assert numpy.array_equal(
+        best_slots(apart, 640, impl="native")[0], best_slots(row[: size - 3].clone(), 640, impl="reference")
+    )
 
 
 def test_what_cannot_be_chosen_is_refused():
