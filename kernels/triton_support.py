@@ -55,7 +55,9 @@ def _missing() -> str | None:
         return "triton is not installed"
     found = import_module("triton").__version__
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-        return f"triton must be {OLDEST[0]}.{OLDEST[1]} or later, the oldest that the kernels were run with, got {found}"
+        return (
+            f"triton must be {OLDEST[0]}.{OLDEST[1]} or later, the oldest that the kernels were run with, got {found}"
+        )
     return None
 
 

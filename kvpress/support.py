@@ -38,7 +38,9 @@ def check_config(config: PreTrainedConfig) -> None:
             f"model type {kind!r} is an encoder-decoder; PolicyCache serves decoder-only models"
         )
     if getattr(config, "is_decoder", True) is False and kind not in _DECODERS_ALL_THE_SAME:
-        raise UnsupportedModelError(f"is_decoder of the model's configuration must be True, got False: {kind!r} looks ahead")
+        raise UnsupportedModelError(
+            f"is_decoder of the model's configuration must be True, got False: {kind!r} looks ahead"
+        )
     if kind in _ALIBI or getattr(config, "alibi", False):
         raise UnsupportedModelError(
             f"model type {kind!r} biases scores by distance (ALiBi), counted in cache slots: an evicting cache would be wrong"
