@@ -91,6 +91,9 @@ class TokenSelect(SelectionPolicy):
 
 
 ROUNDING = 1e-12  # of the cosine of a query with itself
+TOGETHER = (
+    16  # keys of the local window that may wait to be taken into the index: several at once cost little more than one
+)
 CACHED = ("query", "chosen", "chosen_positions", "live")
 
 
@@ -166,7 +169,7 @@ class VoteSelector(Selector):
             self._choose_anew()  # a prompt brings tokens that an earlier selection could not choose
         if not self.narrows(view.slots):
             return None
-        if self.index is not None:
+        if self.index is not None and not self._may_wait(view, self.index):
             self.index.follow(view)
         if not view.decoding:
             return assemble(view, self._vote(view, view.query.mean(dim=2))[0], policy.sinks, policy.local)
@@ -194,6 +197,11 @@ class VoteSelector(Selector):
         self.query, self.chosen, self.live = flat.clone(), chosen, live  # the rows may be a view of the model's own
         self.chosen_positions = None if view.ordered else positions.gather(-1, chosen.clamp(min=0))
         return assemble(view, chosen, policy.sinks, policy.local)
+
+    def _may_wait(self, view: SlotView, index: KeyIndex) -> bool:
+        """Whether only keys of the local window are not in the index yet, for which nobody votes."""
+        behind = view.slots - index.covered
+        return view.decoding and view.ordered and not index.steady and 0 <= behind <= min(self.policy.local, TOGETHER)
 
     def _at_once(self, view: SlotView) -> Tensor | None:
         """A decoded token's step over slots in order by one call of the compiled kernel, where it can serve."""
