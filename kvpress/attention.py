@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvpress.delegates import NAME, original_attention
 from kvpress.errors import CacheStateError, UnsupportedModelError
-from kvpress.forward import Forward, take_over
+from kvpress.forward import take_over
 from kvpress.masks import padding_mask
 from kvpress.observation import AttentionArguments
 from kvpress.precision import own_precision
@@ -51,7 +51,7 @@ def attention_forward(
     )
     with own_precision(query.device):
         if owner:
-            check_call(forward, attention_mask, dropout if module.training else 0.0, kwargs)
+            check_call(attention_mask, dropout if module.training else 0.0, kwargs)
             tokens = layer.place(forward, attention_mask, query.device, kwargs.get("position_ids"))
             layer.clock.check_positions(tokens, layer.seen, kwargs.get("position_ids"))
         output = layer.attend(forward, query, key, value, arguments)
@@ -70,7 +70,7 @@ def _refuse_backward(gradient: Tensor) -> Tensor:
     )
 
 
-def check_call(forward: Forward, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+def check_call(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
     """Refuse what would be silently wrong.
 
     Raises:

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import causal_mask_function
 
 from kvpress import PolicyCache
+from kvpress.attention import check_call
 from kvpress.errors import CacheStateError, UnsupportedModelError
 from kvpress.masks import LogicalLength, padding_mask
 from kvpress.testing.families import random_tokens, tiny_model
@@ -112,6 +113,15 @@ def test_mask_of_a_compressed_layer():
     assert shorter[:, 0, 0].tolist() == [[False, True]]
     with pytest.raises(UnsupportedModelError, match="must be causal plus padding"):
         mask_of(None, 3, mask_function=lambda *arguments: True)
+
+
+def test_a_window_over_a_compressed_layer_is_refused_where_it_is_used():
+    """Some models make a mask for layers that slide though none of theirs does."""
+    unused = mask_of([[0, 1, 1]], 3, local_size=2, mask_function=lambda *arguments: True)
+    assert unused is not None
+    with pytest.raises(UnsupportedModelError, match="attention_mask must be 2-D padding"):
+        check_call(unused, 0.0, {})
+    check_call(mask_of([[0, 1, 1]], 3), 0.0, {})
 
 
 def test_a_stock_cache_gets_the_mask_of_the_models_own_attention():
