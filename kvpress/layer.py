@@ -156,10 +156,9 @@ class PolicyLayer(CacheLayerMixin):
         if self.stowage is not None:
             self.stowage.selecting = self._reads_some(rows)
         keys, values = key_states.detach(), value_states.detach()
+        # under autocast a rotation widens keys, and stock attention narrows them again
         if keys.dtype != values.dtype and not self.expands_keys:
-            keys = keys.to(
-                values.dtype
-            )  # under autocast a rotation widens keys, and stock attention narrows them again
+            keys = keys.to(values.dtype)
         new = self.table.append(keys, values)
         self.seen += rows
         self.forward = forward = Forward(weakref.ref(self), rows, new, keys, self.seen_rows, token_ids=ids)

@@ -58,9 +58,8 @@ class PageSelector(Selector):
         self.skip = skip
         self.has_index = not skip
         self.hits = self.misses = 0
-        self.low: Tensor | None = (
-            None  # [batch, kv_heads, room, dim] of `bounds_type`; a page without tokens has low above high
-        )
+        # [batch, kv_heads, room, dim] of `bounds_type`; a page without tokens has low above high
+        self.low: Tensor | None = None
         self.high: Tensor | None = None
         self.pages = 0  # that have bounds
         self.covered = 0  # slots whose keys the bounds include

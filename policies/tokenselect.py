@@ -112,9 +112,8 @@ class VoteSelector(Selector):
         self.chosen: Tensor | None = None  # slots, [batch, kv_heads or 1, top_k]
         self.chosen_positions: Tensor | None = None  # of slots in order there are none: they are the slots
         self._step: PreparedVote | None = None
-        self.live: Tensor | None = (
-            None  # [batch] rows that had more candidates than top_k: the others chose nothing yet
-        )
+        # [batch] rows that had more candidates than top_k: the others chose nothing yet
+        self.live: Tensor | None = None
 
     def rearrange(self) -> None:
         self._choose_anew()

@@ -34,9 +34,8 @@ class GatheredSlots:
         self.attached, self.layer, self.blocks = attached, layer, blocks
         self.tail: Buffers | None = None
         self._keys: Tensor | None = None  # those in working memory
-        self._ahead: tuple[Buffers, int] | None = (
-            None  # into which the next forward's blocks are read, and how many there were
-        )
+        # into which the next forward's blocks are read, and how many there were
+        self._ahead: tuple[Buffers, int] | None = None
 
     def holds(self, table: KeyValues) -> bool:
         """Whether the table lies in working memory: no eviction made it buffers of its own."""
