@@ -24,7 +24,6 @@ from kvpress.testing.families import random_tokens
 
 ALL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SERVED = (
-    "codegen",
     "cohere2",
     "cwm",
     "glm4_moe_lite",
