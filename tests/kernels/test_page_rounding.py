@@ -76,13 +76,16 @@ def test_bounds_are_the_tightest_that_contain_every_key(level: str, poisoned: li
     assert (high[..., 30].double() == torch.inf).any(), "the largest fp32 number lies above every bfloat16 one"
 
 
-def test_implementations_agree_bit_by_bit(level: str) -> None:
+def test_implementations_agree(level: str) -> None:
     keys = awkward_keys()
     keys[0, 0, 3, 7] = torch.nan
     found = [page_bounds(keys, page_size=SIZE, impl=impl) for impl in ("native", "reference")]
     for own, other in zip(*found, strict=True):
         assert own.isnan().sum() == 1
-        assert torch.equal(own.nan_to_num(nan=1.0).view(torch.int16), other.nan_to_num(nan=1.0).view(torch.int16))
+        assert torch.equal(own.isnan(), other.isnan())
+        assert torch.equal(
+            own.nan_to_num(nan=1.0), other.nan_to_num(nan=1.0)
+        )  # of two zeros torch releases choose one or the other
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
