@@ -48,7 +48,7 @@ static void multiply_queries(const float* query, int64_t dim, const float* key, 
 }
 
 // The largest of a key's products with all queries of its group; -inf where one of them is no number.
-static float largest_product(const float* query, int64_t group, int64_t dim, const float* key, float scale) {
+static float largest_product(const float* query, int64_t group, int64_t dim, const float* key) {
   float most = -INFINITY;
   bool known = true;
   for (int64_t g = 0; g < group; g += 4, query += 4 * dim) {
@@ -60,9 +60,8 @@ static float largest_product(const float* query, int64_t group, int64_t dim, con
       default: multiply_queries<4>(query, dim, key, products);
     }
     for (int64_t q = 0; q < 4 && g + q < group; ++q) {
-      const float product = products[q] * scale;
-      known &= product == product;
-      most = product > most ? product : most;
+      known &= products[q] == products[q];
+      most = products[q] > most ? products[q] : most;
     }
   }
   return known ? most : -INFINITY;
@@ -73,8 +72,7 @@ static void products_piece(const Head<float>& head, const float* query, int64_t 
   const Slots& s = head.slots;
   for (int64_t slot = begin; slot < end; ++slot) {
     const bool held = !head.positions || head.positions[slot] >= 0;
-    const float scale = head.key_scale ? head.key_scale[slot * s.key_scale_slot] : 1.f;
-    out[slot] = held ? largest_product(query, group, s.dim, head.keys + slot * s.key_slot, scale) : -INFINITY;
+    out[slot] = held ? largest_product(query, group, s.dim, head.keys + slot * s.key_slot) : -INFINITY;
   }
 }
 
