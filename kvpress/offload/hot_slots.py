@@ -43,6 +43,11 @@ class HotSlots:
         """Copies that there is room for, per list."""
         return self.holder.shape[-1]
 
+    @property
+    def single(self) -> bool:
+        """Whether there is one list in all: of one batch row, for all of its KV heads."""
+        return self.holder.shape[0] == self.holder.shape[1] == 1
+
     def fits(self, index: Tensor) -> bool:
         """Whether slots `index [batch, lists, n]` can be looked up at once."""
         return self.holder.shape[:2] == index.shape[:2] and index.shape[-1] <= self.capacity

@@ -143,8 +143,7 @@ class StoredSlots:
         Raises:
             TierError: not all could be had; none of them has a place then.
         """
-        one = hot.holder.shape[0] == hot.holder.shape[1] == 1
-        if one and len(missing) == 1:
+        if hot.single and len(missing) == 1:
             entry = int(missing)
             behind = int(index[0, 0, entry]) - self._table.base
             if behind >= 0:  # a decoded token's own
@@ -168,7 +167,7 @@ class StoredSlots:
         row, heads, slot, place = wanted.tensors(self.device, one_list=hot.holder.shape[1] == 1)
         slot = slot - self._table.base
         for name, tail in (("key", self._table.keys), ("value", self._table.values)):
-            if hot.holder.shape[0] == hot.holder.shape[1] == 1:
+            if hot.single:
                 hot.tensors[name].index_copy_(2, place, tail.index_select(2, slot))
             else:
                 hot.tensors[name][row, heads, place] = tail[row, heads, slot]
