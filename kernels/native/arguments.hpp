@@ -188,13 +188,14 @@ struct ReusedSlots {
 };
 
 struct FindPlaces {
-  int64_t lists, count, slots, capacity, now;
+  int64_t lists, count, slots, rows, now;
+  int64_t tail, base;          // the first `tail` rows hold the slots `base …` from now on, and are not given away
   const int64_t* index;        // [lists, count], -1 for none
-  int32_t* place;              // [lists, slots] of the copies, -1 for nowhere
-  int32_t* holder;             // [lists, capacity] the slot of each copy, -1 for none
-  int32_t* used;               // [lists, capacity] when
+  int32_t* place;              // [lists, slots] the row of each slot, -1 for nowhere
+  int32_t* holder;             // [lists, rows] the slot of each row, -1 for none
+  int32_t* used;               // [lists, rows] when
   int64_t* found;              // [lists, count]
-  int64_t* missing;            // how many had no copy, then their entries
+  int64_t* missing;            // how many had no row, then their entries
 };
 
 struct VotedSlots {            // of one decoded token a batch row, over slots in order

@@ -10,24 +10,35 @@ from kvpress.kernels.places import native, reference
 
 
 def find_places(
-    index: Tensor, place: Tensor, holder: Tensor, used: Tensor, now: int, *, impl: str = "auto"
+    index: Tensor,
+    place: Tensor,
+    holder: Tensor,
+    used: Tensor,
+    now: int,
+    *,
+    tail: int = 0,
+    base: int = 0,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Places of the copies of slots; slots that have none get those of the least recently used copies, of equal ones the first.
+    """Places of slots among rows. Slots that lie in none get the least recently used rows, of equal ones the first.
 
     Args:
         index: `[batch, lists, n]` int64 slots, `-1` for none; a slot listed twice has one place.
-        place: `[batch, lists, slots]` int32, where the copy of each slot lies, `-1` for nowhere. It is updated, as the next two are.
-        holder: `[batch, lists, capacity]` int32, which slot each copy is of, `-1` for none.
-        used: `[batch, lists, capacity]` int32, when each copy was used last, less than `now`.
+        place: `[batch, lists, slots]` int32, in which row each slot lies, `-1` for none. It is updated, as the next two are.
+        holder: `[batch, lists, rows]` int32, which slot lies in each row, `-1` for none.
+        used: `[batch, lists, rows]` int32, when each row was used last, less than `now`.
         now: becomes the time of those in `index`.
+        tail: rows at the beginning in which the slots from `base` on lie, in order; no other slot gets them, and what lay there is gone.
+        base: the slot in the first of these.
         impl: `"auto"` or the name of an implementation.
 
     Returns:
         `[batch, lists, n]` int64 places, `-1` for none; and `[missing]` int64: the entries of the flat `index`, ascending, whose
-        slots had none.
+        slots lay in no row.
 
     Raises:
-        ValueError: shapes or types that do not fit, more slots than copies, an unknown `impl`, or an explicit one that cannot serve.
+        ValueError: shapes or types that do not fit, more slots than rows behind the tail, an unknown `impl`, or an explicit one that
+            cannot serve.
         IndexError: a slot beyond those of `place`.
     """
     state = (place, holder, used)
@@ -39,11 +50,14 @@ def find_places(
         raise ValueError(
             f"index must be int64, place, holder and used int32, got {[each.dtype for each in (index, *state)]}"
         )
-    if holder.shape != used.shape or index.shape[-1] > holder.shape[-1]:
+    if min(tail, base) < 0:
+        raise ValueError(f"tail and base must be at least 0, got {tail} and {base}")
+    if holder.shape != used.shape or index.shape[-1] + tail > holder.shape[-1]:
         raise ValueError(
-            f"holder and used must have a copy for each of {index.shape[-1]} slots, got {holder.shape[-1]} and {used.shape[-1]}"
+            f"holder and used must have a row for each of {tail} slots of the tail and {index.shape[-1]} of index, got "
+            f"{holder.shape[-1]} and {used.shape[-1]}"
         )
     chosen = choose(
         "places of near copies", impl, {"native": lambda: native.refusal(index, *state), "reference": lambda: None}
     )
-    return (native if chosen == "native" else reference).find_places(index, place, holder, used, now)
+    return (native if chosen == "native" else reference).find_places(index, place, holder, used, now, tail, base)

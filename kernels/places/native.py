@@ -17,7 +17,9 @@ def refusal(*tensors: Tensor) -> str | None:
     return None if fits else "native kernels need contiguous host memory"
 
 
-def find_places(index: Tensor, place: Tensor, holder: Tensor, used: Tensor, now: int) -> tuple[Tensor, Tensor]:
+def find_places(
+    index: Tensor, place: Tensor, holder: Tensor, used: Tensor, now: int, tail: int, base: int
+) -> tuple[Tensor, Tensor]:
     """See `kvpress.kernels.places.find_places`."""
     batch, lists, count = index.shape
     found = torch.empty(batch, lists, count, dtype=torch.int64)
@@ -28,6 +30,8 @@ def find_places(index: Tensor, place: Tensor, holder: Tensor, used: Tensor, now:
         place.shape[-1],
         holder.shape[-1],
         now,
+        tail,
+        base,
         index.data_ptr(),
         place.data_ptr(),
         holder.data_ptr(),

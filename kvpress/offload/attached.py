@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,9 +128,8 @@ class Attached:
                     give_way(other)
                 except TierFullError as error:  # this table stays where it is: another one may go
                     refused = error
-        if not self._lowering:  # nothing is left that could move down
-            self.account.release(self._aside)
-            self._aside = 0
+        self.account.release(self._aside)  # nothing is left that could move down
+        self._aside = 0
         if not self.account.hold(nbytes):
             tier = self.manager.near
             name, limit = ("near", None) if tier is None else (tier.name, tier.ledger.limit)
@@ -144,12 +144,21 @@ class Attached:
         if self._lowering:
             return
         self._lowering = True
-        self.account.release(self._aside)
         try:
-            stowage.lower()
+            with self.aside_in_use():
+                stowage.lower()
         finally:
             self._lowering = False
-            self._aside = self._aside if self.account.hold(self._aside) else 0
+
+    @contextmanager
+    def aside_in_use(self) -> Iterator[None]:
+        """What was set aside may be taken meanwhile, and given back."""
+        aside, self._aside = self._aside, 0
+        self.account.release(aside)
+        try:
+            yield
+        finally:
+            self._aside += aside if self.account.hold(aside) else 0
 
     def set_aside(self, nbytes: int) -> None:
         """Keep `nbytes` for tables that move down, if that is possible."""
@@ -281,6 +290,8 @@ class Attached:
         stowages = self._living()
         copied = Attached(self.options, self.device, self._shared)
         try:
+            for stowage in stowages:  # near copies are made anew, in both caches
+                stowage.cool()
             if not copied.account.hold(sum(stowage.held for stowage in stowages)):
                 self._give_back_idle()
                 for stowage in stowages:

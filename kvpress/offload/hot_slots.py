@@ -1,8 +1,9 @@
-"""Near copies of the selected slots of a table whose blocks lie in the tiers."""
+"""The near rows of a table whose blocks lie in the tiers: its last slots, and copies of selected ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -14,34 +15,41 @@ from kvpress.memory import allocate, filled
 from kvpress.offload.slot_rows import NAME, RowLayout
 from kvpress.row_format import RowFormat
 
+if TYPE_CHECKING:
+    from kvpress.key_values import KeyValues
+
 ROW_BYTES = 64  # slot rows begin at multiples of it: a vector that lies across two lines of the processor's cache takes longer to load
 
 
 class HotSlots:
-    """Copies of slots, the least recently read of which give way. Attention reads them where they lie.
+    """Rows of slots that attention reads where they lie: the first hold those behind the table's blocks, once they were taken in
+    (`take_tail`), the others copies, the least recently read of which give way.
 
     Attributes:
-        tensors: keys and values by name, `[batch, kv_heads, capacity, dim]` as they are stored; views of `rows`, if there are slot rows.
-        rows: payloads of slot rows `[batch, groups, capacity, payload]` of uint8, or None.
-        holder: `[batch, lists, capacity]` int32 which slot each copy is of, -1 for none; one list where all KV heads select the same.
-        place: `[batch, lists, slots]` int32 where the copy of each slot is, -1 for nowhere.
-        used: `[batch, lists, capacity]` int32 the last forward that read it.
-        attention: over the copies.
+        room: rows for the table's own slots, which hold copies as long as no slot needs them.
+        tensors: keys and values by name, `[batch, kv_heads, rows, dim]` as they are stored; views of `rows`, if there are slot rows.
+        rows: payloads of slot rows `[batch, groups, rows, payload]` of uint8, or None.
+        holder: `[batch, lists, rows]` int32 which slot lies in each row, -1 for none; one list where all KV heads select the same.
+        place: `[batch, lists, slots]` int32 in which row each slot lies, -1 for none.
+        used: `[batch, lists, rows]` int32 the last forward that read it.
+        attention: over the rows.
     """
 
     def __init__(self, form: RowFormat) -> None:
         self.form = form
+        self.room = 0
         self._memory: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
         self.rows: Tensor | None = None
         self.holder = self.place = self.used = torch.empty(0, 0, 0, dtype=torch.int32)
         self._layout: RowLayout | None = None
         self._now = 0
+        self._taken: tuple[Tensor, Tensor] | None = None  # keys and values of the first rows, while they are a table's
 
     @property
     def capacity(self) -> int:
         """Copies that there is room for, per list."""
-        return self.holder.shape[-1]
+        return self.holder.shape[-1] - self.room
 
     @property
     def single(self) -> bool:
@@ -53,16 +61,23 @@ class HotSlots:
         return self.holder.shape[:2] == index.shape[:2] and index.shape[-1] <= self.capacity
 
     def make(
-        self, index: Tensor, capacity: int, slots: int, like: dict[str, Tensor], layout: RowLayout | None = None
+        self,
+        index: Tensor,
+        capacity: int,
+        slots: int,
+        like: dict[str, Tensor],
+        layout: RowLayout | None = None,
+        room: int = 0,
     ) -> None:
-        """Begin anew with room for `capacity` copies of tensors `like` these, which of slot rows are `row_memory` of their `layout`."""
-        lists = index.shape[:2]
-        self.holder = filled((*lists, capacity), -1, index, torch.int32)
-        self.used = filled((*lists, capacity), -1, index, torch.int32)
+        """Begin anew with `room` rows for the table's own slots and `capacity` for copies of tensors `like` these, which of slot rows are
+        `row_memory` of their `layout`."""
+        lists, rows = index.shape[:2], room + capacity
+        self.holder = filled((*lists, rows), -1, index, torch.int32)
+        self.used = filled((*lists, rows), -1, index, torch.int32)
         self.place = filled((*lists, slots), -1, index, torch.int32)
-        self._now, self._layout = 0, layout
+        self._now, self._layout, self.room = 0, layout, room
         self._memory = {
-            name: allocate((*each.shape[:2], capacity, each.shape[-1]), index, each.dtype).zero_()
+            name: allocate((*each.shape[:2], rows, each.shape[-1]), index, each.dtype).zero_()
             for name, each in like.items()
         }
         self._open()
@@ -73,11 +88,11 @@ class HotSlots:
             self.rows = self._memory[NAME][..., : self._layout.payload]
             self.tensors = self._layout.unpack(self.rows)
         self.attention = PreparedAttention(*self.form.readable(self.tensors["key"], self.tensors["value"], {}))
+        self._taken = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(tensor.nbytes for tensor in (*self._memory.values(), self.holder, self.used, self.place))
+    def held(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [*self._memory.values(), self.holder, self.used, self.place]
 
     def widen(self, slots: int) -> None:
         """Room in `place` for `slots` slots."""
@@ -85,10 +100,26 @@ class HotSlots:
         roomy[..., : self.place.shape[-1]] = self.place
         self.place = roomy
 
-    def find(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of slots `index [batch, lists, n]`, and the flat entries of those that had none: see `find_places`."""
+    def take_tail(self, table: KeyValues) -> None:
+        """Let the slots of `table` behind its blocks lie in the first rows from now on, if there is room for them."""
+        held = table.count - table.base
+        if held > self.room or self.is_tail(table.keys):
+            return
+        keys, values = (self.tensors[name][:, :, : self.room] for name in ("key", "value"))
+        for rows, part in ((keys, table.keys), (values, table.values)):
+            rows[:, :, :held] = part[:, :, :held]
+        self._taken = keys, values
+        table.lie(keys, values, table.base)
+
+    def is_tail(self, keys: Tensor) -> bool:
+        """Whether these are the keys of the first rows."""
+        return self._taken is not None and keys is self._taken[0]
+
+    def find(self, index: Tensor, table: KeyValues) -> tuple[Tensor, Tensor]:
+        """Places of slots `index [batch, lists, n]` of `table`, and the flat entries of those that had none: see `find_places`."""
         self._now += 1
-        return find_places(index, self.place, self.holder, self.used, self._now)
+        tail = table.count - table.base if self.is_tail(table.keys) else 0
+        return find_places(index, self.place, self.holder, self.used, self._now, tail=tail, base=table.base)
 
     def forget(self, row: numpy.ndarray, group: numpy.ndarray, slot: numpy.ndarray) -> None:
         """The copies of these slots, of these batch rows and lists, were not made after all."""
@@ -96,10 +127,15 @@ class HotSlots:
         self.holder[(*which[:2], self.place[which].long())] = -1
         self.place[which] = -1
 
-    def forget_from(self, slot: int) -> None:
-        """Slots from `slot` on hold other tokens from now on."""
+    def forget_from(self, slot: int, base: int) -> None:
+        """Slots from `slot` on hold other tokens from now on; those from `base` on lie behind the table's blocks."""
         self.place[..., slot:] = -1
         self.holder.masked_fill_(self.holder >= slot, -1)
+        if self._taken is not None:  # tokens taken back were written over the copies in these rows
+            held = self.holder[..., max(slot - base, 0) : self.room]
+            row, column, entry = (held >= 0).nonzero(as_tuple=True)
+            self.place[row, column, held[row, column, entry].long()] = -1
+            held[:] = -1
 
     def select_batch(self, rows: Sequence[int]) -> None:
         """Row `i` becomes what row `rows[i]` was."""

@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from kvpress.memory import growth
+from kvpress.memory import growth, held_bytes
 from kvpress.offload.errors import TierFullError
 from kvpress.offload.hot_slots import HotSlots, row_memory
 from kvpress.offload.row_source import RowSource
@@ -92,13 +92,14 @@ class StoredSlots:
             TierError: a block is lost or cannot be read, or there is no room for the copies.
         """
         with torch.inference_mode(False), torch.no_grad():
-            index = index.contiguous()
+            index, table = index.contiguous(), self._table
             if not self._hot.fits(index):
                 self._make(index)
-            elif self._hot.place.shape[-1] < self._table.count:
+            elif self._hot.place.shape[-1] < table.count:
                 self._widen(index)
             hot = self._hot
-            places, missing = hot.find(index)
+            hot.take_tail(table)
+            places, missing = hot.find(index, table)
             if len(missing):
                 self._bring(hot, index, places, missing)
         return places, hot
@@ -115,8 +116,9 @@ class StoredSlots:
         stowage, table, wanted, slots = self._stowage, self._table, index.shape[-1], self._table.count
         batch, lists, _ = index.shape
         like, layout = {"key": table.keys, "value": table.values}, stowage.blocks[0].layout
+        room = stowage.attached.options.block
         if layout is None or layout.groups != lists or not stowage.attached.manager.computes_in_host_memory:
-            layout = None
+            layout, room = None, 0  # the tail's own buffers serve
         else:
             like = row_memory(layout, batch)
         per_slot = sum(batch * each.shape[1] * each.shape[-1] * each.element_size() for each in like.values())
@@ -126,16 +128,21 @@ class StoredSlots:
         stowage.cool()
         share, capacity = stowage.attached.share(), SPARE * wanted
         if share is not None and stowage.reads_rows:
-            capacity = min(max((share - stowage.held - fixed) // per_slot, wanted), capacity)
-        if not stowage.may_hold(capacity * per_slot + fixed):
-            capacity = wanted
-            try:
-                stowage.must_hold(capacity * per_slot + fixed)
-            except TierFullError:  # what was put together for the selection has served
-                self._read = None
-                stowage.attached.release(stowage.layer)
-                stowage.must_hold(capacity * per_slot + fixed)
-        self._hot.make(index, capacity, roomy, like, layout)
+            left = share - stowage.held - fixed
+            left += held_bytes([table.keys, table.values]) - room * per_slot if room else 0
+            capacity = min(max(left // per_slot, wanted), capacity)
+        with stowage.attached.aside_in_use():  # for the moment at which the tail lies in two places
+            if not stowage.may_hold((room + capacity) * per_slot + fixed):
+                capacity, room = wanted, 0
+                try:
+                    stowage.must_hold(capacity * per_slot + fixed)
+                except TierFullError:  # what was put together for the selection has served
+                    self._read = None
+                    stowage.attached.release(stowage.layer)
+                    stowage.must_hold(capacity * per_slot + fixed)
+            self._hot.make(index, capacity, roomy, like, layout, room)
+            self._hot.take_tail(table)
+            stowage.settle(table)
 
     def _bring(self, hot: HotSlots, index: Tensor, places: Tensor, missing: Tensor) -> None:
         """Copy the slots of the flat entries `missing` of `index` to their places.
@@ -212,7 +219,7 @@ class StoredSlots:
         firsts = numpy.concatenate([[0], begins, [len(block)]])
         blocks, places = block[firsts[:-1]], wanted.place
         if lists > 1:
-            places = (wanted.row * layout.groups + wanted.group) * hot.capacity + places
+            places = (wanted.row * layout.groups + wanted.group) * rows.shape[2] + places
         if lists > 1 or source.batch_rows is not None:
             then = wanted.row if source.batch_rows is None else source.batch_rows[block, wanted.row]
             number += (then * layout.groups + wanted.group) * size

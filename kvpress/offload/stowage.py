@@ -109,13 +109,13 @@ class Stowage:
         self._broken = False
         if rows > 1:  # columns may have grown into other buffers, and what is beside them hold the old ones
             self._beside = _bytes_beside(table, beside)
-            self._settle(table)
+            self.settle(table)
             self.attached.let_go(rows * table.full_bytes_per_token)
 
     def _stow(self, table: SlotTable) -> None:
         if table.base and table.count - table.base < self.attached.options.block:
             self._gathered.leave()
-            self._settle(table)
+            self.settle(table)
         elif table.base or self._gathered.holds(table):
             self._put_away(table)
         else:  # it lay near, or an eviction made new buffers, and the blocks hold what is no more
@@ -127,11 +127,29 @@ class Stowage:
 
     def cool(self) -> None:
         """Give up the near copies of what the tiers hold anyway."""
-        if self._hot is not None:
-            released = min(self._hot.nbytes, self.held)
-            self._hot = None
-            self.held -= released
-            self.attached.account.release(released)
+        hot, self._hot = self._hot, None
+        if hot is None:
+            return
+        with self.attached.aside_in_use():  # for the moment at which the tail lies in two places
+            released = held_bytes(hot.held()) - self._part_from(hot)
+        released = min(released, self.held)
+        self.held -= released
+        self.attached.account.release(released)
+
+    def _part_from(self, hot: HotSlots) -> int:
+        """Buffers of its own for a tail that lies in `hot`; returns their bytes."""
+        table = None if self._table is None else self._table()
+        lying = None if table is None else self._gathered.tail or (table.keys, table.values)
+        if table is None or lying is None or not hot.is_tail(lying[0]):
+            return 0
+        own = allocated(table, lying[0].shape[2])
+        for to, part in zip(own, lying, strict=True):
+            to.copy_(part)
+        if self._gathered.tail is None:
+            table.lie(*own, table.base)
+        else:
+            self._gathered.tail = own
+        return held_bytes(own)
 
     def lower(self) -> None:
         """Give up the near memory of a table that may as well lie in the tiers.
@@ -182,7 +200,7 @@ class Stowage:
     def cut(self, table: SlotTable) -> None:
         """Tokens were taken back, down to `table.count` slots: later blocks go, the rest of the first of them returns to the tail."""
         if self._hot is not None:
-            self._hot.forget_from(table.count)
+            self._hot.forget_from(table.count, table.base)
         if table.count >= table.base:
             return
         self._invalidate()
@@ -193,7 +211,7 @@ class Stowage:
         self._hot = None
         self._blocks.drop_from(whole)
         table.keys, table.values, table.base = keys, values, whole * block
-        self._settle(table)
+        self.settle(table)
 
     def select_batch(self, table: SlotTable, rows: Sequence[int]) -> None:
         """Batch row `i` of the blocks becomes what row `rows[i]` was; the table has seen to what lies near."""
@@ -201,8 +219,10 @@ class Stowage:
         self._blocks.select_batch(rows)
         if self._hot is not None:
             self._hot.select_batch(rows)
+            if table.base:
+                self._hot.take_tail(table)
         if table.base:
-            self._settle(table)
+            self.settle(table)
         elif not self._stays_near(table):
             self._put_away(table)
 
@@ -251,6 +271,15 @@ class Stowage:
         self.attached.hold(nbytes, self)
         self.held += nbytes
 
+    def settle(self, table: SlotTable) -> None:
+        """Make the account equal what lies near."""
+        hot, size = self._hot, self._near_bytes(table)
+        self._hold_more(size - self.held)
+        if self._hot is not hot:  # near copies had to go
+            size = self._near_bytes(table)
+        self.attached.account.release(self.held - size)
+        self.held = size
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _is_near(self, table: SlotTable, tokens: int) -> bool:
@@ -273,7 +302,7 @@ class Stowage:
     def _stays_near(self, table: SlotTable) -> bool:
         """Account for a table that lies in buffers of its own, or of the model; False where there is no room for it."""
         if table.spare is not None or table.rows is not None:
-            self._settle(table)
+            self.settle(table)
             return True
         if not self.attached.keeps_near:
             return table.owned and table.count < self.attached.options.block
@@ -287,7 +316,7 @@ class Stowage:
             return False
         self.held = max(size, self.held)
         table.take_over()
-        self._settle(table)
+        self.settle(table)
         return True
 
     def _put_away(self, table: SlotTable) -> None:
@@ -308,7 +337,7 @@ class Stowage:
             part[:, :, :count] = as_stored(table, whole[:, :, base - table.base : table.count - table.base])
         table.lie(*tail, base)
         self._gathered.leave()
-        self._settle(table)
+        self.settle(table)
 
     @contextmanager
     def _holding(self, nbytes: int) -> Iterator[None]:
@@ -330,16 +359,8 @@ class Stowage:
         return allocated(table, slots)
 
     def _near_bytes(self, table: SlotTable) -> int:
-        return held_bytes(table.tensors()) + self._beside + (0 if self._hot is None else self._hot.nbytes)
-
-    def _settle(self, table: SlotTable) -> None:
-        """Make the account equal what lies near."""
-        hot, size = self._hot, self._near_bytes(table)
-        self._hold_more(size - self.held)
-        if self._hot is not hot:  # near copies had to go
-            size = self._near_bytes(table)
-        self.attached.account.release(self.held - size)
-        self.held = size
+        hot = [] if self._hot is None else self._hot.held()
+        return held_bytes([*table.tensors(), *hot]) + self._beside
 
     def _hold_more(self, nbytes: int) -> None:
         if nbytes > 0 and not self.may_hold(nbytes):
