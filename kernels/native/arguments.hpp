@@ -188,12 +188,12 @@ struct ReusedSlots {
 };
 
 struct FindPlaces {
-  int64_t lists, count, slots, rows, now;
+  int64_t lists, count, slots, rows;
   int64_t tail, base;          // the first `tail` rows hold the slots `base …` from now on, and are not given away
   const int64_t* index;        // [lists, count], -1 for none
   int32_t* place;              // [lists, slots] the row of each slot, -1 for nowhere
   int32_t* holder;             // [lists, rows] the slot of each row, -1 for none
-  int32_t* used;               // [lists, rows] when
+  int32_t* uses;               // [lists, rows] how much it was used lately
   int64_t* found;              // [lists, count]
   int64_t* missing;            // how many had no row, then their entries
 };

@@ -6,8 +6,11 @@
 
 namespace {
 
+constexpr int32_t COMING = -2;  // in no row yet, and counted
+constexpr int32_t USE = 1 << 24, NOW = 1 << 30;  // what a use adds, four of them at most in the long run; and a mark above that
+
 struct Rows {  // of one list
-  int32_t *place, *holder, *used;
+  int32_t *place, *holder, *uses;
 
   void put(int64_t slot, int64_t row) const {
     if (holder[row] >= 0) place[holder[row]] = -1;
@@ -23,14 +26,26 @@ struct Rows {  // of one list
       put(slot, row);
     }
   }
+
+  // One turn later. Those of `found` are marked until the end of `give`.
+  void age(const int64_t* found, int64_t count, int64_t rows) const {
+    for (int64_t row = 0; row < rows; ++row) uses[row] -= uses[row] >> 2;
+    for (int64_t e = 0; e < count; ++e)
+      if (found[e] >= 0 && uses[found[e]] < NOW) uses[found[e]] += USE + NOW;
+  }
 };
 
-// The `count` least recently used rows behind the first `tail`, of equal ones the first, oldest first. `order` holds `rows` numbers.
-void oldest_of(const FindPlaces& f, const int32_t* used, int64_t count, uint64_t* order) {
-  const int64_t given = f.rows - f.tail;
-  for (int64_t i = 0; i < given; ++i) order[i] = uint64_t(uint32_t(used[f.tail + i]) ^ 0x80000000u) << 32 | uint64_t(f.tail + i);
-  if (count < given) std::nth_element(order, order + count, order + given);
-  std::sort(order, order + count);
+// The `count` rows behind the first `tail` that were used least, of equal ones the first, in order; empty ones before all others.
+void least_used(const FindPlaces& f, const Rows& rows, int64_t count, int32_t* keys, int32_t* given) {
+  const int64_t first = f.tail, size = f.rows - f.tail;
+  for (int64_t i = 0; i < size; ++i) keys[i] = rows.holder[first + i] < 0 ? -1 : rows.uses[first + i];
+  std::copy(keys, keys + size, keys + size);
+  std::nth_element(keys + size, keys + size + count - 1, keys + 2 * size);
+  const int32_t most = keys[size + count - 1];
+  int64_t equal = count;
+  for (int64_t i = 0; i < size; ++i) equal -= keys[i] < most;
+  for (int64_t i = 0; i < size; ++i)
+    if (keys[i] < most || (keys[i] == most && equal-- > 0)) *given++ = int32_t(first + i);
 }
 
 }  // namespace
@@ -39,35 +54,37 @@ int find_places(const FindPlaces& f) {
   int64_t largest = f.base + f.tail - 1;
   for (int64_t i = 0; i < f.lists * f.count; ++i) largest = f.index[i] > largest ? f.index[i] : largest;
   if (largest >= f.slots) return INDEX_OUT_OF_RANGE;
-  uint64_t* order = static_cast<uint64_t*>(std::malloc(sizeof(uint64_t) * size_t(f.rows + 1)));
-  if (!order) return OUT_OF_MEMORY;
+  int32_t* keys = static_cast<int32_t*>(std::malloc(sizeof(int32_t) * size_t(2 * f.rows + f.count + 1)));
+  if (!keys) return OUT_OF_MEMORY;
   int64_t* missing = f.missing + 1;
   for (int64_t list = 0; list < f.lists; ++list) {
     const int64_t* index = f.index + list * f.count;
     int64_t* found = f.found + list * f.count;
-    const Rows rows{f.place + list * f.slots, f.holder + list * f.rows, f.used + list * f.rows};
+    const Rows rows{f.place + list * f.slots, f.holder + list * f.rows, f.uses + list * f.rows};
     rows.put_tail(f.base, f.tail);
     int64_t wanted = 0;
     for (int64_t e = 0; e < f.count; ++e) {
       found[e] = index[e] < 0 ? -1 : rows.place[index[e]];
-      if (found[e] >= 0) rows.used[found[e]] = int32_t(f.now);
-      wanted += index[e] >= 0 && found[e] < 0;
+      if (index[e] < 0 || found[e] != -1) continue;
+      rows.place[index[e]] = COMING;
+      ++wanted;
     }
     if (wanted == 0) continue;
-    oldest_of(f, rows.used, wanted, order);
-    const uint64_t* next = order;
+    int32_t* given = keys + 2 * f.rows;
+    rows.age(found, f.count, f.rows);
+    least_used(f, rows, wanted, keys, given);
     for (int64_t e = 0; e < f.count; ++e) {
       if (index[e] < 0 || found[e] >= 0) continue;
       if (rows.place[index[e]] < 0) {  // else it is listed twice
-        const int64_t row = int64_t(*next++ & 0xffffffffu);
-        rows.put(index[e], row);
-        rows.used[row] = int32_t(f.now);
+        rows.put(index[e], *given);
+        rows.uses[*given++] = USE + NOW;
         *missing++ = list * f.count + e;
       }
       found[e] = rows.place[index[e]];
     }
+    for (int64_t row = 0; row < f.rows; ++row) rows.uses[row] &= NOW - 1;
   }
   *f.missing = missing - f.missing - 1;
-  std::free(order);
+  std::free(keys);
   return OK;
 }

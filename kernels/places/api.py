@@ -13,21 +13,20 @@ def find_places(
     index: Tensor,
     place: Tensor,
     holder: Tensor,
-    used: Tensor,
-    now: int,
+    uses: Tensor,
     *,
     tail: int = 0,
     base: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Places of slots among rows. Slots that lie in none get the least recently used rows, of equal ones the first.
+    """Places of slots among rows. Slots that lie in none get the rows least used lately, of equal ones the first, in order.
 
     Args:
         index: `[batch, lists, n]` int64 slots, `-1` for none; a slot listed twice has one place.
         place: `[batch, lists, slots]` int32, in which row each slot lies, `-1` for none. It is updated, as the next two are.
         holder: `[batch, lists, rows]` int32, which slot lies in each row, `-1` for none.
-        used: `[batch, lists, rows]` int32, when each row was used last, less than `now`.
-        now: becomes the time of those in `index`.
+        uses: `[batch, lists, rows]` int32, how much each row was used lately: at every call at which slots of its list lie in no row it
+            loses a quarter, and 2²⁴ are added for one in `index`.
         tail: rows at the beginning in which the slots from `base` on lie, in order; no other slot gets them, and what lay there is gone.
         base: the slot in the first of these.
         impl: `"auto"` or the name of an implementation.
@@ -41,23 +40,23 @@ def find_places(
             cannot serve.
         IndexError: a slot beyond those of `place`.
     """
-    state = (place, holder, used)
+    state = (place, holder, uses)
     if index.dim() != 3 or any(each.dim() != 3 or each.shape[:2] != index.shape[:2] for each in state):
         raise ValueError(
-            f"index, place, holder and used must be [batch, lists, …], got {[tuple(each.shape) for each in (index, *state)]}"
+            f"index, place, holder and uses must be [batch, lists, …], got {[tuple(each.shape) for each in (index, *state)]}"
         )
     if index.dtype != torch.int64 or any(each.dtype != torch.int32 for each in state):
         raise ValueError(
-            f"index must be int64, place, holder and used int32, got {[each.dtype for each in (index, *state)]}"
+            f"index must be int64, place, holder and uses int32, got {[each.dtype for each in (index, *state)]}"
         )
     if min(tail, base) < 0:
         raise ValueError(f"tail and base must be at least 0, got {tail} and {base}")
-    if holder.shape != used.shape or index.shape[-1] + tail > holder.shape[-1]:
+    if holder.shape != uses.shape or index.shape[-1] + tail > holder.shape[-1]:
         raise ValueError(
-            f"holder and used must have a row for each of {tail} slots of the tail and {index.shape[-1]} of index, got "
-            f"{holder.shape[-1]} and {used.shape[-1]}"
+            f"holder and uses must have a row for each of {tail} slots of the tail and {index.shape[-1]} of index, got "
+            f"{holder.shape[-1]} and {uses.shape[-1]}"
         )
     chosen = choose(
         "places of near copies", impl, {"native": lambda: native.refusal(index, *state), "reference": lambda: None}
     )
-    return (native if chosen == "native" else reference).find_places(index, place, holder, used, now, tail, base)
+    return (native if chosen == "native" else reference).find_places(index, place, holder, uses, tail, base)

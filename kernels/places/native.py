@@ -18,7 +18,7 @@ def refusal(*tensors: Tensor) -> str | None:
 
 
 def find_places(
-    index: Tensor, place: Tensor, holder: Tensor, used: Tensor, now: int, tail: int, base: int
+    index: Tensor, place: Tensor, holder: Tensor, uses: Tensor, tail: int, base: int
 ) -> tuple[Tensor, Tensor]:
     """See `kvpress.kernels.places.find_places`."""
     batch, lists, count = index.shape
@@ -29,13 +29,12 @@ def find_places(
         count,
         place.shape[-1],
         holder.shape[-1],
-        now,
         tail,
         base,
         index.data_ptr(),
         place.data_ptr(),
         holder.data_ptr(),
-        used.data_ptr(),
+        uses.data_ptr(),
         found.data_ptr(),
         entries.data_ptr(),
     )

@@ -6,34 +6,39 @@ import torch
 from torch import Tensor
 
 
+USE = 1 << 24
+
+
 def find_places(
-    index: Tensor, place: Tensor, holder: Tensor, used: Tensor, now: int, tail: int, base: int
+    index: Tensor, place: Tensor, holder: Tensor, uses: Tensor, tail: int, base: int
 ) -> tuple[Tensor, Tensor]:
     """See `kvpress.kernels.places.find_places`."""
     if max(int(index.max()) if index.numel() else 0, base + tail - 1) >= place.shape[-1]:
         raise IndexError("index must name slots below the number of slots")
     _put_tail(place, holder, tail, base)
-    slot = index.clamp(min=0)
-    found = place.gather(-1, slot).long().masked_fill(index < 0, -1)
-    row, column, entry = (found >= 0).nonzero(as_tuple=True)
-    used[row, column, found[row, column, entry]] = now
-    missing = (index >= 0) & (found < 0)
-    if bool(missing.any()):
-        oldest = used[..., tail:].argsort(dim=-1, stable=True) + tail
-        for row, column in missing.any(dim=-1).nonzero().tolist():
-            wanted = slot[row, column, missing[row, column]].tolist()
-            firsts = sorted(set(wanted), key=wanted.index)  # of a slot listed twice the first entry brings it
-            new = torch.tensor(firsts, device=index.device)
-            given = oldest[row, column, : len(firsts)]
-            old = holder[row, column, given].long()
-            place[row, column, old[old >= 0]] = -1
-            holder[row, column, given], used[row, column, given] = new.int(), now
-            place[row, column, new] = given.int()
-            again = torch.tensor([number != wanted.index(each) for number, each in enumerate(wanted)])
-            entries = missing[row, column].nonzero().view(-1)
-            missing[row, column, entries[again.to(index.device)]] = False
-        found = place.gather(-1, slot).long().masked_fill(index < 0, -1)
+    missing = (index >= 0) & (place.gather(-1, index.clamp(min=0)) < 0)
+    for row, column in missing.any(dim=-1).nonzero().tolist():
+        state = place[row, column], holder[row, column], uses[row, column]
+        missing[row, column] = _bring(index[row, column], missing[row, column], *state, tail)
+    found = place.gather(-1, index.clamp(min=0)).long().masked_fill(index < 0, -1)
     return found, missing.view(-1).nonzero().view(-1)
+
+
+def _bring(index: Tensor, missing: Tensor, place: Tensor, holder: Tensor, uses: Tensor, tail: int) -> Tensor:
+    """Gives rows to the slots of one list that lie in none; returns which entries bring one: of a slot listed twice the first."""
+    found = place[index[(index >= 0) & ~missing]].long()
+    uses -= uses >> 2
+    uses[found.unique()] += USE
+    free = uses.masked_fill(holder < 0, -1)
+    free[found] = torch.iinfo(torch.int32).max
+    wanted = index[missing].tolist()
+    firsts = sorted(set(wanted), key=wanted.index)
+    given = (free[tail:].argsort(stable=True)[: len(firsts)] + tail).sort().values
+    old, new = holder[given].long(), torch.tensor(firsts, device=index.device)
+    place[old[old >= 0]] = -1
+    holder[given], uses[given], place[new] = new.int(), USE, given.int()
+    first = torch.tensor([number == wanted.index(each) for number, each in enumerate(wanted)], device=index.device)
+    return missing.masked_scatter(missing, first)
 
 
 def _put_tail(place: Tensor, holder: Tensor, tail: int, base: int) -> None:

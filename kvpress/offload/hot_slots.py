@@ -23,7 +23,7 @@ ROW_BYTES = 64  # slot rows begin at multiples of it: a vector that lies across 
 
 class HotSlots:
     """Rows of slots that attention reads where they lie: the first hold those behind the table's blocks, once they were taken in
-    (`take_tail`), the others copies, the least recently read of which give way.
+    (`take_tail`), the others copies, those least used lately of which give way.
 
     Attributes:
         room: rows for the table's own slots, which hold copies as long as no slot needs them.
@@ -31,7 +31,7 @@ class HotSlots:
         rows: payloads of slot rows `[batch, groups, rows, payload]` of uint8, or None.
         holder: `[batch, lists, rows]` int32 which slot lies in each row, -1 for none; one list where all KV heads select the same.
         place: `[batch, lists, slots]` int32 in which row each slot lies, -1 for none.
-        used: `[batch, lists, rows]` int32 the last forward that read it.
+        uses: `[batch, lists, rows]` int32 how much each row was read lately.
         attention: over the rows.
     """
 
@@ -41,9 +41,8 @@ class HotSlots:
         self._memory: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
         self.rows: Tensor | None = None
-        self.holder = self.place = self.used = torch.empty(0, 0, 0, dtype=torch.int32)
+        self.holder = self.place = self.uses = torch.empty(0, 0, 0, dtype=torch.int32)
         self._layout: RowLayout | None = None
-        self._now = 0
         self._taken: tuple[Tensor, Tensor] | None = None  # keys and values of the first rows, while they are a table's
 
     @property
@@ -73,9 +72,9 @@ class HotSlots:
         `row_memory` of their `layout`."""
         lists, rows = index.shape[:2], room + capacity
         self.holder = filled((*lists, rows), -1, index, torch.int32)
-        self.used = filled((*lists, rows), -1, index, torch.int32)
+        self.uses = filled((*lists, rows), 0, index, torch.int32)
         self.place = filled((*lists, slots), -1, index, torch.int32)
-        self._now, self._layout, self.room = 0, layout, room
+        self._layout, self.room = layout, room
         self._memory = {
             name: allocate((*each.shape[:2], rows, each.shape[-1]), index, each.dtype).zero_()
             for name, each in like.items()
@@ -92,7 +91,7 @@ class HotSlots:
 
     def held(self) -> list[Tensor]:
         """Every tensor held."""
-        return [*self._memory.values(), self.holder, self.used, self.place]
+        return [*self._memory.values(), self.holder, self.uses, self.place]
 
     def widen(self, slots: int) -> None:
         """Room in `place` for `slots` slots."""
@@ -117,9 +116,8 @@ class HotSlots:
 
     def find(self, index: Tensor, table: KeyValues) -> tuple[Tensor, Tensor]:
         """Places of slots `index [batch, lists, n]` of `table`, and the flat entries of those that had none: see `find_places`."""
-        self._now += 1
         tail = table.count - table.base if self.is_tail(table.keys) else 0
-        return find_places(index, self.place, self.holder, self.used, self._now, tail=tail, base=table.base)
+        return find_places(index, self.place, self.holder, self.uses, tail=tail, base=table.base)
 
     def forget(self, row: numpy.ndarray, group: numpy.ndarray, slot: numpy.ndarray) -> None:
         """The copies of these slots, of these batch rows and lists, were not made after all."""
@@ -142,7 +140,7 @@ class HotSlots:
         index = torch.tensor(rows, device=self.holder.device)
         if self.capacity:
             with torch.inference_mode(False), torch.no_grad():
-                self.holder, self.place, self.used = self.holder[index], self.place[index], self.used[index]
+                self.holder, self.place, self.uses = self.holder[index], self.place[index], self.uses[index]
                 self._memory = {name: tensor[index] for name, tensor in self._memory.items()}
                 self._open()
 
