@@ -181,8 +181,7 @@ class Reader:
     def _make_room(self, table: SlotTable, keys: Any) -> None:
         """With offload: for what the selection will keep, before it exists."""
         if table.stowage is not None and self.selector is not None:
-            more = self.selector.bytes_for(keys) - sum(tensor.nbytes for tensor in self.selector.tensors())
-            table.stowage.make_room(more)
+            table.stowage.make_room(self.selector.bytes_to_grow(keys))
 
     def rearrange(self) -> None:
         """Slots moved."""

@@ -76,14 +76,13 @@ class KeyIndex:
         """Every tensor held."""
         return [tensor for tensor in (self.codes, self.scales) if tensor is not None]
 
-    def bytes_for(self, keys: Any) -> int:
-        """Bytes held at most while `follow` takes in `keys`: while it grows, the old buffers and the new ones."""
+    def bytes_to_grow(self, keys: Any) -> int:
+        """Bytes beside those held while `follow` takes in `keys`: of new buffers, while the old ones are still there."""
         batch, heads, slots, dim = keys.shape
-        held = sum(tensor.nbytes for tensor in self.tensors())
         if self.codes is not None and self.codes.shape[2] >= slots:
-            return held
+            return 0
         fresh: int = batch * heads * (slots + growth(slots)) * (dim + torch.float32.itemsize)
-        return held + fresh
+        return fresh
 
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal index."""

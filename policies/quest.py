@@ -80,14 +80,13 @@ class PageSelector(Selector):
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.low, self.high) if tensor is not None]
 
-    def bytes_for(self, keys: Any) -> int:
-        held = super().bytes_for(keys)
+    def bytes_to_grow(self, keys: Any) -> int:
         pages = -(-keys.shape[2] // self.policy.page_size)
         if not self.narrows(keys.shape[2]) or (self.low is not None and self.low.shape[2] >= pages):
-            return held
+            return 0
         batch, heads, _, dim = keys.shape
         fresh: int = 2 * batch * heads * (pages + pages // GROWTH) * dim * bounds_type(keys.dtype).itemsize
-        return held + fresh  # old bounds and new ones for a moment
+        return fresh  # old bounds and new ones for a moment
 
     def narrows(self, slots: int) -> bool:
         return not self.skip and slots > self.policy.top_k

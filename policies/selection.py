@@ -108,9 +108,9 @@ class Selector:
         """Every tensor held."""
         return []
 
-    def bytes_for(self, keys: Any) -> int:
-        """Bytes of the tensors held at most while `select` sees `keys`, so that room for them can be made."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+    def bytes_to_grow(self, keys: Any) -> int:
+        """Bytes that `select` holds at most beside those held now when it sees `keys`, so that room for them can be made."""
+        return 0
 
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal selector: numbers and tensors."""

@@ -141,10 +141,8 @@ class VoteSelector(Selector):
         turn = None if self._step is None else self._step.turn
         return [*(tensor for name in CACHED if (tensor := getattr(self, name)) is not None), *(turn or ())]
 
-    def bytes_for(self, keys: Any) -> int:
-        if self.index is None or not self.narrows(keys.shape[2]):
-            return super().bytes_for(keys)
-        return sum(tensor.nbytes for tensor in self._cached()) + self.index.bytes_for(keys)
+    def bytes_to_grow(self, keys: Any) -> int:
+        return 0 if self.index is None or not self.narrows(keys.shape[2]) else self.index.bytes_to_grow(keys)
 
     def state(self) -> dict[str, Any]:
         tensors = {name: getattr(self, name) for name in CACHED}

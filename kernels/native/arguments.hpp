@@ -190,6 +190,7 @@ struct ReusedSlots {
 struct FindPlaces {
   int64_t lists, count, slots, rows;
   int64_t tail, base;          // the first `tail` rows hold the slots `base …` from now on, and are not given away
+  int64_t vacant;              // nor as many behind them, which hold nothing from now on
   const int64_t* index;        // [lists, count], -1 for none
   int32_t* place;              // [lists, slots] the row of each slot, -1 for nowhere
   int32_t* holder;             // [lists, rows] the slot of each row, -1 for none

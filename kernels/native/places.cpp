@@ -12,19 +12,25 @@ constexpr int32_t USE = 1 << 24, NOW = 1 << 30;  // what a use adds, four of the
 struct Rows {  // of one list
   int32_t *place, *holder, *uses;
 
-  void put(int64_t slot, int64_t row) const {
+  void empty(int64_t row) const {
     if (holder[row] >= 0) place[holder[row]] = -1;
+    holder[row] = -1;
+  }
+
+  void put(int64_t slot, int64_t row) const {
+    empty(row);
     holder[row] = int32_t(slot);
     place[slot] = int32_t(row);
   }
 
-  void put_tail(int64_t base, int64_t tail) const {
+  void put_tail(int64_t base, int64_t tail, int64_t vacant) const {
     for (int64_t row = 0; row < tail; ++row) {
       const int64_t slot = base + row;
       if (holder[row] == slot) continue;
       if (place[slot] >= 0) holder[place[slot]] = -1;
       put(slot, row);
     }
+    for (int64_t row = tail; row < tail + vacant; ++row) empty(row);
   }
 
   // One turn later. Those of `found` are marked until the end of `give`.
@@ -35,9 +41,9 @@ struct Rows {  // of one list
   }
 };
 
-// The `count` rows behind the first `tail` that were used least, of equal ones the first, in order; empty ones before all others.
+// The `count` rows behind those of the tail that were used least, of equal ones the first, in order; empty ones before all others.
 void least_used(const FindPlaces& f, const Rows& rows, int64_t count, int32_t* keys, int32_t* given) {
-  const int64_t first = f.tail, size = f.rows - f.tail;
+  const int64_t first = f.tail + f.vacant, size = f.rows - first;
   for (int64_t i = 0; i < size; ++i) keys[i] = rows.holder[first + i] < 0 ? -1 : rows.uses[first + i];
   std::copy(keys, keys + size, keys + size);
   std::nth_element(keys + size, keys + size + count - 1, keys + 2 * size);
@@ -61,7 +67,7 @@ int find_places(const FindPlaces& f) {
     const int64_t* index = f.index + list * f.count;
     int64_t* found = f.found + list * f.count;
     const Rows rows{f.place + list * f.slots, f.holder + list * f.rows, f.uses + list * f.rows};
-    rows.put_tail(f.base, f.tail);
+    rows.put_tail(f.base, f.tail, f.vacant);
     int64_t wanted = 0;
     for (int64_t e = 0; e < f.count; ++e) {
       found[e] = index[e] < 0 ? -1 : rows.place[index[e]];

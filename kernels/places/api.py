@@ -17,6 +17,7 @@ def find_places(
     *,
     tail: int = 0,
     base: int = 0,
+    vacant: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Places of slots among rows. Slots that lie in none get the rows least used lately, of equal ones the first, in order.
@@ -29,6 +30,7 @@ def find_places(
             loses a quarter, and 2²⁴ are added for one in `index`.
         tail: rows at the beginning in which the slots from `base` on lie, in order; no other slot gets them, and what lay there is gone.
         base: the slot in the first of these.
+        vacant: rows behind these that are kept empty for slots to come.
         impl: `"auto"` or the name of an implementation.
 
     Returns:
@@ -36,7 +38,7 @@ def find_places(
         slots lay in no row.
 
     Raises:
-        ValueError: shapes or types that do not fit, more slots than rows behind the tail, an unknown `impl`, or an explicit one that
+        ValueError: shapes or types that do not fit, more slots than rows behind the tail's, an unknown `impl`, or an explicit one that
             cannot serve.
         IndexError: a slot beyond those of `place`.
     """
@@ -49,14 +51,14 @@ def find_places(
         raise ValueError(
             f"index must be int64, place, holder and uses int32, got {[each.dtype for each in (index, *state)]}"
         )
-    if min(tail, base) < 0:
-        raise ValueError(f"tail and base must be at least 0, got {tail} and {base}")
-    if holder.shape != uses.shape or index.shape[-1] + tail > holder.shape[-1]:
+    if min(tail, base, vacant) < 0:
+        raise ValueError(f"tail, base and vacant must be at least 0, got {tail}, {base} and {vacant}")
+    if holder.shape != uses.shape or index.shape[-1] + tail + vacant > holder.shape[-1]:
         raise ValueError(
-            f"holder and uses must have a row for each of {tail} slots of the tail and {index.shape[-1]} of index, got "
+            f"holder and uses must have {tail} + {vacant} rows for the tail and one for each of {index.shape[-1]} slots, got "
             f"{holder.shape[-1]} and {uses.shape[-1]}"
         )
     chosen = choose(
         "places of near copies", impl, {"native": lambda: native.refusal(index, *state), "reference": lambda: None}
     )
-    return (native if chosen == "native" else reference).find_places(index, place, holder, uses, tail, base)
+    return (native if chosen == "native" else reference).find_places(index, place, holder, uses, tail, base, vacant)

@@ -18,7 +18,7 @@ def refusal(*tensors: Tensor) -> str | None:
 
 
 def find_places(
-    index: Tensor, place: Tensor, holder: Tensor, uses: Tensor, tail: int, base: int
+    index: Tensor, place: Tensor, holder: Tensor, uses: Tensor, tail: int, base: int, vacant: int
 ) -> tuple[Tensor, Tensor]:
     """See `kvpress.kernels.places.find_places`."""
     batch, lists, count = index.shape
@@ -31,6 +31,7 @@ def find_places(
         holder.shape[-1],
         tail,
         base,
+        vacant,
         index.data_ptr(),
         place.data_ptr(),
         holder.data_ptr(),

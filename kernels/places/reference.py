@@ -5,27 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 USE = 1 << 24
 
 
 def find_places(
-    index: Tensor, place: Tensor, holder: Tensor, uses: Tensor, tail: int, base: int
+    index: Tensor, place: Tensor, holder: Tensor, uses: Tensor, tail: int, base: int, vacant: int
 ) -> tuple[Tensor, Tensor]:
     """See `kvpress.kernels.places.find_places`."""
     if max(int(index.max()) if index.numel() else 0, base + tail - 1) >= place.shape[-1]:
         raise IndexError("index must name slots below the number of slots")
-    _put_tail(place, holder, tail, base)
+    _put_tail(place, holder, tail, base, vacant)
     missing = (index >= 0) & (place.gather(-1, index.clamp(min=0)) < 0)
     for row, column in missing.any(dim=-1).nonzero().tolist():
         state = place[row, column], holder[row, column], uses[row, column]
-        missing[row, column] = _bring(index[row, column], missing[row, column], *state, tail)
+        missing[row, column] = _bring(index[row, column], missing[row, column], *state, tail + vacant)
     found = place.gather(-1, index.clamp(min=0)).long().masked_fill(index < 0, -1)
     return found, missing.view(-1).nonzero().view(-1)
 
 
-def _bring(index: Tensor, missing: Tensor, place: Tensor, holder: Tensor, uses: Tensor, tail: int) -> Tensor:
-    """Gives rows to the slots of one list that lie in none; returns which entries bring one: of a slot listed twice the first."""
+def _bring(index: Tensor, missing: Tensor, place: Tensor, holder: Tensor, uses: Tensor, first: int) -> Tensor:
+    """Gives rows from `first` on to the slots of one list that lie in none; returns which entries bring one: of a slot listed twice the
+    first."""
     found = place[index[(index >= 0) & ~missing]].long()
     uses -= uses >> 2
     uses[found.unique()] += USE
@@ -33,7 +33,7 @@ def _bring(index: Tensor, missing: Tensor, place: Tensor, holder: Tensor, uses: 
     free[found] = torch.iinfo(torch.int32).max
     wanted = index[missing].tolist()
     firsts = sorted(set(wanted), key=wanted.index)
-    given = (free[tail:].argsort(stable=True)[: len(firsts)] + tail).sort().values
+    given = (free[first:].argsort(stable=True)[: len(firsts)] + first).sort().values
     old, new = holder[given].long(), torch.tensor(firsts, device=index.device)
     place[old[old >= 0]] = -1
     holder[given], uses[given], place[new] = new.int(), USE, given.int()
@@ -41,13 +41,13 @@ def _bring(index: Tensor, missing: Tensor, place: Tensor, holder: Tensor, uses: 
     return missing.masked_scatter(missing, first)
 
 
-def _put_tail(place: Tensor, holder: Tensor, tail: int, base: int) -> None:
-    """The first `tail` rows hold the slots from `base` on, and these lie nowhere else."""
-    rows = torch.arange(tail, device=place.device, dtype=torch.int32)
-    slots = rows + base
-    own = holder[..., :tail] == slots
-    for row, column, number in (holder[..., :tail] >= 0).logical_and(~own).nonzero().tolist():
-        place[row, column, int(holder[row, column, number])] = -1
+def _put_tail(place: Tensor, holder: Tensor, tail: int, base: int, vacant: int) -> None:
+    """The first `tail` rows hold the slots from `base` on, which lie nowhere else, and `vacant` rows behind them nothing."""
+    rows = torch.arange(tail + vacant, device=place.device, dtype=torch.int32)
+    slots = torch.where(rows < tail, rows + base, -1)
+    for row, column, number in (holder[..., : tail + vacant] != slots).nonzero().tolist():
+        if holder[row, column, number] >= 0:
+            place[row, column, int(holder[row, column, number])] = -1
     holder.masked_fill_((holder >= base) & (holder < base + tail), -1)
-    holder[..., :tail] = slots
-    place[..., base : base + tail] = rows
+    holder[..., : tail + vacant] = slots
+    place[..., base : base + tail] = rows[:tail]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -116,18 +116,10 @@ class Attached:
             if self.account.hold(nbytes):
                 return
             self._give_back(memory)  # read ahead in vain
-        # a layer that is read whole at every token is the last to move down
-        others = sorted(self._living(), key=lambda each: (not each.reads_rows, -each.held))
-        others = [other for other in others if other is not asking]
-        refused: TierFullError | None = None
+        refused: list[TierFullError] = []
         for give_way in (self.lower, lambda each: each.cool()):
-            for other in others:
-                if self.account.hold(nbytes):
-                    return
-                try:
-                    give_way(other)
-                except TierFullError as error:  # this table stays where it is: another one may go
-                    refused = error
+            if self._held_after(give_way, nbytes, asking, refused):
+                return
         self.account.release(self._aside)  # nothing is left that could move down
         self._aside = 0
         if not self.account.hold(nbytes):
@@ -137,7 +129,31 @@ class Attached:
                 name,
                 f"has no room for {nbytes} bytes of working memory beside the {self.account.held} held, of {limit}: "
                 "raise the limit, or use a smaller block",
-            ) from refused
+            ) from (refused[-1] if refused else None)
+
+    def hold_in_place_of_tables(self, nbytes: int, asking: Stowage) -> bool:
+        """Reserve `nbytes` near, moving other layers' tables down, but at the cost of no near copies; False where that is not enough."""
+        return self._held_after(self.lower, nbytes, asking, [])
+
+    def _held_after(
+        self,
+        give_way: Callable[[Stowage], None],
+        nbytes: int,
+        asking: Stowage | None,
+        refused: list[TierFullError],
+    ) -> bool:
+        """Reserve `nbytes` as soon as enough other layers gave way; notes those that could not."""
+        # a layer that is read whole at every token is the last to move down
+        others = sorted(self._living(), key=lambda each: (not each.reads_rows, -each.held))
+        for other in others:
+            if self.account.hold(nbytes):
+                return True
+            if other is not asking:
+                try:
+                    give_way(other)
+                except TierFullError as error:  # this table stays where it is: another one may go
+                    refused.append(error)
+        return self.account.hold(nbytes)
 
     def lower(self, stowage: Stowage) -> None:
         """Move a table down. What it needs for a moment, its new tail beside its old buffers, was set aside for that."""

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 ROW_BYTES = 64  # slot rows begin at multiples of it: a vector that lies across two lines of the processor's cache takes longer to load
 
+AHEAD = (
+    32  # rows emptied at once for the table's own slots to come: what they held is read again if it is still selected
+)
+
 
 class HotSlots:
     """Rows of slots that attention reads where they lie: the first hold those behind the table's blocks, once they were taken in
     (`take_tail`), the others copies, those least used lately of which give way.
 
     Attributes:
-        room: rows for the table's own slots, which hold copies as long as no slot needs them.
+        room: rows for the table's own slots, which hold copies until such slots are near.
         tensors: keys and values by name, `[batch, kv_heads, rows, dim]` as they are stored; views of `rows`, if there are slot rows.
         rows: payloads of slot rows `[batch, groups, rows, payload]` of uint8, or None.
         holder: `[batch, lists, rows]` int32 which slot lies in each row, -1 for none; one list where all KV heads select the same.
@@ -58,6 +62,10 @@ class HotSlots:
     def fits(self, index: Tensor) -> bool:
         """Whether slots `index [batch, lists, n]` can be looked up at once."""
         return self.holder.shape[:2] == index.shape[:2] and index.shape[-1] <= self.capacity
+
+    def takes(self, table: KeyValues) -> bool:
+        """Whether the slots of `table` behind its blocks should lie in the first rows, and do not."""
+        return 0 < table.count - table.base <= self.room and not self.is_tail(table.keys)
 
     def make(
         self,
@@ -100,10 +108,8 @@ class HotSlots:
         self.place = roomy
 
     def take_tail(self, table: KeyValues) -> None:
-        """Let the slots of `table` behind its blocks lie in the first rows from now on, if there is room for them."""
+        """Let the slots of `table` behind its blocks lie in the first rows from now on."""
         held = table.count - table.base
-        if held > self.room or self.is_tail(table.keys):
-            return
         keys, values = (self.tensors[name][:, :, : self.room] for name in ("key", "value"))
         for rows, part in ((keys, table.keys), (values, table.values)):
             rows[:, :, :held] = part[:, :, :held]
@@ -116,8 +122,11 @@ class HotSlots:
 
     def find(self, index: Tensor, table: KeyValues) -> tuple[Tensor, Tensor]:
         """Places of slots `index [batch, lists, n]` of `table`, and the flat entries of those that had none: see `find_places`."""
-        tail = table.count - table.base if self.is_tail(table.keys) else 0
-        return find_places(index, self.place, self.holder, self.uses, tail=tail, base=table.base)
+        tail = vacant = 0
+        if self.is_tail(table.keys):
+            tail = table.count - table.base
+            vacant = min(AHEAD - tail % AHEAD, self.room - tail)
+        return find_places(index, self.place, self.holder, self.uses, tail=tail, base=table.base, vacant=vacant)
 
     def forget(self, row: numpy.ndarray, group: numpy.ndarray, slot: numpy.ndarray) -> None:
         """The copies of these slots, of these batch rows and lists, were not made after all."""

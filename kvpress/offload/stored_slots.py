@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
     from kvpress.slots import SlotTable
 
+LISTS = 3  # like the one of selected slots that a selection may keep, and that are not accounted for yet
 SPARE = 2  # near copies for so many times the slots that one forward reads
 
 
@@ -91,18 +92,24 @@ class StoredSlots:
         Raises:
             TierError: a block is lost or cannot be read, or there is no room for the copies.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            index, table = index.contiguous(), self._table
-            if not self._hot.fits(index):
-                self._make(index)
-            elif self._hot.place.shape[-1] < table.count:
-                self._widen(index)
-            hot = self._hot
-            hot.take_tail(table)
-            places, missing = hot.find(index, table)
-            if len(missing):
+        index, hot, slots = index.contiguous(), self._hot, self._table.count
+        if not hot.fits(index) or hot.place.shape[-1] < slots or hot.takes(self._table):
+            with torch.inference_mode(False), torch.no_grad():
+                hot = self._prepared(index)
+        places, missing = hot.find(index, self._table)
+        if len(missing):
+            with torch.inference_mode(False), torch.no_grad():
                 self._bring(hot, index, places, missing)
         return places, hot
+
+    def _prepared(self, index: Tensor) -> HotSlots:
+        """The near copies, with room for these slots."""
+        if not self._hot.fits(index):
+            self._make(index)
+        elif self._hot.place.shape[-1] < self._table.count:
+            self._widen(index)
+        self._stowage.move_tail(self._table)
+        return self._hot
 
     def _widen(self, index: Tensor) -> None:
         """Room to look up all slots, and some to come."""
@@ -128,11 +135,11 @@ class StoredSlots:
         stowage.cool()
         share, capacity = stowage.attached.share(), SPARE * wanted
         if share is not None and stowage.reads_rows:
-            left = share - stowage.held - fixed
+            left = share - stowage.held - fixed - LISTS * index.nbytes
             left += held_bytes([table.keys, table.values]) - room * per_slot if room else 0
             capacity = min(max(left // per_slot, wanted), capacity)
         with stowage.attached.aside_in_use():  # for the moment at which the tail lies in two places
-            if not stowage.may_hold((room + capacity) * per_slot + fixed):
+            if not stowage.holds_in_place_of_tables((room + capacity) * per_slot + fixed):
                 capacity, room = wanted, 0
                 try:
                     stowage.must_hold(capacity * per_slot + fixed)
@@ -141,8 +148,7 @@ class StoredSlots:
                     stowage.attached.release(stowage.layer)
                     stowage.must_hold(capacity * per_slot + fixed)
             self._hot.make(index, capacity, roomy, like, layout, room)
-            self._hot.take_tail(table)
-            stowage.settle(table)
+            stowage.move_tail(table)
 
     def _bring(self, hot: HotSlots, index: Tensor, places: Tensor, missing: Tensor) -> None:
         """Copy the slots of the flat entries `missing` of `index` to their places.
@@ -150,21 +156,14 @@ class StoredSlots:
         Raises:
             TierError: not all could be had; none of them has a place then.
         """
-        if hot.single and len(missing) == 1:
-            entry = int(missing)
-            behind = int(index[0, 0, entry]) - self._table.base
-            if behind >= 0:  # a decoded token's own
-                goes = int(places[0, 0, entry])
-                for name, tail in (("key", self._table.keys), ("value", self._table.values)):
-                    hot.tensors[name][:, :, goes] = tail[:, :, behind]
-                return
-        wanted = _Wanted.of(missing, index, places)
+        wanted = stored = _Wanted.of(missing, index, places)
         try:
-            stored, near = wanted.apart(self._table.base)
+            if not hot.is_tail(self._table.keys):
+                stored, near = wanted.apart(self._table.base)
+                if len(near.slot):
+                    self._bring_tail(hot, near)
             if len(stored.slot):
                 self._bring_parts(hot, stored) if hot.rows is None else self._bring_rows(hot, stored)
-            if len(near.slot):
-                self._bring_tail(hot, near)
         except BaseException:
             hot.forget(wanted.row, wanted.group, wanted.slot)
             raise
@@ -174,10 +173,7 @@ class StoredSlots:
         row, heads, slot, place = wanted.tensors(self.device, one_list=hot.holder.shape[1] == 1)
         slot = slot - self._table.base
         for name, tail in (("key", self._table.keys), ("value", self._table.values)):
-            if hot.single:
-                hot.tensors[name].index_copy_(2, place, tail.index_select(2, slot))
-            else:
-                hot.tensors[name][row, heads, place] = tail[row, heads, slot]
+            hot.tensors[name][row, heads, place] = tail[row, heads, slot]
 
     def _bring_parts(self, hot: HotSlots, wanted: _Wanted) -> None:
         """Block by block."""
@@ -214,7 +210,8 @@ class StoredSlots:
         if lists > 1 or not wanted.ascends:
             row = (wanted.slot // size * batches + wanted.row) * layout.groups + wanted.group
             wanted = wanted.some((row * size + wanted.slot % size).argsort())
-        block, number = numpy.divmod(wanted.slot, size)
+        block = wanted.slot // size
+        number = wanted.slot - block * size
         begins = numpy.flatnonzero(block[1:] != block[:-1]) + 1
         firsts = numpy.concatenate([[0], begins, [len(block)]])
         blocks, places = block[firsts[:-1]], wanted.place

@@ -51,6 +51,9 @@ class Stowage:
         self._gathered = GatheredSlots(attached, layer, self._blocks)
         self._broken = False  # putting away broke off
         self._beside = 0  # bytes of what the layer holds beside its table
+        self._sizes: list[
+            int
+        ] = []  # what was held at the end of the former forward, in all and of each tensor that may grow
         self._hot: HotSlots | None = None
         self.row_source: RowSource | None = None  # what `StoredSlots` knows of the blocks
         self._table: weakref.ref[SlotTable] | None = None
@@ -103,19 +106,34 @@ class Stowage:
         self.attached.check_open()
         if table.is_empty:
             return
+        if rows == 1 and self._is_settled(table, beside):
+            return
         self._beside = _bytes_beside(table, beside)
         self._broken = True  # until all is put away
         self._stow(table)
         self._broken = False
         if rows > 1:  # columns may have grown into other buffers, and what is beside them hold the old ones
             self._beside = _bytes_beside(table, beside)
-            self.settle(table)
+            self._settle(table)
             self.attached.let_go(rows * table.full_bytes_per_token)
+
+    def _is_settled(self, table: SlotTable, beside: Sequence[Tensor]) -> bool:
+        """Whether a decoded token left everything as it was: nothing to put away, nothing of another size, nothing held meanwhile."""
+        tensors = (*table.columns.values(), *beside)
+        former, self._sizes = self._sizes, [self.held, *(each.untyped_storage().nbytes() for each in tensors)]
+        return (
+            former == self._sizes
+            and 0 < table.count - table.base < self.attached.options.block
+            and table.base > 0
+            and self._hot is not None
+            and self._hot.is_tail(table.keys)
+            and self.attached.lent_to(self.layer) is None
+        )
 
     def _stow(self, table: SlotTable) -> None:
         if table.base and table.count - table.base < self.attached.options.block:
             self._gathered.leave()
-            self.settle(table)
+            self._settle(table)
         elif table.base or self._gathered.holds(table):
             self._put_away(table)
         else:  # it lay near, or an eviction made new buffers, and the blocks hold what is no more
@@ -195,6 +213,15 @@ class Stowage:
             self._hot = HotSlots(table.form)
         return self._hot
 
+    def move_tail(self, table: SlotTable) -> None:
+        """Let the slots behind the blocks lie among the near copies, where there is room for them."""
+        if self._hot is None or not self._hot.takes(table):
+            return
+        freed = held_bytes([table.keys, table.values])
+        self._hot.take_tail(table)
+        self.held -= freed
+        self.attached.account.release(freed)
+
     # -- verbs of the cache --------------------------------------------------------------------------------------------
 
     def cut(self, table: SlotTable) -> None:
@@ -211,7 +238,7 @@ class Stowage:
         self._hot = None
         self._blocks.drop_from(whole)
         table.keys, table.values, table.base = keys, values, whole * block
-        self.settle(table)
+        self._settle(table)
 
     def select_batch(self, table: SlotTable, rows: Sequence[int]) -> None:
         """Batch row `i` of the blocks becomes what row `rows[i]` was; the table has seen to what lies near."""
@@ -220,9 +247,9 @@ class Stowage:
         if self._hot is not None:
             self._hot.select_batch(rows)
             if table.base:
-                self._hot.take_tail(table)
+                self.move_tail(table)
         if table.base:
-            self.settle(table)
+            self._settle(table)
         elif not self._stays_near(table):
             self._put_away(table)
 
@@ -262,6 +289,13 @@ class Stowage:
         self.held += nbytes
         return True
 
+    def holds_in_place_of_tables(self, nbytes: int) -> bool:
+        """As `may_hold`, where other layers' tables may move down for it."""
+        if not self.attached.hold_in_place_of_tables(nbytes, self):
+            return False
+        self.held += nbytes
+        return True
+
     def must_hold(self, nbytes: int) -> None:
         """Hold more of the near tier for this layer.
 
@@ -270,15 +304,6 @@ class Stowage:
         """
         self.attached.hold(nbytes, self)
         self.held += nbytes
-
-    def settle(self, table: SlotTable) -> None:
-        """Make the account equal what lies near."""
-        hot, size = self._hot, self._near_bytes(table)
-        self._hold_more(size - self.held)
-        if self._hot is not hot:  # near copies had to go
-            size = self._near_bytes(table)
-        self.attached.account.release(self.held - size)
-        self.held = size
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -302,7 +327,7 @@ class Stowage:
     def _stays_near(self, table: SlotTable) -> bool:
         """Account for a table that lies in buffers of its own, or of the model; False where there is no room for it."""
         if table.spare is not None or table.rows is not None:
-            self.settle(table)
+            self._settle(table)
             return True
         if not self.attached.keeps_near:
             return table.owned and table.count < self.attached.options.block
@@ -316,7 +341,7 @@ class Stowage:
             return False
         self.held = max(size, self.held)
         table.take_over()
-        self.settle(table)
+        self._settle(table)
         return True
 
     def _put_away(self, table: SlotTable) -> None:
@@ -337,7 +362,7 @@ class Stowage:
             part[:, :, :count] = as_stored(table, whole[:, :, base - table.base : table.count - table.base])
         table.lie(*tail, base)
         self._gathered.leave()
-        self.settle(table)
+        self._settle(table)
 
     @contextmanager
     def _holding(self, nbytes: int) -> Iterator[None]:
@@ -361,6 +386,15 @@ class Stowage:
     def _near_bytes(self, table: SlotTable) -> int:
         hot = [] if self._hot is None else self._hot.held()
         return held_bytes([*table.tensors(), *hot]) + self._beside
+
+    def _settle(self, table: SlotTable) -> None:
+        """Make the account equal what lies near."""
+        hot, size = self._hot, self._near_bytes(table)
+        self._hold_more(size - self.held)
+        if self._hot is not hot:  # near copies had to go
+            size = self._near_bytes(table)
+        self.attached.account.release(self.held - size)
+        self.held = size
 
     def _hold_more(self, nbytes: int) -> None:
         if nbytes > 0 and not self.may_hold(nbytes):
