@@ -37,8 +37,8 @@ def _bring(index: Tensor, missing: Tensor, place: Tensor, holder: Tensor, uses: 
     old, new = holder[given].long(), torch.tensor(firsts, device=index.device)
     place[old[old >= 0]] = -1
     holder[given], uses[given], place[new] = new.int(), USE, given.int()
-    first = torch.tensor([number == wanted.index(each) for number, each in enumerate(wanted)], device=index.device)
-    return missing.masked_scatter(missing, first)
+    bring = torch.tensor([number == wanted.index(each) for number, each in enumerate(wanted)], device=index.device)
+    return missing.masked_scatter(missing, bring)
 
 
 def _put_tail(place: Tensor, holder: Tensor, tail: int, base: int, vacant: int) -> None:

@@ -16,7 +16,7 @@ from kvpress.offload.slot_rows import NAME, RowLayout
 from kvpress.row_format import RowFormat
 
 if TYPE_CHECKING:
-    from kvpress.key_values import KeyValues
+    from kvpress.slots import SlotTable
 
 ROW_BYTES = 64  # slot rows begin at multiples of it: a vector that lies across two lines of the processor's cache takes longer to load
 
@@ -63,7 +63,7 @@ class HotSlots:
         """Whether slots `index [batch, lists, n]` can be looked up at once."""
         return self.holder.shape[:2] == index.shape[:2] and index.shape[-1] <= self.capacity
 
-    def takes(self, table: KeyValues) -> bool:
+    def takes(self, table: SlotTable) -> bool:
         """Whether the slots of `table` behind its blocks should lie in the first rows, and do not."""
         return 0 < table.count - table.base <= self.room and not self.is_tail(table.keys)
 
@@ -107,7 +107,7 @@ class HotSlots:
         roomy[..., : self.place.shape[-1]] = self.place
         self.place = roomy
 
-    def take_tail(self, table: KeyValues) -> None:
+    def take_tail(self, table: SlotTable) -> None:
         """Let the slots of `table` behind its blocks lie in the first rows from now on."""
         held = table.count - table.base
         keys, values = (self.tensors[name][:, :, : self.room] for name in ("key", "value"))
@@ -120,7 +120,7 @@ class HotSlots:
         """Whether these are the keys of the first rows."""
         return self._taken is not None and keys is self._taken[0]
 
-    def find(self, index: Tensor, table: KeyValues) -> tuple[Tensor, Tensor]:
+    def find(self, index: Tensor, table: SlotTable) -> tuple[Tensor, Tensor]:
         """Places of slots `index [batch, lists, n]` of `table`, and the flat entries of those that had none: see `find_places`."""
         tail = vacant = 0
         if self.is_tail(table.keys):
