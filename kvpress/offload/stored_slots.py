@@ -8,9 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from kvpress.memory import growth, held_bytes
-from kvpress.offload.errors import TierFullError
-from kvpress.offload.hot_slots import HotSlots, row_memory
+from kvpress.offload.hot_slots import HotSlots
 from kvpress.offload.row_source import RowSource
 from kvpress.offload.slot_rows import RowsWanted
 from kvpress.row_format import PackedRows, Rows, unpacked
@@ -18,9 +16,6 @@ from kvpress.row_format import PackedRows, Rows, unpacked
 if TYPE_CHECKING:
     from kvpress.offload.stowage import Stowage
     from kvpress.slots import SlotTable
-
-LISTS = 3  # like the one of selected slots that a selection may keep, and that are not accounted for yet
-SPARE = 2  # near copies for so many times the slots that one forward reads
 
 
 class StoredSlots:
@@ -32,6 +27,7 @@ class StoredSlots:
     def __init__(self, stowage: Stowage, table: SlotTable) -> None:
         self._stowage, self._table = stowage, table
         self._read: tuple[int, Tensor] | None = None  # the keys from a slot on that were asked for last
+        self._hot: HotSlots | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -73,17 +69,15 @@ class StoredSlots:
         if first >= table.base:
             return table.base, table.keys
         if self._read is None or self._read[0] > first or self._read[0] + self._read[1].shape[2] < last:
-            self._read = self._stowage.keys_between(table, first, last)
+            self._read = self._stowage.gathered_slots.keys_between(table, first, last)
         return self._read
 
     @property
     def copies(self) -> tuple[Rows, Rows]:
-        """Keys and values `[batch, kv_heads, capacity, dim]` of the near copies."""
+        """Keys and values `[batch, kv_heads, rows, dim]` of the near copies that `places` spoke of."""
+        if self._hot is None:
+            raise RuntimeError("no slots were asked for")
         return self._rows(self._hot.tensors["key"]), self._rows(self._hot.tensors["value"])
-
-    @property
-    def _hot(self) -> HotSlots:
-        return self._stowage.hot_slots(self._table)
 
     def places(self, index: Tensor) -> tuple[Tensor, HotSlots]:
         """Places `[batch, lists, n]` of the slots `index [batch, lists, n]` among the near copies, `-1` for `-1`; and these. `lists` is
@@ -92,63 +86,18 @@ class StoredSlots:
         Raises:
             TierError: a block is lost or cannot be read, or there is no room for the copies.
         """
-        index, hot, slots = index.contiguous(), self._hot, self._table.count
-        if not hot.fits(index) or hot.place.shape[-1] < slots or hot.takes(self._table):
-            with torch.inference_mode(False), torch.no_grad():
-                hot = self._prepared(index)
+        index = index.contiguous()
+        self._hot = hot = self._stowage.copies.ready(self._table, index, self._let_go)
         places, missing = hot.find(index, self._table)
         if len(missing):
             with torch.inference_mode(False), torch.no_grad():
                 self._bring(hot, index, places, missing)
         return places, hot
 
-    def _prepared(self, index: Tensor) -> HotSlots:
-        """The near copies, with room for these slots."""
-        if not self._hot.fits(index):
-            self._make(index)
-        elif self._hot.place.shape[-1] < self._table.count:
-            self._widen(index)
-        self._stowage.move_tail(self._table)
-        return self._hot
-
-    def _widen(self, index: Tensor) -> None:
-        """Room to look up all slots, and some to come."""
-        slots = self._table.count + growth(self._table.count)
-        self._stowage.make_room(index.shape[0] * index.shape[1] * slots * torch.int32.itemsize)
-        if not self._hot.fits(index):  # making room cost the copies
-            self._make(index)
-        self._hot.widen(slots)
-
-    def _make(self, index: Tensor) -> None:
-        stowage, table, wanted, slots = self._stowage, self._table, index.shape[-1], self._table.count
-        batch, lists, _ = index.shape
-        like, layout = {"key": table.keys, "value": table.values}, stowage.blocks[0].layout
-        room = stowage.attached.options.block
-        if layout is None or layout.groups != lists or not stowage.attached.manager.computes_in_host_memory:
-            layout, room = None, 0  # the tail's own buffers serve
-        else:
-            like = row_memory(layout, batch)
-        per_slot = sum(batch * each.shape[1] * each.shape[-1] * each.element_size() for each in like.values())
-        per_slot += batch * lists * 8
-        roomy = slots + growth(slots)
-        fixed = batch * lists * 4 * roomy
-        stowage.cool()
-        share, capacity = stowage.attached.share(), SPARE * wanted
-        if share is not None and stowage.reads_rows:
-            left = share - stowage.held - fixed - LISTS * index.nbytes
-            left += held_bytes([table.keys, table.values]) - room * per_slot if room else 0
-            capacity = min(max(left // per_slot, wanted), capacity)
-        with stowage.attached.aside_in_use():  # for the moment at which the tail lies in two places
-            if not stowage.holds_in_place_of_tables((room + capacity) * per_slot + fixed):
-                capacity, room = wanted, 0
-                try:
-                    stowage.must_hold(capacity * per_slot + fixed)
-                except TierFullError:  # what was put together for the selection has served
-                    self._read = None
-                    stowage.attached.release(stowage.layer)
-                    stowage.must_hold(capacity * per_slot + fixed)
-            self._hot.make(index, capacity, roomy, like, layout, room)
-            stowage.move_tail(table)
+    def _let_go(self) -> None:
+        """What was put together for the selection has served."""
+        self._read = None
+        self._stowage.attached.release(self._stowage.layer)
 
     def _bring(self, hot: HotSlots, index: Tensor, places: Tensor, missing: Tensor) -> None:
         """Copy the slots of the flat entries `missing` of `index` to their places.

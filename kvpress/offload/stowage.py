@@ -20,8 +20,8 @@ from kvpress.offload.attached import Attached
 from kvpress.offload.block_writer import BlockWriter, as_stored, stored_bytes
 from kvpress.offload.errors import TierFullError
 from kvpress.offload.gathered import Buffers, GatheredSlots, allocated
-from kvpress.offload.hot_slots import HotSlots
 from kvpress.offload.layer_blocks import LayerBlocks
+from kvpress.offload.near_copies import NearCopies
 from kvpress.offload.row_source import RowSource
 from kvpress.offload.stored_slots import StoredSlots
 from kvpress.offload.working import Reading, StoredBlock, WorkingMemory
@@ -48,13 +48,13 @@ class Stowage:
         self.held = 0
         self.selecting = False
         self._blocks = LayerBlocks(attached, BlockWriter(attached.name, layer, attached.options.block, apart, together))
-        self._gathered = GatheredSlots(attached, layer, self._blocks)
+        self.gathered_slots = GatheredSlots(attached, layer, self._blocks)
         self._broken = False  # putting away broke off
         self._beside = 0  # bytes of what the layer holds beside its table
         self._sizes: list[
             int
         ] = []  # what was held at the end of the former forward, in all and of each tensor that may grow
-        self._hot: HotSlots | None = None
+        self.copies = NearCopies(self)
         self.row_source: RowSource | None = None  # what `StoredSlots` knows of the blocks
         self._table: weakref.ref[SlotTable] | None = None
         attached.stowages[layer] = weakref.ref(self)
@@ -62,11 +62,10 @@ class Stowage:
     def begin(self, table: SlotTable) -> None:
         """Forget everything, for an empty `table`."""
         self._invalidate()
-        self._gathered.leave()
+        self.gathered_slots.leave()
         self._blocks.drop_from(0)
-        self._hot, self._beside, self.selecting, self._broken = None, 0, False, False
-        self.attached.account.release(self.held)
-        self.held = 0
+        self.copies.slots, self._beside, self.selecting, self._broken = None, 0, False, False
+        self.release(self.held)
         self.bind(table)
 
     def bind(self, table: SlotTable) -> None:
@@ -89,7 +88,7 @@ class Stowage:
             )
         if (self.selecting and table.base) or self._is_near(table, tokens):
             return
-        self._gathered.fetch(table, tokens)
+        self.gathered_slots.fetch(table, tokens)
         self.attached.prefetch(self.layer)
 
     def stow(self, table: SlotTable, rows: int, beside: Sequence[Tensor] = ()) -> None:
@@ -125,49 +124,26 @@ class Stowage:
             former == self._sizes
             and 0 < table.count - table.base < self.attached.options.block
             and table.base > 0
-            and self._hot is not None
-            and self._hot.is_tail(table.keys)
+            and self.copies.hold_tail(table)
             and self.attached.lent_to(self.layer) is None
         )
 
     def _stow(self, table: SlotTable) -> None:
         if table.base and table.count - table.base < self.attached.options.block:
-            self._gathered.leave()
+            self.gathered_slots.leave()
             self._settle(table)
-        elif table.base or self._gathered.holds(table):
+        elif table.base or self.gathered_slots.holds(table):
             self._put_away(table)
         else:  # it lay near, or an eviction made new buffers, and the blocks hold what is no more
-            if self._gathered.in_use:
-                self._gathered.leave()
+            if self.gathered_slots.in_use:
+                self.gathered_slots.leave()
             self._blocks.drop_from(0)
             if not self._stays_near(table):
                 self._put_away(table)
 
     def cool(self) -> None:
         """Give up the near copies of what the tiers hold anyway."""
-        hot, self._hot = self._hot, None
-        if hot is None:
-            return
-        with self.attached.aside_in_use():  # for the moment at which the tail lies in two places
-            released = held_bytes(hot.held()) - self._part_from(hot)
-        released = min(released, self.held)
-        self.held -= released
-        self.attached.account.release(released)
-
-    def _part_from(self, hot: HotSlots) -> int:
-        """Buffers of its own for a tail that lies in `hot`; returns their bytes."""
-        table = None if self._table is None else self._table()
-        lying = None if table is None else self._gathered.tail or (table.keys, table.values)
-        if table is None or lying is None or not hot.is_tail(lying[0]):
-            return 0
-        own = allocated(table, lying[0].shape[2])
-        for to, part in zip(own, lying, strict=True):
-            to.copy_(part)
-        if self._gathered.tail is None:
-            table.lie(*own, table.base)
-        else:
-            self._gathered.tail = own
-        return held_bytes(own)
+        self.copies.give_up(None if self._table is None else self._table())
 
     def lower(self) -> None:
         """Give up the near memory of a table that may as well lie in the tiers.
@@ -176,7 +152,7 @@ class Stowage:
             TierFullError: no tier takes it; it lies where it lay.
         """
         table = None if self._table is None else self._table()
-        if table is None or table.is_empty or table.base or self._gathered.in_use:
+        if table is None or table.is_empty or table.base or self.gathered_slots.in_use:
             return
         if table.owned and table.spare is None and table.count >= self.attached.options.block:
             try:
@@ -207,27 +183,11 @@ class Stowage:
         """The slots of a table of which only some will be read."""
         return StoredSlots(self, table)
 
-    def hot_slots(self, table: SlotTable) -> HotSlots:
-        """The near copies of this layer."""
-        if self._hot is None:
-            self._hot = HotSlots(table.form)
-        return self._hot
-
-    def move_tail(self, table: SlotTable) -> None:
-        """Let the slots behind the blocks lie among the near copies, where there is room for them."""
-        if self._hot is None or not self._hot.takes(table):
-            return
-        freed = held_bytes([table.keys, table.values])
-        self._hot.take_tail(table)
-        self.held -= freed
-        self.attached.account.release(freed)
-
     # -- verbs of the cache --------------------------------------------------------------------------------------------
 
     def cut(self, table: SlotTable) -> None:
         """Tokens were taken back, down to `table.count` slots: later blocks go, the rest of the first of them returns to the tail."""
-        if self._hot is not None:
-            self._hot.forget_from(table.count, table.base)
+        self.copies.cut(table)
         if table.count >= table.base:
             return
         self._invalidate()
@@ -235,7 +195,7 @@ class Stowage:
         whole = table.count // block
         keys, values = self._new_tail(table, block)
         self._blocks.read(table, {"key": keys, "value": values}, whole, whole + 1)
-        self._hot = None
+        self.copies.slots = None
         self._blocks.drop_from(whole)
         table.keys, table.values, table.base = keys, values, whole * block
         self._settle(table)
@@ -244,10 +204,7 @@ class Stowage:
         """Batch row `i` of the blocks becomes what row `rows[i]` was; the table has seen to what lies near."""
         self._invalidate()
         self._blocks.select_batch(rows)
-        if self._hot is not None:
-            self._hot.select_batch(rows)
-            if table.base:
-                self.move_tail(table)
+        self.copies.select_batch(table, rows)
         if table.base:
             self._settle(table)
         elif not self._stays_near(table):
@@ -255,32 +212,28 @@ class Stowage:
 
     def gathered(self, table: KeyValues) -> Buffers:
         """As `GatheredSlots.copied`."""
-        return self._gathered.copied(table)
+        return self.gathered_slots.copied(table)
 
     def readings_ahead(self) -> tuple[WorkingMemory, list[Reading]] | None:
         """As `GatheredSlots.readings_ahead`; None where nothing is to be read."""
         table = None if self._table is None else self._table()
         if table is None or not table.base:
             return None
-        return self._gathered.readings_ahead(table)
+        return self.gathered_slots.readings_ahead(table)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stowage:
         attached = memo.get(id(self.attached)) or self.attached.__deepcopy__(memo)
         copied = memo[id(self)] = Stowage(attached, self.layer)
         copied._blocks = self._blocks.copy(attached)
-        copied._gathered = GatheredSlots(attached, self.layer, copied._blocks)
+        copied.gathered_slots = GatheredSlots(attached, self.layer, copied._blocks)
         copied.held, copied._beside = self.held, self._beside
         return copied
 
     # -- what selected slots ask for -----------------------------------------------------------------------------------
 
-    def keys_between(self, table: SlotTable, first: int, last: int) -> tuple[int, Tensor]:
-        """As `GatheredSlots.keys_between`."""
-        return self._gathered.keys_between(table, first, last)
-
     def block_tensors(self, table: SlotTable, block: StoredBlock, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """As `LayerBlocks.tensors`."""
-        return self._blocks.tensors(table, block, names, lambda: self._gathered.staging(table))
+        return self._blocks.tensors(table, block, names, lambda: self.gathered_slots.staging(table))
 
     def may_hold(self, nbytes: int) -> bool:
         """Hold more of the near tier for this layer, if that costs nobody else's place."""
@@ -304,6 +257,12 @@ class Stowage:
         """
         self.attached.hold(nbytes, self)
         self.held += nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Give `nbytes` of the near tier back."""
+        nbytes = min(nbytes, self.held)
+        self.held -= nbytes
+        self.attached.account.release(nbytes)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -352,7 +311,7 @@ class Stowage:
         except TierFullError as error:
             full = error
         base = self._blocks.slots
-        tail, count = (table.keys, table.values) if table.base else self._gathered.tail, table.count - base
+        tail, count = (table.keys, table.values) if table.base else self.gathered_slots.tail, table.count - base
         if tail is None or tail[0].shape[0] != table.keys.shape[0] or tail[0].shape[2] < count:
             try:
                 tail = self._new_tail(table, max(self._blocks.size, count))
@@ -361,7 +320,7 @@ class Stowage:
         for part, whole in zip(tail, (table.keys, table.values), strict=True):
             part[:, :, :count] = as_stored(table, whole[:, :, base - table.base : table.count - table.base])
         table.lie(*tail, base)
-        self._gathered.leave()
+        self.gathered_slots.leave()
         self._settle(table)
 
     @contextmanager
@@ -371,8 +330,7 @@ class Stowage:
         try:
             yield
         finally:
-            self.held -= nbytes
-            self.attached.account.release(nbytes)
+            self.release(nbytes)
 
     def _new_tail(self, table: SlotTable, slots: int) -> Buffers:
         """Buffers for the tail, accounted for before they exist.
@@ -384,17 +342,15 @@ class Stowage:
         return allocated(table, slots)
 
     def _near_bytes(self, table: SlotTable) -> int:
-        hot = [] if self._hot is None else self._hot.held()
-        return held_bytes([*table.tensors(), *hot]) + self._beside
+        return held_bytes([*table.tensors(), *self.copies.tensors()]) + self._beside
 
     def _settle(self, table: SlotTable) -> None:
         """Make the account equal what lies near."""
-        hot, size = self._hot, self._near_bytes(table)
+        copies, size = self.copies.slots, self._near_bytes(table)
         self._hold_more(size - self.held)
-        if self._hot is not hot:  # near copies had to go
+        if self.copies.slots is not copies:  # they had to go
             size = self._near_bytes(table)
-        self.attached.account.release(self.held - size)
-        self.held = size
+        self.release(self.held - size)
 
     def _hold_more(self, nbytes: int) -> None:
         if nbytes > 0 and not self.may_hold(nbytes):
@@ -403,7 +359,7 @@ class Stowage:
 
     def _invalidate(self) -> None:
         """What was read ahead is out of date."""
-        self._gathered.forget_ahead()
+        self.gathered_slots.forget_ahead()
 
 
 def _bytes_beside(table: SlotTable, beside: Sequence[Tensor]) -> int:

@@ -74,7 +74,7 @@ def check_tail(cache):
     taken = 0
     for layer in cache.policy_layers:
         table, stowage = layer.table, layer.stowage
-        hot = stowage._hot
+        hot = stowage.copies.slots
         if hot is None or not table.base:
             continue
         assert hot.is_tail(table.keys) and table.keys.data_ptr() == hot.tensors["key"].data_ptr()
