@@ -35,19 +35,20 @@ class PreparedSlots:
 
     def __init__(self, table: SlotTable) -> None:
         batch, kv_heads = table.columns[POSITION].shape[:2]
+        positions = table.columns.stored(POSITION)
         starts = None if table.rows is None else table.rows.starts
         columns = [table.columns[name] for name in table.column_names]
         self._form = table.form
         self._dtypes = table.keys.dtype, table.values.dtype
         self._rows = RowWriter([table.keys, table.values], (batch, kv_heads), starts)
         self._columns = RowWriter(columns, (batch, kv_heads))
-        self._position = RowWriter([table.columns[POSITION]], (batch, kv_heads))
+        self._position = RowWriter([positions], (batch, positions.shape[1]))
         self._scores = len(columns)
         layout = {} if table.rows is None else {"starts": table.rows.starts, "lengths": table.rows.lengths}
         self.whole = table.form.readable(table.keys, table.values, layout)
         self.attention = PreparedAttention(*self.whole)
         self.weakest = SteadyWeakest(table.columns[POSITION], None if table.rows is None else table.rows.lengths)
-        self._device = table.columns[POSITION].device
+        self._device = positions.device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Of a copied table there is none yet: addresses are those of the original."""

@@ -120,8 +120,13 @@ class SlotTable(KeyValues):
 
     @property
     def bytes_per_token(self) -> int:
-        """As `kv_bytes_per_token`, with the columns."""
+        """As `kv_bytes_per_token`, with the columns of heads that hold tokens of their own."""
         return self.kv_bytes_per_token + self.held.size * sum(column.element_size() for column in self.columns.values())
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot of every KV head and batch row as it is stored now: less than a token's where heads share positions."""
+        return self.kv_bytes_per_token + self.columns.slot_bytes
 
     @property
     def fixed_bytes(self) -> int:
@@ -182,7 +187,7 @@ class SlotTable(KeyValues):
         elif positions.shape[1] == 1 and self._prepared is not None:
             self._prepared.place(new.start, positions)
         else:
-            self.columns[POSITION][:, :, new] = positions[:, None]
+            self.columns.stored(POSITION)[:, :, new] = positions[:, None]
         if min(counts) == max(counts):
             self.held += counts[0]
         else:
@@ -250,7 +255,7 @@ class SlotTable(KeyValues):
 
     def vacate(self, kept: Tensor, counts: numpy.ndarray) -> None:
         """Empty all slots of a steady table but those in `kept [batch, kv_heads, slots]` bool, `counts` of each head."""
-        column = self.columns[POSITION]
+        column = self.columns.stored(POSITION)
         column[:, :, : self.count] = self.positions.masked_fill(~kept, -1)
         self.held, self._complete = counts.astype(numpy.int64), False
         self.spare = self.empty_slot()
@@ -333,8 +338,9 @@ class SlotTable(KeyValues):
             )
         for name in ("keys", "values", *_FACTS):
             setattr(self, name, state[name])
-        self.columns = Columns(state["columns"])
         capacities = state["capacities"]
+        growing = self.spare is None and capacities is None
+        self.columns = Columns.loaded(state["columns"], self.held.shape[1], growing)
         self.rows = None if capacities is None else RaggedRows(capacities, self.keys.device)
         self._owned, self._prepared, self._complete = True, None, False
 

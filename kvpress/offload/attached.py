@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -292,7 +293,9 @@ class Attached:
             prepared = stowage.readings_ahead()
             if prepared is not None:
                 memory, readings = prepared
-                memory.future = self.manager.background(_Job(self._shared.manager, readings, memory.staging))
+                job = _Job(self._shared.manager, readings, memory.staging)
+                memory.future = self.manager.background(job)
+                memory.future.add_done_callback(job.forget)
 
     # -- copies and facts ----------------------------------------------------------------------------------------------
 
@@ -343,6 +346,10 @@ class _Job:
 
     def __call__(self) -> None:
         read_all(*self._arguments)
+
+    def forget(self, _: Future[None]) -> None:
+        """Let go of what it would read into: one that was cancelled stays in the queue until a thread comes to it."""
+        del self._arguments
 
 
 def attach(layers: Sequence[Any], options: Offload, device: torch.device) -> Attached:

@@ -34,8 +34,8 @@ class GatheredSlots:
         self.attached, self.layer, self.blocks = attached, layer, blocks
         self.tail: Buffers | None = None
         self._keys: Tensor | None = None  # those in working memory
-        # into which the next forward's blocks are read, and how many there were
-        self._ahead: tuple[Buffers, int] | None = None
+        # slots of the buffers into which the next forward's blocks are read, and how many blocks there were; the memory of these buffers
+        self._ahead: tuple[int, int] | None = None  # may be given back meanwhile
 
     def holds(self, table: KeyValues) -> bool:
         """Whether the table lies in working memory: no eviction made it buffers of its own."""
@@ -55,7 +55,7 @@ class GatheredSlots:
         buffers = self._read_ahead(table, tokens)
         if buffers is None:
             memory = self.borrow(table, table.count + tokens)
-            buffers = self._buffers(table, tokens, memory)
+            buffers = _buffers(table, _roomy(table.count + tokens), memory)
             read_all(self.attached.manager, self._readings(buffers), memory.staging)
         self.tail = table.keys, table.values
         _put_tail(table, buffers)
@@ -109,9 +109,9 @@ class GatheredSlots:
         """Working memory for the next forward, and what to read into it; None where there is no room."""
         if (memory := self._try_borrow(table, table.count, ahead=True)) is None:
             return None
-        buffers = self._buffers(table, 0, memory)
-        self._ahead = buffers, len(self.blocks.listed)
-        return memory, self._readings(buffers)
+        slots = _roomy(table.count)
+        self._ahead = slots, len(self.blocks.listed)
+        return memory, self._readings(_buffers(table, slots, memory))
 
     def forget_ahead(self) -> None:
         """What was read ahead is out of date."""
@@ -121,21 +121,18 @@ class GatheredSlots:
     def _read_ahead(self, table: KeyValues, tokens: int) -> Buffers | None:
         """Buffers that all blocks were read into ahead of time."""
         ahead, self._ahead = self._ahead, None
-        if ahead is None or self.attached.read_ahead(self.layer) is None:
+        if ahead is None or (memory := self.attached.read_ahead(self.layer)) is None:
             return None
-        buffers, blocks = ahead  # tokens that read only some slots may have come since, and have filled other blocks
-        roomy = buffers[0].shape[2] >= table.count + tokens
-        return buffers if roomy and blocks == len(self.blocks.listed) else None
+        slots, blocks = ahead  # tokens that read only some slots may have come since, and have filled other blocks
+        if slots < table.count + tokens or blocks != len(self.blocks.listed):
+            return None
+        return _buffers(table, slots, memory)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _try_borrow(self, table: KeyValues, slots: int, *, ahead: bool = False) -> WorkingMemory | None:
         size = stored_bytes(table, _roomy(slots))
         return self.attached.borrow(self.layer, size, self.blocks.block_bytes(table), ahead=ahead)
-
-    def _buffers(self, table: KeyValues, tokens: int, memory: WorkingMemory) -> Buffers:
-        keys, values = shaped(memory.buffer, *stored_shapes(table, _roomy(table.count + tokens)))
-        return keys, values
 
     def _readings(self, buffers: Buffers) -> list[Reading]:
         return self.blocks.readings({"key": buffers[0], "value": buffers[1]})
@@ -145,6 +142,11 @@ def allocated(table: KeyValues, slots: int) -> Buffers:
     """Buffers for the keys and values of `slots` slots, as they are stored."""
     shapes, dtypes = stored_shapes(table, slots)
     keys, values = (allocate(shape, table.keys, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    return keys, values
+
+
+def _buffers(table: KeyValues, slots: int, memory: WorkingMemory) -> Buffers:
+    keys, values = shaped(memory.buffer, *stored_shapes(table, slots))
     return keys, values
 
 

@@ -272,7 +272,7 @@ class Stowage:
             return False
         if table.spare is not None or not self.attached.keeps_near:
             return True
-        extra = (table.capacity_for(table.count + tokens) - table.capacity) * table.bytes_per_token
+        extra = (table.capacity_for(table.count + tokens) - table.capacity) * table.slot_bytes
         if self.attached.account.hold(extra):
             self.held += max(extra, 0)
             return True
@@ -295,7 +295,7 @@ class Stowage:
         self.attached.set_aside(tail + (0 if rows is None else rows.nbytes(table.keys.shape[0])))
         size = self._near_bytes(table)
         if not table.owned:
-            size = table.capacity_for(table.count) * table.bytes_per_token + self._beside
+            size = table.capacity_for(table.count) * table.slot_bytes + self._beside
         if not self.attached.account.hold(size - self.held):
             return False
         self.held = max(size, self.held)

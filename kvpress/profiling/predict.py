@@ -81,6 +81,7 @@ class _Layer:
         row_bytes = (form.row_bytes(dim, shape.dtype) for dim in (layer.key_dim, layer.value_dim))
         self.kv = batch * layer.kv_heads * sum(row_bytes)
         self.columns = self.heads * (POSITION + COLUMN * len(self.policy.columns))
+        self.columns_once = self.columns - (self.heads - batch) * POSITION  # heads share positions until an eviction
 
     def held(self, prompt: int, decoded: int) -> int:
         """Bytes after the prompt and the decoded tokens."""
@@ -90,7 +91,7 @@ class _Layer:
         if budgets is None or seen <= min(budgets) + slack:
             limit = None if budgets is None else max(budgets) + self.policy.interval
             slots, slots_in_use = grown_slots(prompt, decoded, limit), seen
-            table = slots * (self.kv + self.columns)
+            table = slots * (self.kv + self.columns_once)
         elif min(budgets) == max(budgets) and not self._by_need(prompt, budgets[0]):
             slots = slots_in_use = budgets[0] + self.policy.interval
             spare = self.heads * NUMBER if self.policy.interval == 1 else 0

@@ -6,10 +6,12 @@ from test_edges import test_crop_is_exact_while_recording as crop_is_exact
 from test_finite_budget import test_equals_dense_attention_over_kept_positions as equals_dense
 from test_finite_budget import test_padded_row_equals_the_same_prompt_alone as padded_equals_alone
 from test_policy_table import test_budgets_hold_at_every_step_and_turn as budgets_hold
+from test_shared_positions import test_heads_have_positions_of_their_own_once_they_keep_other_tokens as heads_apart
 
 import kvpress.eviction
 import kvpress.keeper
 from kvpress import PolicyCache
+from kvpress.columns import Columns
 from kvpress.keeper import Keeper
 from kvpress.prepared import PreparedSlots
 from kvpress.slots import POSITION, SlotTable
@@ -73,6 +75,29 @@ def reorder_skips_positions(patch):
     patch.setattr(SlotTable, "select_batch", select)
 
 
+def positions_go_to_one_head_of_several(patch):
+    """As if heads agreed for ever."""
+    original = PreparedSlots.place
+
+    def place(self, slot, positions):
+        (column,) = self._position.columns
+        others = column[:, 1:].clone()
+        original(self, slot, positions)
+        column[:, 1:] = others
+
+    patch.setattr(PreparedSlots, "place", place)
+
+
+def an_eviction_leaves_heads_together(patch):
+    original = Columns.taken
+
+    def taken(self, index, empty, capacity):
+        made = original(self, index, empty, capacity)
+        return Columns(made | {POSITION: made[POSITION][:, :1].expand_as(made[POSITION]).clone()})
+
+    patch.setattr(Columns, "taken", taken)
+
+
 def reorder_skips_values(patch):
     original = SlotTable.select_batch
 
@@ -128,6 +153,8 @@ NOTICED = [
     (padding_is_scored, lambda: padded_equals_alone("random", "llama")),
     (evicted_token_stays_visible, dense("tova", "llama", "greedy")),
     (reorder_skips_positions, dense("tova", "llama", "beams")),
+    (positions_go_to_one_head_of_several, lambda: heads_apart(ragged=False)),
+    (an_eviction_leaves_heads_together, dense("h2o", "llama", "greedy")),
     (reorder_skips_values, dense("tova", "llama", "beams")),
     (keys_and_values_in_different_order, dense("snapkv", "llama", "turns")),
     (budget_is_one_too_large, lambda: budgets_hold("tova")),

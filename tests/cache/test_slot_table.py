@@ -66,7 +66,10 @@ def test_bytes():
     assert table.kv_bytes_per_token == table.full_bytes_per_token == BATCH * HEADS * (KEY_DIM + VALUE_DIM) * 4
     assert table.bytes_per_token == BATCH * HEADS * ((KEY_DIM + VALUE_DIM) * 4 + 4 + 4)
     assert table.fixed_bytes == 4 * BATCH * HEADS * 8
-    assert table.nbytes == table.bytes_per_token * table.capacity
+    assert table.slot_bytes == table.bytes_per_token - BATCH * (HEADS - 1) * 4  # positions are stored once
+    assert table.nbytes == table.slot_bytes * table.capacity
+    apart = steady_table()
+    assert apart.slot_bytes == apart.bytes_per_token == table.bytes_per_token
     ragged = ragged_table()
     slots = 14 + BATCH * HEADS
     small = BATCH * HEADS * 5 * (4 + 4 + 1) + 3 * BATCH * HEADS * 8  # columns and `outside`; spare, starts, lengths

@@ -1,5 +1,6 @@
 """SlotTable against a plain model: for each batch row and KV head a list of (position, key, value, column) rows."""
 
+import copy
 import random
 
 import numpy
@@ -8,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvpress.slots import SlotTable
+from kvpress.memory import held_bytes
+from kvpress.slots import POSITION, SlotTable
 
 KV_HEADS, KEY_DIM, VALUE_DIM = 2, 3, 2
 COLUMN = "score"
@@ -23,6 +25,7 @@ class Machine(RuleBasedStateMachine):
         self.rows = [[[] for _ in range(KV_HEADS)] for _ in range(batch)]
         self.unique = 0
         self.undoable = 0
+        self.apart = False  # an eviction has told heads apart
         self.append(tokens, [self.random.randint(0, min(pads, tokens - 1)) for _ in range(batch)])
 
     def append(self, tokens, pads):
@@ -112,7 +115,7 @@ class Machine(RuleBasedStateMachine):
             self.table.keep_ragged(index, wanted, capacities + 1)
         else:
             self.table.keep(index, wanted, room)
-        self.undoable = 0
+        self.undoable, self.apart = 0, True
 
     @rule(data=st.data())
     @precondition(lambda self: self.table.spare is None and self.undoable)
@@ -133,6 +136,23 @@ class Machine(RuleBasedStateMachine):
         self.table.select_batch(torch.tensor(index))
         self.rows = [[[list(item) for item in head] for head in self.rows[row]] for row in index]
         self.seen = [self.seen[row] for row in index]
+
+    @rule()
+    def copied(self):
+        """Another table goes on; what is written there does not reach the first."""
+        self.table, before = copy.deepcopy(self.table), self.table
+        before.columns.stored(POSITION).fill_(99)
+
+    @rule(once=st.booleans())
+    def saved(self, once):
+        """A table made of the state goes on, of positions by head, or stored once where they are; heads that agree share them again."""
+        state, positions = self.table.state(), self.table.columns[POSITION]
+        own = self.table.columns.stored(POSITION) if once else positions.contiguous()
+        state["columns"] = state["columns"] | {POSITION: own.clone()}
+        self.table = SlotTable((COLUMN,))
+        self.table.load_state(state)
+        if self.apart and self.table.spare is None:
+            self.apart = not bool((positions == positions[:, :1]).all())
 
     @rule(value=st.integers(1, 9))
     def write_column(self, value):
@@ -169,6 +189,10 @@ class Machine(RuleBasedStateMachine):
                 listed = kept[row][head]
                 assert [p for p in listed if p >= 0] == [item[0] for item in held]
                 assert listed == sorted(listed, key=lambda p: (p < 0, p))
+        stored, seen = self.table.columns.stored(POSITION), self.table.columns[POSITION]
+        assert seen.shape == (len(self.rows), KV_HEADS, seen.shape[2]) and stored.is_contiguous()
+        assert stored.shape[1] == (KV_HEADS if self.apart else 1)
+        assert held_bytes([seen]) == held_bytes([stored]) == stored.nbytes
         assert not keys.isnan().any()
         if spare is None:
             assert self.table.rows is None

@@ -1,6 +1,7 @@
 """The account of the near tier counts every tensor that can be reached from a cache, found by a walk that knows nothing of the cache."""
 
 import gc
+import time
 import types
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from kvpress import PolicyCache
 from kvpress.offload import Offload, stowage
+from kvpress.offload.manager import TierManager
 from kvpress.policies import H2O, AdaKV, Full, Quest, SnapKV, TidalDecode, TokenSelect
 from kvpress.rope import Rotation
 from kvpress.testing.families import random_tokens, tiny_model
@@ -80,6 +82,24 @@ def test_every_tensor_is_counted(model, folder, name, kv_dtype):
     assert min(found) >= -LAYERS * 64, "tensors that nobody accounted for"
     assert max(found) <= LAYERS * 256, "bytes in the account that nobody holds"
     assert below > 0 or evicts
+
+
+def test_reading_ahead_in_vain_holds_nothing(model, folder, monkeypatch):
+    """A job that was cancelled in the queue, because its memory went to others, keeps none of it."""
+    cancelled = []
+
+    def late(self, work):
+        with self._locked():
+            for _ in range(self._pool._max_workers):
+                self._pool.submit(time.sleep, 0.02)
+            future = self._pool.submit(work)
+            future.add_done_callback(lambda done: cancelled.append(done.cancelled()))
+            return future
+
+    monkeypatch.setattr(TierManager, "background", late)
+    found, _ = differences(model, folder, POLICIES["tokenselect int8"], "int8", share=1.8)
+    assert any(cancelled), "nothing was cancelled: nothing was tested"
+    assert min(found) >= -LAYERS * 64
 
 
 def test_what_is_not_counted_is_noticed(model, folder, monkeypatch):
