@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
@@ -222,8 +224,32 @@ class PolicyCache(Cache):
 
         Raises:
             CacheStateError: tokens that were evicted for them are gone; `activate_past_recording()` first.
+            TierError: with offload, what was to come back from the tiers did not: the cache must be reset.
         """
-        super().crop(tokens_to_remove)
+        with self._all_or_none():
+            super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Batch row `i` of every layer becomes what row `beam_idx[i]` was; as `batch_select_indices`."""
+        with self._all_or_none():
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices` of every layer.
+
+        Raises:
+            TierError: with offload, there is no room for them: the cache must be reset.
+        """
+        with self._all_or_none():
+            super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row `repeats` times, in every layer; as `batch_select_indices`."""
+        with self._all_or_none():
+            super().batch_repeat_interleave(repeats)
+
+    def _all_or_none(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.tiers is None else self.tiers.all_or_none()
 
     # -- inspection ----------------------------------------------------------------------------------------------------
 
@@ -313,8 +339,9 @@ class PolicyCache(Cache):
         memo[id(self.config)] = self.config  # the model's own, whose attention implementation is watched
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        for name, value in self.__dict__.items():
-            setattr(copied, name, copy.deepcopy(value, memo))
+        with torch.inference_mode(False), torch.no_grad():  # the copy is written to later, in either mode
+            for name, value in self.__dict__.items():
+                setattr(copied, name, copy.deepcopy(value, memo))
         for layer in copied.policy_layers:
             if layer.stowage is not None:
                 layer.stowage.bind(layer.table)

@@ -146,6 +146,8 @@ class PolicyLayer(CacheLayerMixin):
             raise CacheStateError(
                 f"layer {self.layer_idx}: an earlier forward broke off before its attention ended. Call cache.reset() and start again"
             )
+        if self.stowage is not None:
+            self.stowage.check_whole()
         batch, _, rows, _ = key_states.shape
         ids = None if self.token_ids is None else self.token_ids.read(batch, rows, key_states.device)
         if not self.is_initialized:

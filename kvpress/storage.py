@@ -54,6 +54,9 @@ def save_cache(cache: PolicyCache, directory: Path) -> None:
     """
     if any(layer.forward is not None for layer in cache.policy_layers):
         raise CacheStateError("a forward broke off: there is no whole cache to save. Call cache.reset()")
+    for layer in cache.policy_layers:
+        if layer.stowage is not None:
+            layer.stowage.check_whole()
     if cache.seen_tokens == 0:
         raise CacheStateError("the cache is empty: there is nothing to save")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

@@ -16,7 +16,7 @@ from transformers.cache_utils import DummyLayer
 from kvpress.errors import UnsupportedModelError
 from kvpress.host_memory import give_back_freed
 from kvpress.offload.account import SharedManager
-from kvpress.offload.errors import TierClosedError, TierFullError
+from kvpress.offload.errors import TierClosedError, TierError, TierFullError
 from kvpress.offload.manager import TierManager
 from kvpress.offload.options import Offload
 from kvpress.offload.transfer import CudaDevice, HostDevice
@@ -89,6 +89,16 @@ class Attached:
     def keeps_near(self) -> bool:
         """Whether there is a limit under which tables may stay where the computation reads them."""
         return self._shared.manager.near is not None
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """For what is done to one layer after the other: when it fails, some have it behind them, and none serves until it is reset."""
+        try:
+            yield
+        except TierError:
+            for stowage in self._living():
+                stowage.broken = True
+            raise
 
     def close(self) -> None:
         """Free everything: memory, files, threads. Closing twice is no error."""

@@ -36,6 +36,7 @@ class Stowage:
 
     Attributes:
         held: bytes of the near tier that are held for this layer.
+        broken: what lies where is not known until `begin`.
         selecting: the forward under way reads only some slots: they are taken with `stored_slots`, and nothing else is fetched.
 
     Args:
@@ -49,11 +50,10 @@ class Stowage:
         self.selecting = False
         self._blocks = LayerBlocks(attached, BlockWriter(attached.name, layer, attached.options.block, apart, together))
         self.gathered_slots = GatheredSlots(attached, layer, self._blocks)
-        self._broken = False  # putting away broke off
+        self.broken = False  # putting away, or something done to all layers, broke off
         self._beside = 0  # bytes of what the layer holds beside its table
-        self._sizes: list[
-            int
-        ] = []  # what was held at the end of the former forward, in all and of each tensor that may grow
+        # bytes held at the end of the former forward, in all and of each tensor that may grow
+        self._sizes: list[int] = []
         self.copies = NearCopies(self)
         self.row_source: RowSource | None = None  # what `StoredSlots` knows of the blocks
         self._table: weakref.ref[SlotTable] | None = None
@@ -64,7 +64,7 @@ class Stowage:
         self._invalidate()
         self.gathered_slots.leave()
         self._blocks.drop_from(0)
-        self.copies.slots, self._beside, self.selecting, self._broken = None, 0, False, False
+        self.copies.slots, self._beside, self.selecting, self.broken = None, 0, False, False
         self.release(self.held)
         self.bind(table)
 
@@ -75,17 +75,19 @@ class Stowage:
 
     # -- a forward -----------------------------------------------------------------------------------------------------
 
+    def check_whole(self) -> None:
+        """Raise CacheStateError when an earlier forward, or something done to all layers, broke off in the tiers."""
+        if self.broken:
+            raise CacheStateError(
+                f"layer {self.layer}: what came before could not be put away. Call cache.reset() and start again"
+            )
+
     def fetch(self, table: SlotTable, tokens: int) -> None:
         """Put all keys and values of `table` together, with room for `tokens` more, where they do not lie near already.
 
         Raises:
             TierError: a block is lost or cannot be read, or there is no room for working memory.
-            CacheStateError: the end of an earlier forward broke off.
         """
-        if self._broken:
-            raise CacheStateError(
-                f"layer {self.layer}: an earlier forward could not be put away. Call cache.reset() and start again"
-            )
         if (self.selecting and table.base) or self._is_near(table, tokens):
             return
         self.gathered_slots.fetch(table, tokens)
@@ -108,9 +110,9 @@ class Stowage:
         if rows == 1 and self._is_settled(table, beside):
             return
         self._beside = _bytes_beside(table, beside)
-        self._broken = True  # until all is put away
+        self.broken = True  # until all is put away
         self._stow(table)
-        self._broken = False
+        self.broken = False
         if rows > 1:  # columns may have grown into other buffers, and what is beside them hold the old ones
             self._beside = _bytes_beside(table, beside)
             self._settle(table)
@@ -226,7 +228,7 @@ class Stowage:
         copied = memo[id(self)] = Stowage(attached, self.layer)
         copied._blocks = self._blocks.copy(attached)
         copied.gathered_slots = GatheredSlots(attached, self.layer, copied._blocks)
-        copied.held, copied._beside = self.held, self._beside
+        copied.held, copied._beside, copied.broken = self.held, self._beside, self.broken
         return copied
 
     # -- what selected slots ask for -----------------------------------------------------------------------------------

@@ -119,10 +119,11 @@ class Reading:
 def shaped(buffer: Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Tensors of these shapes and types in a flat buffer, one behind the other."""
     tensors, start = [], 0
-    for shape, dtype in zip(shapes, dtypes, strict=True):
-        stop = start + prod(shape) * dtype.itemsize
-        tensors.append(buffer[start:stop].view(dtype).view(tuple(shape)))
-        start = -(-stop // ALIGNMENT) * ALIGNMENT
+    with torch.inference_mode(False):  # a view of another type that is made in that mode can be written to nowhere else
+        for shape, dtype in zip(shapes, dtypes, strict=True):
+            stop = start + prod(shape) * dtype.itemsize
+            tensors.append(buffer[start:stop].view(dtype).view(tuple(shape)))
+            start = -(-stop // ALIGNMENT) * ALIGNMENT
     return tensors
 
 
