@@ -27,6 +27,7 @@ from kvpress.offload.attached import Attached
 from kvpress.offload.errors import TierFullError
 from kvpress.offload.hot_slots import HotSlots
 from kvpress.row_format import unpacked
+from kvpress.slots import SlotTable
 from kvpress.testing.families import random_tokens, tiny_model
 
 MOST_LANES = 3
@@ -320,12 +321,13 @@ def counting(happened: Counter[str]) -> Iterator[None]:
     """Counts what reports do not tell: near copies found, made and given up, and working memory read ahead and used."""
     find, read_ahead = HotSlots.find, Attached.read_ahead
 
-    def counted_find(self: HotSlots, index: Tensor) -> tuple[Tensor, Tensor]:
+    def counted_find(self: HotSlots, index: Tensor, table: SlotTable) -> tuple[Tensor, Tensor]:
         before = self.holder.clone()
-        places, missing = find(self, index)
+        places, missing = find(self, index, table)
         happened["near copies found"] += index.numel() - len(missing)
         happened["near copies made"] += len(missing)
         happened["near copies given up"] += int(((before >= 0) & (before != self.holder)).sum())
+        happened["tails among near copies"] += self.is_tail(table.keys)
         return places, missing
 
     def counted_read_ahead(self: Attached, layer: int) -> Any:

@@ -17,7 +17,7 @@ FIRST = int(os.environ.get("KVPRESS_TEST_SEED", "0"))
 EVERYTHING = os.environ.get("KVPRESS_TEST_EVERYTHING") == "1"
 
 BLOCKS = {"disk bytes_in", "disk bytes_out", "crops", "forks", "rows selected"}
-NEAR = {"near copies found", "near copies made", "near copies given up"}
+NEAR = {"near copies found", "near copies made", "near copies given up", "tails among near copies"}
 GROWING = {  # what must happen with policies whose tables grow, so that they are cut into blocks, and how many programs it takes
     "full": (8, BLOCKS | {"saves", "forwards compared with a full cache"}),
     "tokenselect": (8, BLOCKS | {"selections"}),
