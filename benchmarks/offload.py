@@ -206,7 +206,7 @@ def main() -> None:
     )
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--prefetch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--read", type=int, default=2048, help="tokens of text, repeated to make the context")
