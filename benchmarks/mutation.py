@@ -79,6 +79,7 @@ class Part:
 
 _SLOT_TESTS = (
     "tests/cache/test_slot_table.py",
+    "tests/cache/test_shared_positions.py",
     "tests/cache/test_prepared_slots.py",
     "tests/cache/test_slot_table_machine.py",
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -226,12 +226,12 @@ class PolicyCache(Cache):
             CacheStateError: tokens that were evicted for them are gone; `activate_past_recording()` first.
             TierError: with offload, what was to come back from the tiers did not: the cache must be reset.
         """
-        with self._all_or_none():
+        with self._on_all_layers():
             super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Batch row `i` of every layer becomes what row `beam_idx[i]` was; as `batch_select_indices`."""
-        with self._all_or_none():
+        with self._on_all_layers():
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -240,16 +240,20 @@ class PolicyCache(Cache):
         Raises:
             TierError: with offload, there is no room for them: the cache must be reset.
         """
-        with self._all_or_none():
+        with self._on_all_layers():
             super().batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row `repeats` times, in every layer; as `batch_select_indices`."""
-        with self._all_or_none():
+        with self._on_all_layers():
             super().batch_repeat_interleave(repeats)
 
-    def _all_or_none(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.tiers is None else self.tiers.all_or_none()
+    @contextmanager
+    def _on_all_layers(self) -> Iterator[None]:
+        """For what all layers do in turn: what they make then is written to later, in either mode."""
+        tiers = nullcontext() if self.tiers is None else self.tiers.all_or_none()
+        with torch.inference_mode(False), torch.no_grad(), tiers:
+            yield
 
     # -- inspection ----------------------------------------------------------------------------------------------------
 

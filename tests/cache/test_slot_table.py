@@ -300,6 +300,17 @@ def test_a_token_of_another_type_is_converted():
     assert torch.equal(stored_keys[:, :, 6:], keys.float()) and torch.equal(stored_values[:, :, 6:], values.float())
 
 
+def test_rows_of_a_steady_table_change_places():
+    table = steady_table()
+    table.spare = torch.arange(BATCH * HEADS).view(BATCH, HEADS, 1) % 5
+    expected = table.spare.flip(0)
+    assert not torch.equal(table.spare, expected)
+    table.select_batch(torch.tensor([1, 0]))
+    assert torch.equal(table.spare, expected)
+    table.select_batch(torch.tensor([0, 0, 1]))
+    assert table.spare.shape == (3, HEADS, 1)
+
+
 def test_large_buffers_ask_for_large_pages(monkeypatch):
     asked = []
     monkeypatch.setattr(memory, "prefer_large_pages", lambda tensor: asked.append(tensor.nbytes))

@@ -10,7 +10,7 @@ from kvpress.errors import CacheStateError
 from kvpress.offload import Offload
 from kvpress.offload.errors import TierFullError
 from kvpress.offload.stowage import Stowage
-from kvpress.policies import Full, SnapKV
+from kvpress.policies import Full, Quest, SnapKV, TokenSelect
 from kvpress.testing.families import random_tokens, tiny_model
 
 MODES = (torch.no_grad, torch.inference_mode)
@@ -42,6 +42,35 @@ def test_a_copy_made_in_inference_mode_goes_on_without(policy):
             copied = copy.deepcopy(cache)
         for token in ids[:, 24:].split(1, dim=1):
             assert torch.equal(*(model(token, past_key_values=each).logits for each in (cache, copied)))
+
+
+@pytest.mark.parametrize("policy", [
+    Quest(top_k=8, page_size=4, skip_layers=0),
+    TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=2, index="int8"),
+    SnapKV(budget=20, window=4),
+])  # fmt: skip
+def test_rows_chosen_in_inference_mode_go_on_without(policy):
+    model, ids, found = tiny_model("llama"), random_tokens(3, 36), []
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[2, :3] = 0
+    for mode in MODES:
+        cache, logits = PolicyCache(model, policy), []
+
+        def step(rows, first, last, cache=cache, logits=logits):
+            with torch.no_grad():
+                given = {"attention_mask": mask[rows, :last], "past_key_values": cache}
+                logits.append(model(ids[rows, first:last], **given).logits[:, -1])
+
+        step([0, 1, 2], 0, 28)
+        step([0, 1, 2], 28, 29)
+        with mode():
+            cache.batch_select_indices(torch.tensor([2, 0]))
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache.batch_repeat_interleave(2)
+        for token in range(29, 36):
+            step([0, 0, 2, 2], token, token + 1)
+        found.append(torch.cat(logits))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("verb", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop"])
