@@ -303,18 +303,14 @@ class SlotTable(KeyValues):
             return
         index = index.to(self.keys.device)
         rows = index.tolist()
-        with torch.inference_mode(False), torch.no_grad():
-            self._select_batch(index, rows)
-            if self.stowage is not None:
-                self.stowage.select_batch(self, rows)
-
-    def _select_batch(self, index: Tensor, rows: list[int]) -> None:
         self._select(index, rows)
         length = None if self.rows is None else self.count
         self.columns = self.columns.select_batch(index, length)
         self.spare = None if self.spare is None else self.spare.index_select(0, index)
         self.held = self.held[rows]
         self._prepared = None
+        if self.stowage is not None:
+            self.stowage.select_batch(self, rows)
 
     def state(self) -> dict[str, Any]:
         """Everything from which `load_state` makes an equal table."""

@@ -68,9 +68,8 @@ class KeyIndex:
     def select_batch(self, index: Tensor) -> None:
         """Row `i` becomes what row `index[i]` was."""
         if self.codes is not None and self.scales is not None:
-            with torch.inference_mode(False), torch.no_grad():  # they are written to later, in either mode
-                rows = index.to(self.codes.device)
-                self.codes, self.scales = self.codes[rows], self.scales[rows]
+            rows = index.to(self.codes.device)
+            self.codes, self.scales = self.codes[rows], self.scales[rows]
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""

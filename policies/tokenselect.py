@@ -91,9 +91,8 @@ class TokenSelect(SelectionPolicy):
 
 
 ROUNDING = 1e-12  # of the cosine of a query with itself
-TOGETHER = (
-    16  # keys of the local window that may wait to be taken into the index: several at once cost little more than one
-)
+# keys of the local window that may wait to be taken into the index: several at once cost little more than one
+TOGETHER = 16
 CACHED = ("query", "chosen", "chosen_positions", "live")
 
 

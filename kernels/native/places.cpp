@@ -33,7 +33,7 @@ struct Rows {  // of one list
     for (int64_t row = tail; row < tail + vacant; ++row) empty(row);
   }
 
-  // One turn later. Those of `found` are marked until the end of `give`.
+  // One turn later. Those of `found` are marked by NOW: they are not given away, and the caller takes the mark back.
   void age(const int64_t* found, int64_t count, int64_t rows) const {
     for (int64_t row = 0; row < rows; ++row) uses[row] -= uses[row] >> 2;
     for (int64_t e = 0; e < count; ++e)

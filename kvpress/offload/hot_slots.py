@@ -54,11 +54,6 @@ class HotSlots:
         """Copies that there is room for, per list."""
         return self.holder.shape[-1] - self.room
 
-    @property
-    def single(self) -> bool:
-        """Whether there is one list in all: of one batch row, for all of its KV heads."""
-        return self.holder.shape[0] == self.holder.shape[1] == 1
-
     def fits(self, index: Tensor) -> bool:
         """Whether slots `index [batch, lists, n]` can be looked up at once."""
         return self.holder.shape[:2] == index.shape[:2] and index.shape[-1] <= self.capacity
@@ -148,10 +143,9 @@ class HotSlots:
         """Row `i` becomes what row `rows[i]` was."""
         index = torch.tensor(rows, device=self.holder.device)
         if self.capacity:
-            with torch.inference_mode(False), torch.no_grad():
-                self.holder, self.place, self.uses = self.holder[index], self.place[index], self.uses[index]
-                self._memory = {name: tensor[index] for name, tensor in self._memory.items()}
-                self._open()
+            self.holder, self.place, self.uses = self.holder[index], self.place[index], self.uses[index]
+            self._memory = {name: tensor[index] for name, tensor in self._memory.items()}
+            self._open()
 
 
 def row_memory(layout: RowLayout, batch: int) -> dict[str, Tensor]:
