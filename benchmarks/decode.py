@@ -1,10 +1,12 @@
 """Time per decoded token against `DynamicCache` with sdpa, in the same run: one JSON line per cache and context.
 
     python benchmarks/decode.py --contexts 8192 32768 --steps 15
+    python benchmarks/decode.py --device cuda --dtype bfloat16 --shape llama-3-8b --contexts 32768 --budget 2048
 
-The model has the shape of SmolLM2-135M with random weights (time does not depend on them); contexts are filled with random keys and
-values. Stock and ours take turns token by token, so that a busy machine slows both; figures are medians and their ratio. With
-one thread the process's own CPU time is taken, which a busy machine disturbs less.
+The model has the shape of SmolLM2-135M, or of Llama-3-8B, with random weights (time does not depend on them); contexts are filled with
+random keys and values. Stock and ours take turns token by token, so that a busy machine slows both; figures are medians and their ratio.
+With one thread the process's own CPU time is taken, which a busy machine disturbs less. On a GPU a token is timed from the call of the
+model until the device has done it.
 A selection reads keys and values where they lie among those of the whole context; `reused` is the share of its selections that were an
 earlier one used again, which random weights say nothing about: TokenSelect is therefore also timed with every selection reused, and with
 none.
@@ -27,27 +29,45 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from kvpress import PolicyCache
 from kvpress.policies import Full, Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect
 from kvpress.policies.base import Policy
-from kvpress.profiling.turns import decode_seconds, logits_difference, random_cache, ratios
+from kvpress.profiling.turns import TOLERANCE, decode_seconds, logits_difference, random_cache, ratios
 from kvpress.row_format import KV_DTYPES
 
-TOLERANCE = 1e-5  # of the largest logit
+FP32_TOLERANCE = 1e-5  # of the largest logit
 SHORT = 256  # tokens of the stock cache that serves as the limit
 
 
-def smollm2_shape(layers: int) -> LlamaForCausalLM:
-    """Random weights in the shape of SmolLM2-135M."""
+SHAPES: dict[str, dict[str, int | bool]] = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "llama-3-8b": {
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def random_model(
+    shape: str, layers: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
+    """Random weights in one of `SHAPES`; `layers` of them, where that is given."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=65536,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    config = LlamaConfig(max_position_embeddings=262_144, dtype=dtype, **SHAPES[shape])
+    if layers is not None:
+        config.num_hidden_layers = layers
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def all_policies(budget: int) -> dict[str, Policy]:
@@ -95,7 +115,7 @@ def measure(
     ours: dict[str, PolicyCache] = {
         name: PolicyCache.from_cache(model, policies[name], stock, kv_dtype=kv_dtype) for name in policies
     }
-    found = ratios(decode_seconds(model, caches | ours, torch.tensor([[7]]), steps))
+    found = ratios(decode_seconds(model, caches | ours, torch.tensor([[7]], device=model.device), steps))
     limit = found["stock_short"]["token_milliseconds"]
     for name, figures in found.items():
         row: dict[str, object] = {
@@ -123,7 +143,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--budget", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -134,15 +157,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = smollm2_shape(arguments.layers)
+    model = random_model(arguments.shape, arguments.layers, arguments.device, getattr(torch, arguments.dtype))
     with torch.no_grad():
-        ids = torch.randint(0, 49152, (1, 300), generator=torch.Generator().manual_seed(2))
-        agree = logits_difference(model, Full(), ids)[0] <= TOLERANCE
-        print(
-            json.dumps(
-                {"check": "full equals stock", "agree": agree, "threads": arguments.threads, "load": os.getloadavg()[0]}
-            )
-        )
+        tolerance = FP32_TOLERANCE if model.dtype == torch.float32 else TOLERANCE[model.dtype]
+        ids = torch.randint(0, 49152, (1, 300), generator=torch.Generator().manual_seed(2)).to(model.device)
+        agree = logits_difference(model, Full(), ids)[0] <= tolerance
+        facts = {"shape": arguments.shape, "dtype": arguments.dtype, "threads": arguments.threads}
+        where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+        load = os.getloadavg()[0]
+        print(json.dumps({"check": "full equals stock", "agree": agree, "device": where, "load": load} | facts))
         if not agree:
             raise SystemExit("logits differ: no figure is printed")
         for tokens in arguments.contexts:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import TOLERANCE, smollm2_shape
+from decode import FP32_TOLERANCE, random_model
 from transformers import DynamicCache
 
 from kvpress import PolicyCache
@@ -42,7 +42,7 @@ def prefill(model: Any, ids: torch.Tensor, policy: str, budget: int) -> tuple[An
 
 def peak(arguments: argparse.Namespace, ids: torch.Tensor) -> dict[str, Any]:
     """In a process of its own: megabytes above those resident before the prompt."""
-    model = smollm2_shape(arguments.layers)
+    model = random_model("smollm2-135m", arguments.layers)
     prefill(model, ids[:, :64], arguments.only, 48)
     meter = resident_meter(exact=True)
     meter.start()
@@ -79,7 +79,7 @@ def main() -> None:
             print(json.dumps(peak(arguments, ids)))
             return
         names = ["stock", *arguments.policies]
-        model = smollm2_shape(arguments.timed_layers)
+        model = random_model("smollm2-135m", arguments.timed_layers)
         times: dict[str, list[float]] = {name: [] for name in names}
         wrong = set()
         for turn in range(arguments.rounds):
@@ -88,7 +88,7 @@ def main() -> None:
                 times[name].append(seconds)
                 if name == "stock" and turn == 0:
                     right = logits
-                elif (logits - right).abs().max() > TOLERANCE:
+                elif (logits - right).abs().max() > FP32_TOLERANCE:
                     wrong.add(name)
         base = statistics.median(times["stock"])
         stock_peak: dict[str, Any] = {}

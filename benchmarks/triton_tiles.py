@@ -103,7 +103,7 @@ def use(kernel: Remembered, tile: tuple[int, int, int]) -> None:
     kernel._compiled.clear()
 
 
-def emit(case: Case, milliseconds: float, **facts: Any) -> None:
+def emit(case: Case, milliseconds: float, /, **facts: Any) -> None:
     figures = {
         "microseconds": round(1e3 * milliseconds / case.steps, 1),
         "gb_s": round(case.bytes / milliseconds / 1e6),

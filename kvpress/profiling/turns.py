@@ -49,10 +49,10 @@ def random_cache(model: PreTrainedModel, tokens: int, batch: int = 1, seed: int 
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     for layer in range(len(cache.layers)):
-        for_layer = torch.randn(2, batch, heads, tokens, head_dim, generator=generator)
-        keys, values = for_layer.to(model.device, model.dtype)
+        for_layer = torch.randn(2, batch, heads, tokens, head_dim, generator=generator, device=model.device)
+        keys, values = for_layer.to(model.dtype)
         cache.update(keys, values, layer)
     return cache
 
@@ -93,8 +93,9 @@ def ratios(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
 
 def logits_difference(model: PreTrainedModel, policy: Policy, ids: Tensor, new_tokens: int = 5) -> tuple[float, bool]:
     """How far greedy logits with `policy`, which must keep everything, lie from the stock cache's: the largest difference as a share of the
-    largest logit, and whether that is within what the model's type rounds to."""
-    logits = []
+    largest logit, and whether that is within what the model's type rounds to. Where near equal logits made a row take another token, its
+    later ones are of another text and are left out."""
+    logits, tokens = [], []
     arguments: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids),
         "max_new_tokens": new_tokens,
@@ -110,9 +111,13 @@ def logits_difference(model: PreTrainedModel, policy: Policy, ids: Tensor, new_t
             cache = DynamicCache(config=model.config) if stock else PolicyCache(model, policy)
             generate: Any = model.generate
             output = generate(ids, **passed(model, cache), **arguments)
-            logits.append(torch.stack(output.logits).float())
+            logits.append(torch.stack(output.logits, dim=1).float())
+            tokens.append(output.sequences[:, ids.shape[1] :])
     largest = float(logits[0].abs().max())
-    difference = float((logits[0] - logits[1]).abs().max()) / max(largest, 1e-30)
+    parted = (tokens[0] != tokens[1]).cumsum(dim=1)[:, :-1] > 0
+    differences = (logits[0] - logits[1]).abs().amax(dim=-1)  # [batch, new_tokens]
+    differences[:, 1:].masked_fill_(parted, 0.0)
+    difference = float(differences.max()) / max(largest, 1e-30)
     return difference, difference <= TOLERANCE.get(model.dtype, 1e-3)
 
 

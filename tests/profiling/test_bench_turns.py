@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,32 @@ def test_logits_agree_for_the_full_policy_and_not_for_another() -> None:
     assert agree and difference < 1e-4
     difference, agree = logits_difference(model, KNorm(budget=8), ids)
     assert not agree and difference > 1e-3
+
+
+def test_logits_behind_another_token_are_of_another_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model(), random_tokens(2, 3)
+    first = torch.zeros(3, 2, 4)
+    first[:, :, 0] = 8.0
+    second = first.clone()
+    second[1, 0] += 0.004  # row 0 takes another token here, all but a tie
+    second[2, 0] += 5.0
+    second[2, 1] += 0.002
+    tokens = [torch.zeros(2, 3, dtype=torch.long) for _ in range(2)]
+    tokens[1][0, 1:] = 1
+
+    def both() -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(logits=tuple(logits), sequences=torch.cat([ids, chosen], dim=1))
+            for logits, chosen in zip((first, second), tokens, strict=True)
+        ]
+
+    for change, expected in ((0.0, 0.004 / 8), (1.0, 1.0 / 8)):
+        second[2, 1, 3] = change or 0.002  # of a row that took the same tokens
+        outputs = iter(both())
+        monkeypatch.setattr(type(model), "generate", lambda *_, outputs=outputs, **__: next(outputs))
+        difference, agree = logits_difference(model, Full(), ids, new_tokens=3)
+        assert difference == pytest.approx(expected, rel=1e-4)
+        assert agree == (not change)
 
 
 def test_rows_of_each_fill() -> None:
