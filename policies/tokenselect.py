@@ -136,9 +136,9 @@ class VoteSelector(Selector):
         return [*([] if self.index is None else self.index.tensors()), *self._cached()]
 
     def _cached(self) -> list[Tensor]:
-        """The tensors of the Selection Cache, and those by which its prepared call turns a query."""
-        turn = None if self._step is None else self._step.turn
-        return [*(tensor for name in CACHED if (tensor := getattr(self, name)) is not None), *(turn or ())]
+        """The tensors of the Selection Cache, and those of its prepared call."""
+        of_call = [] if self._step is None else self._step.tensors()
+        return [*(tensor for name in CACHED if (tensor := getattr(self, name)) is not None), *of_call]
 
     def bytes_to_grow(self, keys: Any) -> int:
         return 0 if self.index is None or not self.narrows(keys.shape[2]) else self.index.bytes_to_grow(keys)

@@ -69,7 +69,7 @@ def attention_mass(
         lse = lse.float().contiguous()
     group = query.shape[1] // kv_heads
     block_g = power_of_two(group)
-    arguments = _shared(query, keys, **options)
+    arguments = shared_arguments(query, keys, **options)
     block_m = max(block_g, block_rows(block_g * rows, arguments["ARITHMETIC"] == FULL))
     causal = arguments["CAUSAL"]
     with on_device(query):
@@ -96,12 +96,20 @@ def _mixed(x: int) -> int:
 def row_sums(
     query: Tensor, keys: Tensor, *, splits: int | None, store: bool, slots: int, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The log-sum-exp `[batch, query_heads, rows]` of every row, without sinks.
+    """The log-sum-exp `[batch, query_heads, rows]` of every row, without sinks; otherwise as `part_sums`."""
+    lse, scores = part_sums(query, keys, splits=splits, store=store, slots=slots, **options)
+    return (lse[0] if lse.shape[0] == 1 else torch.logsumexp(lse, dim=0)), scores
+
+
+def part_sums(
+    query: Tensor, keys: Tensor, *, splits: int | None, store: bool, slots: int, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The log-sum-exp `[parts, batch, query_heads, rows]` of every row over each part of the slots, without sinks.
 
     With `store`, for a single row, also its scores `[batch, query_heads, slots]`, `-inf` where a slot is not visible.
     """
     batch, query_heads, rows, _ = query.shape
-    arguments = _shared(query, keys, slots=slots, **options)
+    arguments = shared_arguments(query, keys, slots=slots, **options)
     kv_heads, group = arguments["KV_HEADS"], arguments["GROUP"]
     block_m = block_rows(group * rows, arguments["ARITHMETIC"] == FULL)
     blocks = -(-group * rows // block_m)
@@ -115,10 +123,10 @@ def row_sums(
             lse=lse, scores_out=scores, splits=parts, **arguments,
             BLOCK_M=block_m, SKIP=arguments["CAUSAL"] and rows > 1,
         )  # fmt: skip
-    return (lse[0] if parts == 1 else torch.logsumexp(lse, dim=0)), scores
+    return lse, scores
 
 
-def _shared(
+def shared_arguments(
     query: Tensor,
     keys: Tensor,
     *,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 from array import array
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvpress.kernels import triton_support
 from kvpress.kernels.choosing import native
 from kvpress.kernels.native import tensors as fields
 
@@ -56,13 +58,20 @@ class PreparedVote:
             raise ValueError(f"a vote cannot be prepared: {reason}")
         batch, heads, _, dim = query.shape
         self.keys = keys
-        self._kind = (query.shape, query.stride(), query.dtype)
+        self._kind = self._kind_of(query)
         self._least = sinks + top_k + local
         self._shape = (batch, 1, self._least)
-        self.former = torch.zeros(batch, heads * dim, dtype=query.dtype)
-        self.live = torch.zeros(batch, dtype=torch.bool)
-        self.chosen = torch.zeros(batch, 1, top_k, dtype=torch.int64)
+        self.former = torch.zeros(batch, heads * dim, dtype=query.dtype, device=query.device)
+        self.live = torch.zeros(batch, dtype=torch.bool, device=query.device)
+        self.chosen = torch.zeros(batch, 1, top_k, dtype=torch.int64, device=query.device)
         self.turn = turn  # the kernel reads them at every vote
+        self._launches: Any = None  # on a GPU, in place of the fields
+        if query.is_cuda:
+            self._launches = import_module("kvpress.kernels.choosing.triton_prepared").VoteLaunches(
+                query, keys, keys_scale, self.former, self.live, self.chosen,
+                threshold=threshold, sinks=sinks, local=local, regroup=regroup, turn=turn,
+            )  # fmt: skip
+            return
         tables = None if turn is None else (turn[0][None], turn[1][None])
         found, self._owners = fields.attention_fields(
             query,
@@ -81,14 +90,20 @@ class PreparedVote:
 
     @staticmethod
     def refusal(query: Tensor, keys: Tensor) -> str | None:
-        """Why the compiled kernel cannot serve such calls, or `None`."""
+        """Why neither the compiled kernel nor those of GPUs can serve such calls, or `None`."""
+        if query.is_cuda:
+            return triton_support.refusal(query, keys) or triton_support.storage_refusal(keys)
         return native.refusal(query, keys)
+
+    @staticmethod
+    def _kind_of(query: Tensor) -> tuple[Any, ...]:
+        return query.shape, query.stride(), query.dtype, query.data_ptr() % triton_support.ALIGNED
 
     def serves(self, query: Tensor, keys: Tensor) -> bool:
         """Whether a call with `query` is of the kind that was prepared, and the keys are those."""
         return (
             keys is self.keys
-            and (query.shape, query.stride(), query.dtype) == self._kind
+            and self._kind_of(query) == self._kind
             and not torch.compiler.is_compiling()
             and not (query.requires_grad and torch.is_grad_enabled())
         )
@@ -97,6 +112,10 @@ class PreparedVote:
         """Go on with a selection that was made elsewhere."""
         for own, given in ((self.former, former), (self.live, live), (self.chosen, chosen)):
             own.copy_(given)
+
+    def tensors(self) -> list[Tensor]:
+        """What is held beside `former`, `live` and `chosen`."""
+        return [*(self.turn or ()), *(() if self._launches is None else self._launches.tensors())]
 
     def choose(self, query: Tensor, slots: int) -> tuple[Tensor, bool]:
         """`[batch, 1, sinks + top_k + local]` int64, ascending; and whether every row used its selection again.
@@ -110,6 +129,9 @@ class PreparedVote:
         """
         if slots < self._least:
             raise ValueError(f"slots must be at least {self._least}, those that are listed, got {slots}")
+        if self._launches is not None:
+            chosen: tuple[Tensor, bool] = self._launches(query, slots)
+            return chosen
         index = torch.empty(self._shape, dtype=torch.int64)
         call = self._fields
         call[THREADS], call[QUERY], call[SLOTS] = torch.get_num_threads(), query.data_ptr(), slots

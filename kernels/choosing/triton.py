@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpress.kernels import triton_best
 from kvpress.kernels.choosing import triton_kernels
 from kvpress.kernels.triton_support import on_device
 
@@ -12,10 +13,15 @@ BLOCK = 1024
 
 
 def best_slots(scores: Tensor, count: int) -> Tensor:
-    """See `kvpress.kernels.choosing.best_slots`: a stable sort, so that nothing has to be known of ties."""
-    slots = scores.shape[-1]
-    order = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return (slots - 1 - order).sort(dim=-1).values
+    """See `kvpress.kernels.choosing.best_slots`: a program for each row."""
+    rows, slots = scores.float().contiguous(), scores.shape[-1]
+    output = torch.empty(*rows.shape[:-1], count, dtype=torch.int64, device=scores.device)
+    if output.numel():
+        with on_device(scores):
+            triton_kernels.best_kernel[(output.numel() // count, 1, 1)](
+                rows, output, slots, count, BLOCK=triton_best.BLOCK, num_warps=triton_best.WARPS
+            )
+    return output
 
 
 def reused_slots(
@@ -34,8 +40,9 @@ def reused_slots(
     row = query[:, :, 0]
     with on_device(query):
         triton_kernels.cosine_kernel[(batch, 1, 1)](
-            row, former, live, cosines, heads * dim, *row.stride(), former.stride(0), DIM=dim, BLOCK=BLOCK
-        )
+            row, former, live, cosines, None, None, None, heads * dim, *row.stride(), former.stride(0),
+            DIM=dim, ROTARY=0, GROUP=1, KV_HEADS=0, BLOCK=BLOCK,
+        )  # fmt: skip
     if not all(cosine >= threshold for cosine in cosines.tolist()):
         return None
     return listed_slots(chosen, sinks, local, slots)

@@ -5,6 +5,7 @@
 import triton
 import triton.language as tl
 
+from kvpress.kernels.triton_best import least_taken, taken
 from kvpress.kernels.triton_launch import Remembered
 
 LEAST = tl.constexpr(
@@ -15,17 +16,23 @@ LEAST = tl.constexpr(
 @Remembered
 @triton.jit(do_not_specialize=["length", "stride_qb", "stride_fb"])
 def cosine_kernel(
-    query, former, live, output, length, stride_qb, stride_qh, stride_qd, stride_fb, DIM: tl.constexpr, BLOCK: tl.constexpr
+    query, former, live, output, voting, cosine, sine, length, stride_qb, stride_qh, stride_qd, stride_fb,
+    DIM: tl.constexpr, ROTARY: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the cosine of a batch row's query and its former query, all heads together, in fp64; -inf where no row is live."""
+    """One program: the cosine of a batch row's query and its former query, all heads together, in fp64; -inf where no row is live.
+
+    With `voting`, that is also written: the query as it votes, turned by the tables `[ROTARY]` where they are given; with `KV_HEADS` > 0
+    head `h` of the query goes with KV head `h % KV_HEADS`, and the `GROUP` heads of a KV head come together.
+    """
     row = tl.program_id(0).to(tl.int64)
+    query += row * stride_qb
     both = tl.zeros([BLOCK], tl.float64)
     ours = tl.zeros([BLOCK], tl.float64)
     theirs = tl.zeros([BLOCK], tl.float64)
     for first in range(0, length, BLOCK):
         at = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        place = row * stride_qb + (at // DIM) * stride_qh + (at % DIM) * stride_qd
-        asked = tl.load(query + place, mask=at < length, other=0.0).to(tl.float64)
+        asked = tl.load(query + (at // DIM) * stride_qh + (at % DIM) * stride_qd, mask=at < length, other=0.0)
+        asked = asked.to(tl.float64)
         before = tl.load(former + row * stride_fb + at, mask=at < length, other=0.0).to(tl.float64)
         both += asked * before
         ours += asked * asked
@@ -33,6 +40,23 @@ def cosine_kernel(
     lengths = tl.maximum(tl.sqrt(tl.sum(ours, axis=0)), LEAST) * tl.maximum(tl.sqrt(tl.sum(theirs, axis=0)), LEAST)
     held = tl.load(live + row).to(tl.int32) != 0
     tl.store(output + row, tl.where(held, tl.sum(both, axis=0) / lengths, -float("inf")))
+    if voting is not None:
+        for first in range(0, length, BLOCK):
+            at = (first + tl.arange(0, BLOCK)).to(tl.int64)
+            head, channel = at // DIM, at % DIM
+            if KV_HEADS > 0:
+                head = head % GROUP * KV_HEADS + head // GROUP
+            base = query + head * stride_qh
+            here = tl.load(base + channel * stride_qd, mask=at < length, other=0.0).to(tl.float32)
+            if cosine is not None:
+                turned = (at < length) & (channel < ROTARY)
+                partner = tl.where(channel < ROTARY // 2, channel + ROTARY // 2, channel - ROTARY // 2)
+                there = tl.load(base + partner * stride_qd, mask=turned, other=0.0).to(tl.float32)
+                there = tl.where(channel < ROTARY // 2, -there, there)
+                cos = tl.load(cosine + channel, mask=turned, other=1.0).to(tl.float32)
+                sin = tl.load(sine + channel, mask=turned, other=0.0).to(tl.float32)
+                here = here * cos + there * sin
+            tl.store(voting + row * length + at, here.to(voting.dtype.element_ty), mask=at < length)
 
 
 @Remembered
@@ -50,3 +74,60 @@ def list_kernel(
     listed = tl.load(at, mask=inside, other=0)
     ends = tl.where(entry < sinks, entry, slots - count + entry).to(tl.int64)
     tl.store(output + pair * count + entry, tl.where(inside, listed, ends), mask=entry < count)
+
+
+@Remembered
+@triton.jit(do_not_specialize=["slots", "count"])
+def best_kernel(scores, output, slots, count, BLOCK: tl.constexpr):
+    """One program: the places of the `count` highest scores of one row, ascending."""
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * slots
+    least, skipped = least_taken(scores, slots, count, BLOCK)
+    found, equals = 0, 0
+    for first in range(0, slots, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        kept, equals = taken(scores, at, slots, least, skipped, equals)
+        place = found + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+        tl.store(output + row * count + place, at.to(tl.int64), mask=kept)
+        found += tl.sum(kept.to(tl.int32))
+
+
+@Remembered
+@triton.jit(do_not_specialize=["length", "candidates", "count", "sinks", "local", "slots", "stride_qb"])
+def choose_kernel(
+    votes, cosines, query, former, live, chosen, output, threshold, length, candidates, count, sinks, local, slots,
+    stride_qb, stride_qh, stride_qd, DIM: tl.constexpr, BLOCK: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    """One program: what one batch row attends to. Where its cosine does not reach the threshold, the `count` candidates with most votes
+    are chosen, and the query is remembered.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    votes += row * candidates
+    chosen += row * count
+    output += row * (sinks + count + local)
+    if tl.load(cosines + row) >= tl.load(threshold):
+        for first in range(0, count, ENDS):
+            entry = first + tl.arange(0, ENDS)
+            tl.store(output + sinks + entry, tl.load(chosen + entry, mask=entry < count, other=0), mask=entry < count)
+    else:
+        least, skipped = least_taken(votes, candidates, count, BLOCK)
+        found, equals = 0, 0
+        for first in range(0, candidates, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            kept, equals = taken(votes, at, candidates, least, skipped, equals)
+            place = found + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+            slot = (sinks + at).to(tl.int64)
+            tl.store(chosen + place, slot, mask=kept)
+            tl.store(output + sinks + place, slot, mask=kept)
+            found += tl.sum(kept.to(tl.int32))
+        for first in range(0, length, ENDS):
+            at = (first + tl.arange(0, ENDS)).to(tl.int64)
+            place = row * stride_qb + (at // DIM) * stride_qh + (at % DIM) * stride_qd
+            tl.store(former + row * length + at, tl.load(query + place, mask=at < length, other=0.0), mask=at < length)
+        tl.store(live + row, 1)
+    for first in range(0, sinks, ENDS):
+        entry = first + tl.arange(0, ENDS)
+        tl.store(output + entry, entry.to(tl.int64), mask=entry < sinks)
+    for first in range(0, local, ENDS):
+        entry = first + tl.arange(0, ENDS)
+        tl.store(output + sinks + count + entry, (slots - local + entry).to(tl.int64), mask=entry < local)

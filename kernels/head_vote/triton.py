@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress.kernels.attention_mass.triton import row_sums
+from kvpress.kernels.attention_mass.triton import part_sums
 from kvpress.kernels.head_vote import triton_kernels
 from kvpress.kernels.triton_support import on_device
 
@@ -48,13 +48,13 @@ def head_vote(
     votes = query.new_empty(batch, slots, dtype=torch.float32)
     if votes.numel() == 0:
         return votes
-    lse, scores = row_sums(
+    lse, scores = part_sums(
         query, keys, splits=splits, store=True, slots=slots, scaling=scaling, positions=positions,
         query_positions=query_positions, starts=starts, lengths=lengths, softcap=None, keys_scale=keys_scale,
         temperature=1.0, noise_seed=None,
     )  # fmt: skip
     with on_device(query):
         triton_kernels.vote_kernel[(-(-slots // BLOCK_SLOTS), batch)](
-            scores, lse.contiguous(), votes, query_heads, slots, BLOCK_H=BLOCK_HEADS, BLOCK_N=BLOCK_SLOTS
+            scores, lse, votes, query_heads, batch * query_heads, slots, lse.shape[0], BLOCK_H=BLOCK_HEADS, BLOCK_N=BLOCK_SLOTS
         )
     return votes

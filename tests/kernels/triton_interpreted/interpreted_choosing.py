@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from kvpress.kernels.choosing import best_slots, listed_slots, reused_slots
+from kvpress.kernels.choosing.triton_prepared import VoteLaunches
+from kvpress.kernels.head_vote import head_vote
+from kvpress.kernels.rotation import rotate
+from kvpress.row_format import row_format
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 50), (2, 3, 65), (4, 1030)], ids=str)
@@ -15,6 +19,76 @@ def test_best_slots_and_ties(generator, shape):
     for count in (1, 7, 49, 2000):
         found, wanted = (best_slots(scores, count, impl=impl) for impl in ("triton", "reference"))
         assert torch.equal(found, wanted) and found.shape[-1] == min(count, shape[-1])
+
+
+@pytest.mark.parametrize("count", [1, 300, 4096, 8999])
+def test_best_slots_of_several_tiles(generator, count):
+    scores = torch.randn(2, 9000, generator=generator).exp() * 1e-5
+    scores[0, ::7] = scores[0, 5]  # more equals than are taken, in every tile
+    scores[1, 10:4000] = torch.randn(3990, generator=generator)
+    scores[1, 7], scores[1, 8], scores[1, 9] = torch.inf, -torch.inf, -3e38
+    found = best_slots(scores, count, impl="triton")
+    order = scores.flip(-1).double().sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(found, (8999 - order).sort(dim=-1).values)
+    assert torch.equal(found, best_slots(scores, count, impl="reference"))
+
+
+SINKS, TOP_K, LOCAL, DIM = 3, 20, 7, 24
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("group", "regroup"), [(1, False), (3, False), (3, True), (5, True)])
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_prepared_vote_is_that_of_checked_calls(generator, monkeypatch, kind, group, regroup, turned, parts):
+    monkeypatch.setattr("kvpress.kernels.choosing.triton_prepared.plan_splits", lambda *_: parts)
+    form, heads = row_format(kind), 2 * group
+    keys, scale = form.parts(form.pack(torch.randn(2, 2, 90, DIM, generator=generator)))
+    angles = torch.randn(8, generator=generator).repeat(2)
+    turn = (angles.cos(), angles.sin()) if turned else None
+    base, noise = torch.randn(2, 2, 1, heads, DIM, generator=generator)
+    former, live = torch.zeros(2, heads * DIM), torch.zeros(2, dtype=torch.bool)
+    chosen = torch.zeros(2, 1, TOP_K, dtype=torch.int64)
+    launches = VoteLaunches(
+        base.transpose(1, 2), keys, scale, former, live, chosen,
+        threshold=0.9, sinks=SINKS, local=LOCAL, regroup=regroup, turn=turn,
+    )  # fmt: skip
+    wanted, before, again = chosen.clone(), former.clone(), []
+    for step, size in enumerate((0.0, 0.1, 0.2, 3.0, 3.05, 0.0)):
+        if step == 4:
+            noise[1] = -noise[1]  # one row of the batch uses its selection again, the other does not
+        query, slots = (base + size * noise).transpose(1, 2), 60 + 5 * step
+        index, reused = launches(query, slots)
+        voting = query
+        if turn is not None:
+            voting = rotate(query, *(table[None, None, None] for table in turn), impl="reference")
+        if regroup:
+            voting = voting.view(2, -1, 2, DIM).transpose(1, 2).reshape(2, heads, 1, DIM)
+        part = slice(SINKS, slots - LOCAL)
+        votes = head_vote(
+            voting, keys[:, :, part], keys_scale=None if scale is None else scale[:, :, part], impl="reference"
+        )
+        anew = (best_slots(votes, TOP_K, impl="reference") + SINKS)[:, None]
+        rows = torch.nn.functional.cosine_similarity(query.flatten(1).double(), before.double()) >= 0.9
+        rows &= step > 0
+        wanted = wanted.where(rows[:, None, None], anew)
+        before = query.flatten(1).where(~rows[:, None], before)
+        assert torch.equal(index, listed_slots(wanted, sinks=SINKS, local=LOCAL, slots=slots, impl="reference"))
+        assert reused == bool(rows.all()) and live.all()
+        assert torch.equal(chosen, wanted) and torch.equal(former, before)
+        again.append(reused)
+    assert again == [False, True, True, False, False, False]
+    assert sum(tensor.numel() for tensor in launches.tensors()) == 2 + 2 * heads * DIM + 1
+
+
+def test_a_vote_that_is_no_number_counts_for_nothing(generator):
+    keys, query = torch.randn(1, 2, 40, DIM, generator=generator), torch.full((1, 4, 1, DIM), torch.nan)
+    state = (torch.zeros(1, 4 * DIM), torch.zeros(1, dtype=torch.bool), torch.zeros(1, 1, 5, dtype=torch.int64))
+    launches = VoteLaunches(query, keys, None, *state, threshold=-1, sinks=1, local=2, regroup=False, turn=None)
+    for _ in range(2):  # a cosine that is no number is close to nothing
+        index, reused = launches(query, 40)
+        assert not reused
+        assert index.tolist() == [[[0, *range(33, 38), 38, 39]]], "of equal votes the later"
 
 
 @pytest.mark.parametrize("heads", [1, 2])
