@@ -24,14 +24,14 @@ def ordered(score):
 
 @triton.jit
 def least_taken(scores, slots, count, BLOCK: tl.constexpr):
-    """Of the `count` highest of `slots` scores, the later of equal ones first: the least, as `ordered` gives it, and how many of its equals,
-    the first ones, are not among them."""
+    """Of the `count` highest of `slots` scores, the later of equal ones first: the least, as `ordered` gives it, and how many of its
+    equals, the first ones, are not among them."""
     bins = tl.arange(0, BINS)
     known = tl.zeros([], tl.uint32)
     wanted = count
     equals = count
     for digit in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * digit
+        shift = 24 - 8 * digit
         histogram = tl.zeros([BINS], tl.int32)
         for first in range(0, slots, BLOCK):
             at = first + tl.arange(0, BLOCK)

@@ -90,18 +90,20 @@ class PreparedLaunch:
     def __call__(self, grid: tuple[int, int, int], **changed: Any) -> None:
         """Launch with `changed` arguments, whose types, alignment and divisibility must be those of the first launch."""
         if self._compiled is None:
-            self._compiled = self._kernel[grid](**self._arguments, **changed)
-            if self._compiled is not None:
+            compiled = self._kernel[grid](**self._arguments, **changed)
+            if compiled is not None:
                 names = [name for name, _ in self._kernel.parameters]
                 self._values = [self._arguments.get(name) for name in names]
                 self._place = {name: place for place, name in enumerate(names)}
+                self._compiled = compiled
             return
-        values, place = self._values, self._place
+        values, place = (
+            self._values.copy(),
+            self._place,
+        )  # threads may launch the same, and nothing of a call stays alive
         for name, value in changed.items():
             values[place[name]] = value
         self._compiled[grid](*values)
-        for name in changed:
-            values[place[name]] = None  # nothing of a call stays alive
 
 
 def _same(value: Any) -> Any:

@@ -92,11 +92,15 @@ def strides(letter: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
     """Kernel arguments `stride_<letter><axis>`: 0 where the size is 1, so that it broadcasts, and everywhere for
     `None`.
     """
-    names = _stride_names(letter, axes)
     if tensor is None:
-        return dict.fromkeys(names, 0)
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return dict(zip(names, [0 if size == 1 else stride for size, stride in sizes], strict=True))
+        return dict.fromkeys(_stride_names(letter, axes), 0)
+    return named_strides(letter, tensor.shape, tensor.stride(), axes)
+
+
+def named_strides(letter: str, shape: tuple[int, ...], stride: tuple[int, ...], axes: str) -> dict[str, int]:
+    """`strides` of a tensor of this shape and these strides."""
+    sizes = [0 if size == 1 else step for size, step in zip(shape, stride, strict=True)]
+    return dict(zip(_stride_names(letter, axes), sizes, strict=True))
 
 
 def stride_unit(*slots: Tensor) -> int:

@@ -14,7 +14,7 @@ from kvpress.kernels.attention.triton import (
     merge_arguments,
     weights_arguments,
 )
-from kvpress.kernels.rotation import rotate
+from kvpress.kernels.rotation.triton import rotate
 from kvpress.kernels.triton_launch import PreparedLaunch
 from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two
 

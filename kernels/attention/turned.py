@@ -74,12 +74,9 @@ def attend_turned(
                 "apart": lambda: None,
             },
         )
-    if chosen != "native":
-        query = (
-            rotate(query, *(table[None, None, max(entries - 1, 0) : entries] for table in rotation))
-            if entries
-            else query
-        )
+    if chosen != "native" and entries:
+        last = [table[None, None, entries - 1 : entries] for table in rotation]
+        query = rotate(query, *last, impl="triton" if chosen == "triton" else "auto")
     if chosen == "apart":
         keys, values = scale_slots(keys, keys_scale).to(query.dtype), scale_slots(values, values_scale).to(query.dtype)
         if index is not None:

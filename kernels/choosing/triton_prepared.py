@@ -1,5 +1,5 @@
-"""TokenSelect's step for decoded tokens on GPUs: launches whose constant arguments are looked up once, and one wait, for the decision to use
-a selection again.
+"""TokenSelect's step for decoded tokens on GPUs: launches whose constant arguments are looked up once, and one wait, for the decision
+to use a selection again.
 """
 
 from __future__ import annotations

@@ -55,6 +55,14 @@ def head_vote(
     )  # fmt: skip
     with on_device(query):
         triton_kernels.vote_kernel[(-(-slots // BLOCK_SLOTS), batch)](
-            scores, lse, votes, query_heads, batch * query_heads, slots, lse.shape[0], BLOCK_H=BLOCK_HEADS, BLOCK_N=BLOCK_SLOTS
+            scores,
+            lse,
+            votes,
+            query_heads,
+            batch * query_heads,
+            slots,
+            lse.shape[0],
+            BLOCK_H=BLOCK_HEADS,
+            BLOCK_N=BLOCK_SLOTS,
         )
     return votes

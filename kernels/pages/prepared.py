@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvpress.kernels import triton_support
 from kvpress.kernels.native import tensors as fields
 from kvpress.kernels.pages import native
 from kvpress.kernels.pages.rounding import bounds_type
@@ -51,10 +53,16 @@ class PreparedPages:
         if keys.dtype == torch.int8 and keys_scale is None:
             raise ValueError("keys_scale must be given for int8 keys, got None")
         self.lowest, self.highest, self.keys, self.keys_scale = lowest, highest, keys, keys_scale
-        self._kind = (query.shape, query.stride(), query.dtype)
+        self._kind = self._kind_of(query)
         self._count, self._page_size = count, page_size
         batch, kv_heads, _, _ = lowest.shape
         self._shape = (batch, kv_heads, count * page_size)
+        self._launches: Any = None  # on a GPU, in place of the fields
+        if query.is_cuda:
+            self._launches = import_module("kvpress.kernels.pages.triton_prepared").PageLaunches(
+                query, lowest, highest, keys, keys_scale, count=count, page_size=page_size
+            )
+            return
         self._first_key, self._key_bytes = keys.data_ptr(), keys.stride(2) * keys.element_size()
         self._first_scale, self._scale_bytes = 0, 0
         newest, scale = keys[:, :, :1], None
@@ -71,19 +79,25 @@ class PreparedPages:
 
     @staticmethod
     def refusal(query: Tensor, lowest: Tensor, highest: Tensor, keys: Tensor) -> str | None:
-        """Why the compiled kernel cannot serve such calls, or `None`."""
+        """Why neither the compiled kernel nor those of GPUs can serve such calls, or `None`."""
         if bounds_type(query.dtype) != lowest.dtype:
             return f"bounds of {query.dtype} keys are {bounds_type(query.dtype)}, got {lowest.dtype}"
         if keys.dtype not in (query.dtype, *_EXACT.get(query.dtype, ())):
             return f"keys stored as {keys.dtype} are rounded to the model's {query.dtype}"
+        if query.is_cuda:
+            return triton_support.refusal(query, lowest, highest, keys) or triton_support.storage_refusal(keys)
         return native.choice_refusal(query, lowest, highest, keys)
+
+    @staticmethod
+    def _kind_of(query: Tensor) -> tuple[Any, ...]:
+        return query.shape, query.stride(), query.dtype, query.data_ptr() % triton_support.ALIGNED
 
     def serves(self, query: Tensor, lowest: Tensor, keys: Tensor) -> bool:
         """Whether a call with `query` is of the kind that was prepared, and bounds and keys are those."""
         return (
             keys is self.keys
             and lowest is self.lowest
-            and (query.shape, query.stride(), query.dtype) == self._kind
+            and self._kind_of(query) == self._kind
             and not torch.compiler.is_compiling()
             and not (query.requires_grad and torch.is_grad_enabled())
         )
@@ -100,6 +114,9 @@ class PreparedPages:
             raise ValueError(
                 f"slots must make {self._count} to {self.lowest.shape[2]} pages of {self._page_size}, got {slots}"
             )
+        if self._launches is not None:
+            listed: Tensor = self._launches(query, slots)
+            return listed
         index = torch.empty(self._shape, dtype=torch.int64)
         call = self._fields
         call[THREADS], call[QUERY], call[INDEX] = torch.get_num_threads(), query.data_ptr(), index.data_ptr()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from kvpress.kernels import triton_support
 from kvpress.kernels.native import tensors as fields
 from kvpress.kernels.rotation import native
 from kvpress.kernels.rotation.api import rotate
@@ -34,6 +36,7 @@ class PreparedRotation:
         )  # only ever added to: several threads may rotate by tables like these
         self._calls: dict[Kind, array[int]] = {}  # likewise, with the addresses of these tables
         self._rows: dict[Kind, array[int]] = {}  # of single rows of tables
+        self._launched: set[Kind] = set()  # kinds of tensors on a GPU that were checked, and can be launched for
 
     def row(self, row: int) -> PreparedRotation:
         """Rotates by row `row` of these tables alone."""
@@ -47,11 +50,17 @@ class PreparedRotation:
         Args:
             slots: `[batch, heads, slots, dim]`.
         """
-        call = self._call((slots.shape, slots.stride(), slots.dtype, False))
-        if call is None or torch.compiler.is_compiling() or (slots.requires_grad and torch.is_grad_enabled()):
+        kind = (slots.shape, slots.stride(), slots.dtype, False)
+        call, launched = self._call(kind), kind in self._launched and slots.is_cuda
+        unknown = call is None and not launched
+        if unknown or torch.compiler.is_compiling() or (slots.requires_grad and torch.is_grad_enabled()):
             rotated = rotate(slots, self.cosine, self.sine, inverse=self.inverse)
-            self._learn(slots, rotated, (slots.shape, slots.stride(), slots.dtype, False))
+            self._learn(slots, rotated, kind)
             return rotated
+        if call is None:
+            launch = import_module("kvpress.kernels.rotation.triton")
+            turned: Tensor = launch.rotate(slots, self.cosine, self.sine, inverse=self.inverse)
+            return turned
         output = torch.empty(slots.shape, dtype=slots.dtype)
         call[native.THREADS] = torch.get_num_threads()
         call[native.SOURCE], call[native.OUTPUT] = slots.data_ptr(), output.data_ptr()
@@ -88,6 +97,8 @@ class PreparedRotation:
     def _learn(self, slots: Tensor, output: Tensor, kind: Kind) -> array[int] | None:
         """Note the call that makes `output` of `slots`, if the compiled kernel serves it from the tables themselves."""
         tables = self.cosine, self.sine
+        if slots.is_cuda and triton_support.refusal(slots, *tables) is None:
+            self._launched.add(kind)
         if native.refusal(slots, *tables) is not None:
             return None
         if not all(table.dtype == torch.float32 and table.stride(-1) == 1 for table in tables):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from kvpress.kernels.rotation import triton_kernels
-from kvpress.kernels.triton_support import on_device, power_of_two, strides
+from kvpress.kernels.triton_launch import PreparedLaunch
+from kvpress.kernels.triton_support import ALIGNED, named_strides, on_device, power_of_two
 
 BLOCK_ELEMENTS = 4096  # elements of a tile
+KINDS = 64  # of tensors, whose launches are kept
 
 
 def rotate(slots: Tensor, cosine: Tensor, sine: Tensor, *, inverse: bool = False) -> Tensor:
@@ -29,12 +35,29 @@ def rotate(slots: Tensor, cosine: Tensor, sine: Tensor, *, inverse: bool = False
         raise ValueError(f"rotary_dim must be even and at most dim ({dim}), got {rotary}")
     output = slots.new_empty(batch, heads, length, dim)
     if output.numel():
-        block_d = power_of_two(dim)
-        block_n = max(1, BLOCK_ELEMENTS // block_d)
+        aligned = tuple([tensor.data_ptr() % ALIGNED == 0 for tensor in (slots, cosine, sine)])
+        kinds = tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in (slots, cosine, sine)])
         with on_device(slots):
-            triton_kernels.rotate_kernel[(-(-length // block_n), batch * heads)](
-                slots, cosine, sine, output, length, -1.0 if inverse else 1.0,
-                **strides("x", slots, "bhsd"), **strides("c", cosine, "bhsd"), **strides("p", sine, "bhsd"),
-                HEADS=heads, DIM=dim, ROTARY=rotary, BLOCK_N=block_n, BLOCK_D=block_d,
-            )  # fmt: skip
+            grid, launch = _launch(slots.device, *kinds, aligned, inverse)
+            launch(grid, source=slots, cosine=cosine, sine=sine, output=output)
     return output
+
+
+Kind = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+@lru_cache(maxsize=KINDS)
+def _launch(
+    device: torch.device, slots: Kind, cosine: Kind, sine: Kind, aligned: tuple[bool, ...], inverse: bool
+) -> tuple[tuple[int, int, int], PreparedLaunch]:
+    """Grid and launch for tensors of these kinds."""
+    batch, heads, length, dim = slots[0]
+    block_d = power_of_two(dim)
+    block_n = max(1, BLOCK_ELEMENTS // block_d)
+    given = zip("xcp", (slots, cosine, sine), strict=True)
+    strides = [named_strides(letter, shape, stride, "bhsd") for letter, (shape, stride, _) in given]
+    arguments: dict[str, Any] = {
+        "slots": length, "sign": -1.0 if inverse else 1.0, **strides[0], **strides[1], **strides[2],
+        "HEADS": heads, "DIM": dim, "ROTARY": cosine[0][-1], "BLOCK_N": block_n, "BLOCK_D": block_d,
+    }  # fmt: skip
+    return (-(-length // block_n), batch * heads, 1), PreparedLaunch(triton_kernels.rotate_kernel, arguments)

@@ -127,6 +127,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, device: Device, call: partial) -> 
             monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
         if hasattr(launcher, "precision"):
             monkeypatch.setattr(launcher, "precision", lambda: fp32_products)
+    importlib.import_module("kvpress.kernels.rotation.triton")._launch.cache_clear()  # of another device
     call()
     return launches
 
@@ -169,7 +170,7 @@ TYPES = {
 def configurations(launch: Launch, device: Device) -> list[triton.Config]:
     """What the autotuner would time on `device`."""
     if not launch.autotuned:
-        return [triton.Config({}, num_warps=4)]
+        return [triton.Config({}, num_warps=launch.arguments.get("num_warps", 4))]
     arguments = launch.arguments
     full, amd = arguments["ARITHMETIC"] == tl.float32, device.target.backend == "hip"
     module = importlib.import_module(launch.function.__module__)
@@ -295,12 +296,14 @@ def test_attention_mass_with_noise(monkeypatch: pytest.MonkeyPatch, name: str) -
 
 @pytest.mark.parametrize("name", ["sm_80", "gfx942"])
 def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    from kvpress.kernels.choosing.triton import listed_slots, reused_slots
+    from kvpress.kernels.choosing.triton import best_slots, listed_slots, reused_slots
+    from kvpress.kernels.choosing.triton_prepared import VoteLaunches
     from kvpress.kernels.compaction.triton import compact
     from kvpress.kernels.eviction.triton import PreparedWrite, weakest
     from kvpress.kernels.head_vote.triton import head_vote
     from kvpress.kernels.packing.triton import pack_int8
     from kvpress.kernels.pages.triton import page_bounds, page_scores
+    from kvpress.kernels.pages.triton_prepared import PageLaunches
     from kvpress.kernels.rotation.triton import rotate
 
     query, keys = torch.zeros(2, 32, 1, 128).bfloat16(), torch.zeros(2, 8, 64, 128).bfloat16()
@@ -320,8 +323,19 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         choice = slot[:, :, None]
         reused_slots(query, query.flatten(1), slot[:, 0] > 0, choice, math.inf, 4, 9, 64)
         listed_slots(choice, 4, 9, 64)
+        best_slots(torch.zeros(2, 64), 5)
+        chosen = torch.zeros(2, 1, 5, dtype=torch.int64)
+        state = (query.flatten(1), chosen[:, 0, 0] > 0, chosen)
+        turn = (torch.ones(128), torch.zeros(128))
+        for threshold, expected in ((math.inf, False), (-math.inf, True)):
+            ends = {"threshold": threshold, "sinks": 4, "local": 9}
+            launches = VoteLaunches(query, keys, None, *state, **ends, regroup=False, turn=turn)
+            assert launches(query, 64)[1] is expected
+        for kind, scale in ((torch.bfloat16, None), (torch.int8, torch.ones(2, 8, 64))):
+            bounds = page_bounds(keys, page_size=16)
+            PageLaunches(query, *bounds, keys.to(kind), scale, count=2, page_size=16)(query, 64)
 
-    check(monkeypatch, name, call, kernels=13)
+    check(monkeypatch, name, call, kernels=26)
 
 
 @slow

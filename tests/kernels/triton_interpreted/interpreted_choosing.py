@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from kvpress.kernels.choosing import best_slots, listed_slots, reused_slots
 from kvpress.kernels.choosing.triton_prepared import VoteLaunches
 from kvpress.kernels.head_vote import head_vote
+from kvpress.kernels.pages import bounds_type, choose_pages, page_bounds
+from kvpress.kernels.pages.reference import widen_last_page
+from kvpress.kernels.pages.triton_prepared import PageLaunches
 from kvpress.kernels.rotation import rotate
-from kvpress.row_format import row_format
+from kvpress.row_format import KV_DTYPES, row_format
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 50), (2, 3, 65), (4, 1030)], ids=str)
@@ -89,6 +94,47 @@ def test_a_vote_that_is_no_number_counts_for_nothing(generator):
         index, reused = launches(query, 40)
         assert not reused
         assert index.tolist() == [[[0, *range(33, 38), 38, 39]]], "of equal votes the later"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, None), (torch.float16, None), *((torch.float32, name) for name in KV_DTYPES)],
+    ids=str,
+)
+@pytest.mark.parametrize("group", [1, 3])
+def test_prepared_pages_are_those_of_checked_calls(generator, group, dtype, kv_dtype):
+    size, count, room, form = 6, 3, 330, row_format(kv_dtype)
+    raw, scale = form.parts(form.pack(torch.randn(2, 2, room, DIM, generator=generator).to(dtype)))
+    keys = raw.to(dtype) if scale is None else raw.float() * scale[..., None]
+    if kv_dtype is None:
+        keys[1, 0, 45, 3] = torch.nan
+        raw = keys
+    ours, theirs = (
+        [torch.full((2, 2, 60, DIM), torch.nan, dtype=bounds_type(dtype)) for _ in range(2)] for _ in range(2)
+    )
+    for rooms, bound in zip(zip(ours, theirs, strict=True), page_bounds(keys[:, :, :40], page_size=size), strict=True):
+        for bounds in rooms:
+            bounds[:, :, :7] = bound
+    make = functools.partial(torch.randn, 2, 1, 2 * group, DIM, generator=generator)
+    launches = PageLaunches(make().to(dtype).transpose(1, 2), *ours, raw, scale, count=count, page_size=size)
+    lists = set()
+    for slots in range(41, room):
+        key = keys[:, :, slots - 1 : slots]
+        query = make().to(dtype).transpose(1, 2)
+        low, high = (bounds[:, :, : -(-slots // size)] for bounds in theirs)
+        if 50 < slots < 324:  # only the bounds go on
+            widen_last_page(low, high, key, (slots - 1) % size == 0)
+            for own, other in zip(ours, theirs, strict=True):
+                own.copy_(other)
+            continue
+        index = launches(query, slots)
+        expected = choose_pages(query, low, high, count, page_size=size, slots=slots, key=key, impl="apart")
+        assert torch.equal(index, expected), slots
+        for own, other in zip(ours, theirs, strict=True):
+            assert torch.equal(own.nan_to_num(nan=123.0), other.nan_to_num(nan=123.0)), slots
+        lists.add(str(index.tolist()))
+        assert index.shape[-1] < slots
+    assert len(lists) == 16
 
 
 @pytest.mark.parametrize("heads", [1, 2])
