@@ -147,6 +147,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--no-cudnn",
+        action="store_true",
+        help="without cuDNN's attention, which sdpa prefers on some GPUs and plans anew at every length",
+    )
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -157,12 +162,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.backends.cuda.enable_cudnn_sdp(not arguments.no_cudnn)
     model = random_model(arguments.shape, arguments.layers, arguments.device, getattr(torch, arguments.dtype))
     with torch.no_grad():
         tolerance = FP32_TOLERANCE if model.dtype == torch.float32 else TOLERANCE[model.dtype]
         ids = torch.randint(0, 49152, (1, 300), generator=torch.Generator().manual_seed(2)).to(model.device)
         agree = logits_difference(model, Full(), ids)[0] <= tolerance
         facts = {"shape": arguments.shape, "dtype": arguments.dtype, "threads": arguments.threads}
+        facts |= {"cudnn": not arguments.no_cudnn} if arguments.device != "cpu" else {}
         where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
         load = os.getloadavg()[0]
         print(json.dumps({"check": "full equals stock", "agree": agree, "device": where, "load": load} | facts))
