@@ -85,17 +85,17 @@ class PreparedLaunch:
         self._arguments = arguments
         self._values: list[Any] = []
         self._place: dict[str, int] = {}
-        self._compiled: Any = None
+        self._launch: Callable[[tuple[int, int, int], list[Any]], None] | None = None
 
     def __call__(self, grid: tuple[int, int, int], **changed: Any) -> None:
         """Launch with `changed` arguments, whose types, alignment and divisibility must be those of the first launch."""
-        if self._compiled is None:
+        if self._launch is None:
             compiled = self._kernel[grid](**self._arguments, **changed)
             if compiled is not None:
                 names = [name for name, _ in self._kernel.parameters]
                 self._values = [self._arguments.get(name) for name in names]
                 self._place = {name: place for place, name in enumerate(names)}
-                self._compiled = compiled
+                self._launch = launch_of(compiled)
             return
         values, place = (
             self._values.copy(),
@@ -103,7 +103,29 @@ class PreparedLaunch:
         )  # threads may launch the same, and nothing of a call stays alive
         for name, value in changed.items():
             values[place[name]] = value
-        self._compiled[grid](*values)
+        self._launch(grid, values)
+
+
+def launch_of(compiled: Any) -> Callable[[tuple[int, int, int], list[Any]], None]:
+    """What launches a compiled object on the current device: as `CompiledKernel.__getitem__` does, but that what it looks up every time is
+    looked up once. Where somebody listens to launches (`triton.knobs.runtime`), they go the whole way."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    stream, device, runtime = driver.active.get_current_stream, torch.cuda.current_device(), knobs.runtime
+
+    def launch(grid: tuple[int, int, int], values: list[Any]) -> None:
+        if _heard(runtime.launch_enter_hook) or _heard(runtime.launch_exit_hook):
+            compiled[grid](*values)
+        else:
+            run(*grid, stream(device), function, packed, None, None, None, *values)
+
+    return launch
+
+
+def _heard(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _same(value: Any) -> Any:

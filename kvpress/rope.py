@@ -86,14 +86,15 @@ class Rotation:
         return self._rotate(rotated.to(cos.dtype), cos, -sin).to(rotated.dtype)
 
     def undo_in_place(self, buffer: Tensor, slot: int, rotated: Tensor, position_ids: Tensor) -> bool:
-        """As `undo`, of `rotated [batch, heads, 1, dim]`, which lies in `slot` of `buffer [batch, heads, room, dim]`, where it lies.
+        """As `undo`, of `rotated [batch, heads, 1, dim]`, of which a copy lies in `slot` of `buffer [batch, heads, room, dim]`: that one.
 
         Returns:
-            Whether it was done: the compiled kernel must be able to serve.
+            Whether it was done: a kernel must be able to serve.
         """
-        if not self._by_kernel or not buffer.is_cpu or buffer.dtype != rotated.dtype:
+        if not self._by_kernel or buffer.dtype != rotated.dtype or not (buffer.is_cpu or buffer.is_cuda):
             return False
-        return self.way_back(rotated, position_ids).rotate_in_place(buffer, slot)
+        back = self.way_back(rotated, position_ids)
+        return back.rotate_in_place(buffer, slot) if buffer.is_cpu else back.rotate_into(buffer, slot, rotated)
 
     def way_back(self, rotated: Tensor, position_ids: Tensor) -> PreparedRotation:
         """What turns back by `position_ids`, made once for all that this forward rotated."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,15 +15,36 @@ BLOCK = 1024
 
 
 def best_slots(scores: Tensor, count: int) -> Tensor:
-    """See `kvpress.kernels.choosing.best_slots`: a program for each row."""
-    rows, slots = scores.float().contiguous(), scores.shape[-1]
-    output = torch.empty(*rows.shape[:-1], count, dtype=torch.int64, device=scores.device)
-    if output.numel():
-        with on_device(scores):
-            triton_kernels.best_kernel[(output.numel() // count, 1, 1)](
-                rows, output, slots, count, BLOCK=triton_best.BLOCK, num_warps=triton_best.WARPS
-            )
-    return output
+    """See `kvpress.kernels.choosing.best_slots`: a program for each row, or for each piece of a long one first."""
+    rows, shape = scores.float().reshape(-1, scores.shape[-1]).contiguous(), (*scores.shape[:-1], count)
+    if not rows.numel():
+        return torch.empty(shape, dtype=torch.int64, device=scores.device)
+    places = None
+    pieces = pieces_of(rows.shape[-1], count)
+    if pieces > 1:
+        places, rows = _best_of_pieces(rows, None, count, pieces, scores=True)
+    return _best_of_pieces(rows, places, count, 1, scores=False)[0].view(shape)
+
+
+def pieces_of(slots: int, count: int) -> int:
+    """Into how many pieces to cut a row whose `count` best are wanted, so that a program holds a piece; 1 where that saves nothing."""
+    pieces = -(-slots // triton_best.MOST)
+    return pieces if slots // pieces >= 2 * count else 1
+
+
+def _best_of_pieces(
+    rows: Tensor, places: Tensor | None, count: int, pieces: int, *, scores: bool
+) -> tuple[Tensor, Any]:
+    """Places `[rows, pieces * count]`, and with `scores` what stands there."""
+    shape = (rows.shape[0], pieces * count)
+    output = torch.empty(shape, dtype=torch.int64, device=rows.device)
+    best = torch.empty(shape, dtype=torch.float32, device=rows.device) if scores else None
+    with on_device(rows):
+        triton_kernels.best_kernel[(rows.shape[0], pieces, 1)](
+            rows, places, output, best, rows.shape[-1], count, pieces,
+            **triton_best.best_arguments(-(-rows.shape[-1] // pieces)), num_warps=triton_best.WARPS,
+        )  # fmt: skip
+    return output, best
 
 
 def reused_slots(

@@ -77,29 +77,42 @@ def list_kernel(
 
 
 @Remembered
-@triton.jit(do_not_specialize=["slots", "count"])
-def best_kernel(scores, output, slots, count, BLOCK: tl.constexpr):
-    """One program: the places of the `count` highest scores of one row, ascending."""
-    row = tl.program_id(0).to(tl.int64)
-    scores += row * slots
-    least, skipped = least_taken(scores, slots, count, BLOCK)
+@triton.jit(do_not_specialize=["slots", "count", "pieces"])
+def best_kernel(
+    scores, places, output, best, slots, count, pieces, BLOCK: tl.constexpr, ONCE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """One program: the places of the `count` highest scores of one of the `pieces` of a row, ascending; `best`, where it is given, are the
+    scores there. With `places`, a score's place is what stands there.
+    """
+    row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    begin = piece * slots // pieces
+    length = ((piece + 1) * slots // pieces - begin).to(tl.int32)
+    scores += row * slots + begin
+    output += (row * pieces + piece) * count
+    least, skipped = least_taken(scores, length, count, BLOCK, ONCE)
     found, equals = 0, 0
-    for first in range(0, slots, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        kept, equals = taken(scores, at, slots, least, skipped, equals)
-        place = found + tl.cumsum(kept.to(tl.int32), axis=0) - 1
-        tl.store(output + row * count + place, at.to(tl.int64), mask=kept)
+    for first in range(0, length, TILE):
+        at = first + tl.arange(0, TILE)
+        kept, equals = taken(scores, at, length, least, skipped, equals)
+        to = found + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+        place = begin + at
+        if places is not None:
+            place = tl.load(places + row * slots + place, mask=kept, other=0)
+        tl.store(output + to, place.to(tl.int64), mask=kept)
+        if best is not None:
+            tl.store(best + (row * pieces + piece) * count + to, tl.load(scores + at, mask=kept, other=0.0), mask=kept)
         found += tl.sum(kept.to(tl.int32))
 
 
 @Remembered
 @triton.jit(do_not_specialize=["length", "candidates", "count", "sinks", "local", "slots", "stride_qb"])
 def choose_kernel(
-    votes, cosines, query, former, live, chosen, output, threshold, length, candidates, count, sinks, local, slots,
-    stride_qb, stride_qh, stride_qd, DIM: tl.constexpr, BLOCK: tl.constexpr, ENDS: tl.constexpr,
+    votes, places, cosines, query, former, live, chosen, output, threshold, length, candidates, count, sinks, local, slots,
+    stride_qb, stride_qh, stride_qd,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr, TILE: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """One program: what one batch row attends to. Where its cosine does not reach the threshold, the `count` candidates with most votes
-    are chosen, and the query is remembered.
+    are chosen, and the query is remembered. With `places`, the place of a candidate behind the sinks is what stands there.
     """
     row = tl.program_id(0).to(tl.int64)
     votes += row * candidates
@@ -110,15 +123,17 @@ def choose_kernel(
             entry = first + tl.arange(0, ENDS)
             tl.store(output + sinks + entry, tl.load(chosen + entry, mask=entry < count, other=0), mask=entry < count)
     else:
-        least, skipped = least_taken(votes, candidates, count, BLOCK)
+        least, skipped = least_taken(votes, candidates, count, BLOCK, ONCE)
         found, equals = 0, 0
-        for first in range(0, candidates, BLOCK):
-            at = first + tl.arange(0, BLOCK)
+        for first in range(0, candidates, TILE):
+            at = first + tl.arange(0, TILE)
             kept, equals = taken(votes, at, candidates, least, skipped, equals)
-            place = found + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+            to = found + tl.cumsum(kept.to(tl.int32), axis=0) - 1
             slot = (sinks + at).to(tl.int64)
-            tl.store(chosen + place, slot, mask=kept)
-            tl.store(output + sinks + place, slot, mask=kept)
+            if places is not None:
+                slot = sinks + tl.load(places + row * candidates + at, mask=kept, other=0)
+            tl.store(chosen + to, slot, mask=kept)
+            tl.store(output + sinks + to, slot, mask=kept)
             found += tl.sum(kept.to(tl.int32))
         for first in range(0, length, ENDS):
             at = (first + tl.arange(0, ENDS)).to(tl.int64)

@@ -164,17 +164,18 @@ def follow_kernel(
 @Remembered
 @triton.jit(do_not_specialize=["pages", "count", "slots"])
 def list_pages_kernel(
-    scores, output, pages, count, slots, PAGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr
+    scores, output, pages, count, slots, 
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr, TILE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program: slots of the `count` best pages of a KV head, ascending; `-1` past the last slot and where a page scores `-inf`."""
     pair = tl.program_id(0).to(tl.int64)
     scores += pair * pages
     output += pair * count * PAGE
-    least, skipped = least_taken(scores, pages, count, BLOCK)
+    least, skipped = least_taken(scores, pages, count, BLOCK, ONCE)
     found, equals = 0, 0
     within = tl.arange(0, BLOCK_P)
-    for first in range(0, pages, BLOCK_N):
-        page = first + tl.arange(0, BLOCK_N)
+    for first in range(0, pages, TILE):
+        page = first + tl.arange(0, TILE)
         kept, equals = taken(scores, page, pages, least, skipped, equals)
         place = found + tl.cumsum(kept.to(tl.int32), axis=0) - 1
         known = tl.load(scores + page, mask=kept, other=0.0) != -float("inf")

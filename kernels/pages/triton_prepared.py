@@ -11,7 +11,7 @@ from kvpress.kernels.pages.triton import BLOCK_PAGES
 from kvpress.kernels.triton_launch import PreparedLaunch
 from kvpress.kernels.triton_support import on_device, power_of_two, strides
 
-BLOCK_LISTED = 256  # pages listed at once
+LISTED = 256  # pages listed at once
 
 
 class PageLaunches:
@@ -41,13 +41,7 @@ class PageLaunches:
                 "BLOCK_N": BLOCK_PAGES, "BLOCK_D": power_of_two(dim),
             },
         )  # fmt: skip
-        self._list = PreparedLaunch(
-            triton_kernels.list_pages_kernel,
-            {
-                "count": count, "PAGE": page_size, "BLOCK": triton_best.BLOCK, "BLOCK_N": BLOCK_LISTED,
-                "BLOCK_P": power_of_two(page_size), "num_warps": triton_best.WARPS,
-            },
-        )  # fmt: skip
+        self._lists: dict[int, PreparedLaunch] = {}  # by how many scores a program holds
 
     def __call__(self, query: Tensor, slots: int) -> Tensor:
         """See `PreparedPages.choose`."""
@@ -56,5 +50,16 @@ class PageLaunches:
         scores = torch.empty(self._pairs, pages, dtype=torch.float32, device=query.device)
         with on_device(query):
             self._follow((-(-pages // BLOCK_PAGES), self._pairs, 1), query=query, output=scores, slots=slots)
-            self._list((self._pairs, 1, 1), scores=scores, output=index, pages=pages, slots=slots)
+            self._list(pages)((self._pairs, 1, 1), scores=scores, output=index, pages=pages, slots=slots)
         return index
+
+    def _list(self, pages: int) -> PreparedLaunch:
+        """What lists the best of so many pages."""
+        constants = triton_best.best_arguments(pages) | {"TILE": LISTED}
+        kind = constants["BLOCK"] + constants["ONCE"]
+        found = self._lists.get(kind)
+        if found is None:
+            page = {"PAGE": self._page_size, "BLOCK_P": power_of_two(self._page_size)}
+            arguments = {"count": self._count, **page, **constants, "num_warps": triton_best.WARPS}
+            found = self._lists[kind] = PreparedLaunch(triton_kernels.list_pages_kernel, arguments)
+        return found

@@ -86,6 +86,19 @@ class PreparedRotation:
         fields.built().rotate_again(call)
         return True
 
+    def rotate_into(self, buffer: Tensor, slot: int, rows: Tensor) -> bool:
+        """Rotate `rows [batch, heads, 1, dim]` on a GPU into `slot` of `buffer [batch, heads, room, dim]`, where they do not lie.
+
+        Returns:
+            Whether it was done: the Triton kernel must be able to serve.
+        """
+        tables = self.cosine, self.sine
+        if torch.compiler.is_compiling() or buffer.stride(-1) != 1 or triton_support.refusal(rows, *tables):
+            return False
+        launch = import_module("kvpress.kernels.rotation.triton")
+        launch.rotate_into(buffer[:, :, slot : slot + 1], rows, *tables, inverse=self.inverse)
+        return True
+
     def _call(self, kind: Kind) -> array[int] | None:
         """The call of a kind that was looked up before, for these tables."""
         call = self._calls.get(kind)

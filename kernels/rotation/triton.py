@@ -33,10 +33,15 @@ def rotate(slots: Tensor, cosine: Tensor, sine: Tensor, *, inverse: bool = False
     rotary = cosine.shape[-1]
     if rotary % 2 or rotary > dim:
         raise ValueError(f"rotary_dim must be even and at most dim ({dim}), got {rotary}")
-    output = slots.new_empty(batch, heads, length, dim)
+    return rotate_into(slots.new_empty(batch, heads, length, dim), slots, cosine, sine, inverse=inverse)
+
+
+def rotate_into(output: Tensor, slots: Tensor, cosine: Tensor, sine: Tensor, *, inverse: bool) -> Tensor:
+    """As `rotate`, into `output [batch, heads, slots, dim]`, whose rows lie one behind the other, and not where the slots lie."""
     if output.numel():
-        aligned = tuple([tensor.data_ptr() % ALIGNED == 0 for tensor in (slots, cosine, sine)])
-        kinds = tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in (slots, cosine, sine)])
+        given = (slots, cosine, sine, output)
+        aligned = tuple([tensor.data_ptr() % ALIGNED == 0 for tensor in given])
+        kinds = tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in given])
         with on_device(slots):
             grid, launch = _launch(slots.device, *kinds, aligned, inverse)
             launch(grid, source=slots, cosine=cosine, sine=sine, output=output)
@@ -48,7 +53,7 @@ Kind = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 @lru_cache(maxsize=KINDS)
 def _launch(
-    device: torch.device, slots: Kind, cosine: Kind, sine: Kind, aligned: tuple[bool, ...], inverse: bool
+    device: torch.device, slots: Kind, cosine: Kind, sine: Kind, output: Kind, aligned: tuple[bool, ...], inverse: bool
 ) -> tuple[tuple[int, int, int], PreparedLaunch]:
     """Grid and launch for tensors of these kinds."""
     batch, heads, length, dim = slots[0]
@@ -58,6 +63,7 @@ def _launch(
     strides = [named_strides(letter, shape, stride, "bhsd") for letter, (shape, stride, _) in given]
     arguments: dict[str, Any] = {
         "slots": length, "sign": -1.0 if inverse else 1.0, **strides[0], **strides[1], **strides[2],
+        "stride_ob": output[1][0], "stride_oh": output[1][1],
         "HEADS": heads, "DIM": dim, "ROTARY": cosine[0][-1], "BLOCK_N": block_n, "BLOCK_D": block_d,
     }  # fmt: skip
     return (-(-length // block_n), batch * heads, 1), PreparedLaunch(triton_kernels.rotate_kernel, arguments)

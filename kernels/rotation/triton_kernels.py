@@ -11,12 +11,13 @@ from kvpress.kernels.triton_launch import Remembered
 
 
 @Remembered
-@triton.jit(do_not_specialize=["slots", "stride_ch", "stride_ph"])
+@triton.jit(do_not_specialize=["slots", "stride_ch", "stride_ph", "stride_ob", "stride_oh"])
 def rotate_kernel(
     source, cosine, sine, output, slots, sign,
     stride_xb, stride_xh, stride_xs, stride_xd,
     stride_cb, stride_ch, stride_cs, stride_cd,
     stride_pb, stride_ph, stride_ps, stride_pd,
+    stride_ob, stride_oh,
     HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK_N` slots of one head. Channels from `ROTARY` on pass through; `sign` -1 undoes a rotation."""
@@ -35,5 +36,5 @@ def rotate_kernel(
     sin_at = sine + batch * stride_pb + head * stride_ph + slot * stride_ps + channel * stride_pd
     cos = tl.load(cos_at, mask=turned, other=1.0).to(tl.float32)
     sin = tl.load(sin_at, mask=turned, other=0.0).to(tl.float32) * sign
-    out = (tl.program_id(1).to(tl.int64) * slots + slot) * DIM + channel
+    out = batch * stride_ob + head * stride_oh + slot * DIM + channel
     tl.store(output + out, (here * cos + there * sin).to(output.dtype.element_ty), mask=mask)

@@ -305,6 +305,7 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from kvpress.kernels.pages.triton import page_bounds, page_scores
     from kvpress.kernels.pages.triton_prepared import PageLaunches
     from kvpress.kernels.rotation.triton import rotate
+    from kvpress.kernels.triton_best import MOST
 
     query, keys = torch.zeros(2, 32, 1, 128).bfloat16(), torch.zeros(2, 8, 64, 128).bfloat16()
     tables = torch.zeros(1, 1, 64, 128)
@@ -323,7 +324,8 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         choice = slot[:, :, None]
         reused_slots(query, query.flatten(1), slot[:, 0] > 0, choice, math.inf, 4, 9, 64)
         listed_slots(choice, 4, 9, 64)
-        best_slots(torch.zeros(2, 64), 5)
+        for many in (64, MOST, MOST + 1):
+            best_slots(torch.zeros(2, many), 5)
         chosen = torch.zeros(2, 1, 5, dtype=torch.int64)
         state = (query.flatten(1), chosen[:, 0, 0] > 0, chosen)
         turn = (torch.ones(128), torch.zeros(128))
@@ -335,7 +337,7 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             bounds = page_bounds(keys, page_size=16)
             PageLaunches(query, *bounds, keys.to(kind), scale, count=2, page_size=16)(query, 64)
 
-    check(monkeypatch, name, call, kernels=26)
+    check(monkeypatch, name, call, kernels=29)
 
 
 @slow

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from triton import knobs
+from triton.runtime import driver
 
 from kvpress.kernels import triton_launch
 from kvpress.kernels.triton_launch import PreparedLaunch, Remembered
@@ -24,12 +28,22 @@ class Parameter:
 
 @dataclass
 class Compiled:
-    """As Triton's compiled object: launches with all arguments in order."""
+    """As Triton's compiled object: launches with all arguments in order, the whole way or as `CompiledKernel` itself goes on."""
 
     launches: list[tuple[Any, ...]] = field(default_factory=list)
+    short: int = 0
+    function, packed_metadata = "function", "packed"
 
     def __getitem__(self, grid: tuple[int, int, int]):
         return lambda *arguments: self.launches.append((grid, arguments))
+
+    def run(self, x: int, y: int, z: int, *arguments: Any) -> None:
+        assert arguments[:6] == (STREAM, "function", "packed", None, None, None)
+        self.short += 1
+        self.launches.append(((x, y, z), arguments[6:]))
+
+
+STREAM = 70
 
 
 class Kernel:
@@ -58,6 +72,7 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Remembered:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(triton_launch, "interpreted", lambda: False)
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_stream=lambda device: STREAM + device))
     return Remembered(Kernel())
 
 
@@ -133,13 +148,26 @@ def test_a_prepared_launch_changes_what_it_is_told_and_keeps_nothing(kernel: Rem
     for many, x in enumerate(tensors):
         launch((many, 1, 1), x=x, many=many)
     (compiled,) = kernel.compiled
-    assert [grid for grid, _ in compiled.launches] == [(1, 1, 1), (2, 1, 1)]
+    assert [grid for grid, _ in compiled.launches] == [(1, 1, 1), (2, 1, 1)] and compiled.short == 2
     assert [arguments[0] is x for (_, arguments), x in zip(compiled.launches, tensors[1:], strict=True)] == [True, True]
     assert [arguments[1:] for _, arguments in compiled.launches] == [(7, 0.5, 16, 1), (7, 0.5, 16, 2)]
     references = weakref.ref(tensors[1])
     compiled.launches.clear()
     del tensors, x
     assert references() is None
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_listens_to_launches_hears_prepared_ones(kernel: Remembered, hook: str) -> None:
+    launch = PreparedLaunch(kernel, {"count": 7, "scale": 0.5, "BLOCK": 16})
+    heard = getattr(knobs.runtime, hook)
+    for listening in (False, True, False):
+        if listening:
+            heard.add(print)
+        launch((1, 1, 1), x=torch.zeros(64), many=3)
+        heard.remove(print)
+    (compiled,) = kernel.compiled
+    assert len(compiled.launches) == 2 and compiled.short == 1
 
 
 def test_the_interpreter_gets_prepared_launches_whole(kernel: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ import functools
 import pytest
 import torch
 
+from kvpress.kernels import triton_best
 from kvpress.kernels.choosing import best_slots, listed_slots, reused_slots
+from kvpress.kernels.choosing.triton import pieces_of
 from kvpress.kernels.choosing.triton_prepared import VoteLaunches
 from kvpress.kernels.head_vote import head_vote
 from kvpress.kernels.pages import bounds_type, choose_pages, page_bounds
@@ -26,8 +28,14 @@ def test_best_slots_and_ties(generator, shape):
         assert torch.equal(found, wanted) and found.shape[-1] == min(count, shape[-1])
 
 
-@pytest.mark.parametrize("count", [1, 300, 4096, 8999])
-def test_best_slots_of_several_tiles(generator, count):
+CUT = {(4096, 1), (4096, 300), (4096, 1500), (2048, 1), (2048, 300)}  # where pieces hold at least twice what is wanted
+
+
+@pytest.mark.parametrize("most", [triton_best.MOST, 4096, 2048])
+@pytest.mark.parametrize("count", [1, 300, 1500, 8999])
+def test_best_slots_of_several_tiles(generator, monkeypatch, count, most):
+    monkeypatch.setattr(triton_best, "MOST", most)
+    assert (pieces_of(9000, count) > 1) == ((most, count) in CUT)
     scores = torch.randn(2, 9000, generator=generator).exp() * 1e-5
     scores[0, ::7] = scores[0, 5]  # more equals than are taken, in every tile
     scores[1, 10:4000] = torch.randn(3990, generator=generator)
@@ -47,6 +55,8 @@ SINKS, TOP_K, LOCAL, DIM = 3, 20, 7, 24
 @pytest.mark.parametrize("kind", [None, "int8"])
 def test_a_prepared_vote_is_that_of_checked_calls(generator, monkeypatch, kind, group, regroup, turned, parts):
     monkeypatch.setattr("kvpress.kernels.choosing.triton_prepared.plan_splits", lambda *_: parts)
+    if parts > 1:  # the candidates of the last steps are cut into two pieces
+        monkeypatch.setattr(triton_best, "MOST", 64)
     form, heads = row_format(kind), 2 * group
     keys, scale = form.parts(form.pack(torch.randn(2, 2, 90, DIM, generator=generator)))
     angles = torch.randn(8, generator=generator).repeat(2)

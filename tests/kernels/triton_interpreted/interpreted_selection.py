@@ -10,6 +10,8 @@ import torch
 from kvpress.kernels.head_vote.triton import head_vote
 from kvpress.kernels.pages import reference
 from kvpress.kernels.pages.triton import page_bounds, page_scores
+from kvpress.kernels.rotation import rotate
+from kvpress.kernels.rotation.prepared import PreparedRotation
 
 
 def one_after_the_other(query, keys):
@@ -123,3 +125,15 @@ def test_page_scores_bound_every_slot(generator, within_budget, group):
 def test_page_size_is_checked(generator):
     with pytest.raises(ValueError, match="page_size must be from 1 to 128, got 0"):
         page_bounds(torch.zeros(1, 1, 4, 16), page_size=0)
+
+
+def test_rows_are_rotated_into_a_buffer(generator):
+    buffer, rows = torch.randn(2, 3, 9, 24, generator=generator), torch.randn(2, 1, 3, 24, generator=generator)
+    rows, before = rows.transpose(1, 2), buffer.clone()
+    angles = torch.randn(2, 1, 1, 8, generator=generator).repeat(1, 1, 1, 2)
+    turning = PreparedRotation(angles.cos(), angles.sin(), inverse=True)
+    assert turning.rotate_into(buffer, 5, rows)
+    assert torch.equal(buffer[:, :, 5:6], rotate(rows, angles.cos(), angles.sin(), inverse=True, impl="triton"))
+    assert not torch.equal(buffer[:, :, 5], rows[:, :, 0])
+    buffer[:, :, 5] = before[:, :, 5]
+    assert torch.equal(buffer, before)
