@@ -66,7 +66,7 @@ class PreparedVote:
         self.chosen = torch.zeros(batch, 1, top_k, dtype=torch.int64, device=query.device)
         self.turn = turn  # the kernel reads them at every vote
         self._launches: Any = None  # on a GPU, in place of the fields
-        if query.is_cuda:
+        if query.is_cuda or triton_support.interpreted():
             self._launches = import_module("kvpress.kernels.choosing.triton_prepared").VoteLaunches(
                 query, keys, keys_scale, self.former, self.live, self.chosen,
                 threshold=threshold, sinks=sinks, local=local, regroup=regroup, turn=turn,
@@ -91,7 +91,7 @@ class PreparedVote:
     @staticmethod
     def refusal(query: Tensor, keys: Tensor) -> str | None:
         """Why neither the compiled kernel nor those of GPUs can serve such calls, or `None`."""
-        if query.is_cuda:
+        if query.is_cuda or triton_support.interpreted():
             return triton_support.refusal(query, keys) or triton_support.storage_refusal(keys)
         return native.refusal(query, keys)
 

@@ -124,7 +124,13 @@ class VoteLaunches:
                 places = torch.empty(batch, asked, dtype=torch.int64, device=query.device)
                 best = torch.empty(batch, asked, **single)
                 self._sized("best", -(-candidates // pieces))(
-                    (batch, pieces, 1), scores=votes, output=places, best=best, slots=candidates, pieces=pieces
+                    (batch, pieces, 1),
+                    scores=votes,
+                    places=None,
+                    output=places,
+                    best=best,
+                    slots=candidates,
+                    pieces=pieces,
                 )
                 votes = best
             self._sized("choose", asked, places is not None)(

@@ -58,7 +58,7 @@ class PreparedPages:
         batch, kv_heads, _, _ = lowest.shape
         self._shape = (batch, kv_heads, count * page_size)
         self._launches: Any = None  # on a GPU, in place of the fields
-        if query.is_cuda:
+        if query.is_cuda or triton_support.interpreted():
             self._launches = import_module("kvpress.kernels.pages.triton_prepared").PageLaunches(
                 query, lowest, highest, keys, keys_scale, count=count, page_size=page_size
             )
@@ -84,7 +84,7 @@ class PreparedPages:
             return f"bounds of {query.dtype} keys are {bounds_type(query.dtype)}, got {lowest.dtype}"
         if keys.dtype not in (query.dtype, *_EXACT.get(query.dtype, ())):
             return f"keys stored as {keys.dtype} are rounded to the model's {query.dtype}"
-        if query.is_cuda:
+        if query.is_cuda or triton_support.interpreted():
             return triton_support.refusal(query, lowest, highest, keys) or triton_support.storage_refusal(keys)
         return native.choice_refusal(query, lowest, highest, keys)
 

@@ -58,7 +58,7 @@ def test_a_prepared_vote_is_that_of_checked_calls(generator, monkeypatch, kind, 
     if parts > 1:  # the candidates of the last steps are cut into two pieces
         monkeypatch.setattr(triton_best, "MOST", 64)
     form, heads = row_format(kind), 2 * group
-    keys, scale = form.parts(form.pack(torch.randn(2, 2, 90, DIM, generator=generator)))
+    keys, scale = form.parts(form.pack(torch.randn(2, 2, 120, DIM, generator=generator)))
     angles = torch.randn(8, generator=generator).repeat(2)
     turn = (angles.cos(), angles.sin()) if turned else None
     base, noise = torch.randn(2, 2, 1, heads, DIM, generator=generator)
@@ -68,11 +68,11 @@ def test_a_prepared_vote_is_that_of_checked_calls(generator, monkeypatch, kind, 
         base.transpose(1, 2), keys, scale, former, live, chosen,
         threshold=0.9, sinks=SINKS, local=LOCAL, regroup=regroup, turn=turn,
     )  # fmt: skip
-    wanted, before, again = chosen.clone(), former.clone(), []
+    wanted, before, again, cut = chosen.clone(), former.clone(), [], []
     for step, size in enumerate((0.0, 0.1, 0.2, 3.0, 3.05, 0.0)):
         if step == 4:
             noise[1] = -noise[1]  # one row of the batch uses its selection again, the other does not
-        query, slots = (base + size * noise).transpose(1, 2), 60 + 5 * step
+        query, slots = (base + size * noise).transpose(1, 2), 60 + 10 * step
         index, reused = launches(query, slots)
         voting = query
         if turn is not None:
@@ -80,6 +80,7 @@ def test_a_prepared_vote_is_that_of_checked_calls(generator, monkeypatch, kind, 
         if regroup:
             voting = voting.view(2, -1, 2, DIM).transpose(1, 2).reshape(2, heads, 1, DIM)
         part = slice(SINKS, slots - LOCAL)
+        cut.append(pieces_of(slots - SINKS - LOCAL, TOP_K))
         votes = head_vote(
             voting, keys[:, :, part], keys_scale=None if scale is None else scale[:, :, part], impl="reference"
         )
@@ -93,6 +94,7 @@ def test_a_prepared_vote_is_that_of_checked_calls(generator, monkeypatch, kind, 
         assert torch.equal(chosen, wanted) and torch.equal(former, before)
         again.append(reused)
     assert again == [False, True, True, False, False, False]
+    assert cut == ([1, 1, 1, 2, 2, 2] if parts > 1 else [1] * 6)
     assert sum(tensor.numel() for tensor in launches.tensors()) == 2 + 2 * heads * DIM + 1
 
 
