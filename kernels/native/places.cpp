@@ -1,8 +1,10 @@
-// Where slots lie among the rows near by, and which rows are given to slots that lie in none.
+// Where slots lie among the rows near by, which rows are given to slots that lie in none, and where these are read from.
 #include "places.hpp"
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
+#include <new>
 
 namespace {
 
@@ -92,5 +94,54 @@ int find_places(const FindPlaces& f) {
   }
   *f.missing = missing - f.missing - 1;
   std::free(keys);
+  return OK;
+}
+
+namespace {
+
+constexpr int NUMBER = 32;  // bits of a row's number in its block
+
+struct Row {
+  int64_t key, target;  // its block and, in the lower bits, its number there; its place
+  bool operator<(const Row& other) const { return key < other.key; }
+};
+
+// Rows in the order of `entries`, and whether they ascend.
+bool list_rows(const RowsToRead& r, Row* rows) {
+  bool ascend = true;
+  for (int64_t i = 0; i < r.missing; ++i) {
+    const int64_t entry = r.entries[i], list = r.lists == 1 ? 0 : entry / r.count, slot = r.index[entry];
+    const int64_t block = slot / r.block, row = list / r.groups, group = list - row * r.groups;
+    const int64_t then = r.then ? r.then[block * (r.lists / r.groups) + row] : row;
+    const int64_t number = (then * r.groups + group) * r.block + slot - block * r.block;
+    rows[i] = {block << NUMBER | number, list * r.rows + r.places[entry]};
+    ascend = ascend && (i == 0 || rows[i - 1] < rows[i]);
+  }
+  return ascend;
+}
+
+}  // namespace
+
+int rows_to_read(const RowsToRead& r) {
+  for (int64_t i = 0; i < r.missing; ++i) {
+    if (r.entries[i] < 0 || r.entries[i] >= r.lists * r.count) return INDEX_OUT_OF_RANGE;
+    const int64_t slot = r.index[r.entries[i]];
+    if (slot < 0 || slot / r.block >= r.blocks) return INDEX_OUT_OF_RANGE;
+  }
+  std::unique_ptr<Row[]> rows(new (std::nothrow) Row[size_t(r.missing)]);
+  if (!rows) return OUT_OF_MEMORY;
+  if (!list_rows(r, rows.get())) std::sort(rows.get(), rows.get() + r.missing);
+  int64_t *blocks = r.found + 1, count = 0;
+  for (int64_t i = 0; i < r.missing; ++i) {
+    const int64_t block = rows[i].key >> NUMBER;
+    if (count == 0 || block != blocks[count - 1]) {
+      r.firsts[count] = i;
+      blocks[count++] = block;
+    }
+    r.numbers[i] = rows[i].key & ((int64_t(1) << NUMBER) - 1);
+    r.targets[i] = rows[i].target;
+  }
+  r.firsts[count] = r.missing;
+  *r.found = count;
   return OK;
 }

@@ -120,14 +120,15 @@ class DiskTier:
         """One block's rows, step by step. Raises as `read` does."""
         block, rows = int(wanted.blocks[each]), source.layout
         key, start, size = source.keys[block], int(source.starts[block]), int(source.sizes[block])
-        numbers, places = wanted.of_block(each)
+        listed, places = wanted.of_block(each)
+        numbers = listed.tolist()
         piece = torch.empty(len(numbers), rows.width, dtype=torch.uint8)
         self._read(key, lambda: read_rows(self.store, key, start, size, rows.width, numbers, piece))
         damaged = rows.first_damaged(memory_of(piece), numbers, range(len(numbers)), key)
         if damaged is not None:
             self.ledger.count(failures=1)
             raise TierCorruptError(self.name, f"the checksum of row {damaged} does not match its bytes", key)
-        out[torch.tensor(places)] = piece[:, : rows.payload]
+        out[places] = piece[:, : rows.payload]
 
     def _read(self, key: BlockKey, once: Callable[[], None]) -> None:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -123,11 +122,13 @@ class HotSlots:
             vacant = min(AHEAD - tail % AHEAD, self.room - tail)
         return find_places(index, self.place, self.holder, self.uses, tail=tail, base=table.base, vacant=vacant)
 
-    def forget(self, row: numpy.ndarray, group: numpy.ndarray, slot: numpy.ndarray) -> None:
-        """The copies of these slots, of these batch rows and lists, were not made after all."""
-        which = tuple(torch.from_numpy(each).to(self.place.device) for each in (row, group, slot))
-        self.holder[(*which[:2], self.place[which].long())] = -1
-        self.place[which] = -1
+    def forget(self, index: Tensor, entries: Tensor) -> None:
+        """The copies of the slots in the flat `entries` of `index [batch, lists, n]` were not made after all."""
+        lists, count = index.shape[1:]
+        row, group = entries // (lists * count), entries // count % lists
+        slot = index.view(-1)[entries]
+        self.holder[row, group, self.place[row, group, slot].long()] = -1
+        self.place[row, group, slot] = -1
 
     def forget_from(self, slot: int, base: int) -> None:
         """Slots from `slot` on hold other tokens from now on; those from `base` on lie behind the table's blocks."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
 from torch import Tensor
 
 from kvpress.offload.block import Block
 from kvpress.offload.errors import TierError, TierLostError
 from kvpress.offload.held_blocks import HeldBlocks
-from kvpress.offload.key import BlockKey
 from kvpress.offload.loader import Loader
 from kvpress.offload.mover import Mover
 from kvpress.offload.row_source import RowSource
@@ -43,8 +41,7 @@ class RowReader(HeldBlocks):
         with self._locked() as mover:
             pinned: list[Block] = []
             try:
-                for number in wanted.blocks.tolist():
-                    pinned.append(self._pinned(source.keys[number]))
+                self._pin(source, wanted.blocks.tolist(), pinned)
                 near = [number for number, block in enumerate(pinned) if block.buffers]
                 self._count_rows(pinned, near)
                 mover.moving += 1
@@ -64,16 +61,20 @@ class RowReader(HeldBlocks):
                         mover.collect(block)
                 mover.changed()
 
-    def _pinned(self, key: BlockKey) -> Block:
-        block = self._mover.blocks.get(key.digest)
-        if block is None or block.moved_by is not None:
-            block = self._settled(key)
-        if block is None or not block.owners:
-            raise TierLostError("manager", "is not held", key)
-        if block.failure is not None or not (block.on_disk or block.buffers):
-            self._missing(block)
-        block.pins += 1
-        return block
+    def _pin(self, source: RowSource, numbers: Sequence[int], pinned: list[Block]) -> None:
+        """Keep the copies of these blocks where they are; `pinned` gets them, one by one."""
+        held = source.held
+        for number in numbers:
+            block = held[number]  # one without owners is gone for good, whoever knows it still
+            if block is None or block.moved_by is not None or not block.owners:
+                key = source.keys[number]
+                block = held[number] = self._settled(key)
+                if block is None:
+                    raise TierLostError("manager", "is not held", key)
+            if block.failure is not None or not (block.on_disk or block.buffers):
+                self._missing(block)
+            block.pins += 1
+            pinned.append(block)
 
     def _count_rows(self, blocks: Sequence[Block], near: Sequence[int]) -> None:
         if near:
@@ -97,7 +98,7 @@ class RowReader(HeldBlocks):
         for number in near:
             block = blocks[number]
             rows = block.layout.views(next(iter(block.buffers.values())))[NAME].view(-1, layout.width)
-            numbers, places = (torch.tensor(each) for each in wanted.of_block(number))
+            numbers, places = wanted.of_block(number)
             out[places] = rows[numbers.to(rows.device), : layout.payload].to(out.device)
         if near:
             on_disk = sorted(set(on_disk) - set(near))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -16,7 +17,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -117,16 +117,16 @@ class FileStore:
         if native is None:
             return 0
         count, threads = len(wanted.blocks) - first, torch.get_num_threads()
-        progress = numpy.array([0, count, 0, 0, 0, 0], dtype=numpy.int64)
+        progress = array("q", [0, count, 0, 0, 0, 0])
         names, *of_files = source.addresses
-        blocks, firsts = wanted.blocks[first:], wanted.firsts[first:]
+        blocks, firsts = (each.data_ptr() + 8 * first for each in (wanted.blocks, wanted.firsts))
         fields = (
-            threads, self._handle, names, NAME_BYTES, *of_files, blocks.ctypes.data, count, firsts.ctypes.data,
-            wanted.numbers.ctypes.data, wanted.places.ctypes.data, out.shape[1], out.data_ptr(), out.stride(0),
+            threads, self._handle, names, NAME_BYTES, *of_files, blocks, count, firsts,
+            wanted.numbers.data_ptr(), wanted.places.data_ptr(), out.shape[1], out.data_ptr(), out.stride(0),
         )  # fmt: skip
 
         def take_part(helps: int) -> None:  # holds on to `progress`, which a helper that comes late looks at
-            self.step("read", native, *fields, helps, progress.ctypes.data)
+            self.step("read", native, *fields, helps, progress.buffer_info()[0])
 
         helper = None
         if beside is not None and threads == 1 and wanted.rows >= WORTH_HELP and self._help.is_wanted():

@@ -4,7 +4,6 @@ import threading
 from concurrent.futures import Future
 from itertools import pairwise
 
-import numpy
 import pytest
 import torch
 
@@ -49,8 +48,8 @@ def stored(folder, monkeypatch):
 
 def all_rows(places):
     """Every other row of every block."""
-    numbers = numpy.tile(numpy.arange(0, SLOTS, 2), BLOCKS)
-    return RowsWanted(numpy.arange(BLOCKS), numpy.arange(BLOCKS + 1) * (SLOTS // 2), numbers, places)
+    numbers = torch.arange(0, SLOTS, 2).repeat(BLOCKS)
+    return RowsWanted(torch.arange(BLOCKS), torch.arange(BLOCKS + 1) * (SLOTS // 2), numbers, places)
 
 
 def test_two_threads_read_every_row_to_its_place(stored):
@@ -58,10 +57,10 @@ def test_two_threads_read_every_row_to_its_place(stored):
     store, expected = manager._mover.disk.store, written[:, ::2].flatten(0, 1)[:, : source.layout.payload]
     readers, step = set(), store.step
     store.step = lambda *given: (readers.add(threading.current_thread().name), step(*given))[1]
-    chance = numpy.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(300):
         store._help = Help()
-        places = chance.permutation(len(expected))
+        places = torch.randperm(len(expected), generator=generator)
         out = torch.zeros(len(expected) + 1, source.layout.payload, dtype=torch.uint8)
         manager.read_rows(source, all_rows(places), out)
         assert torch.equal(out[places], expected) and not out[-1].any()
@@ -71,7 +70,7 @@ def test_two_threads_read_every_row_to_its_place(stored):
 @pytest.mark.parametrize("comes", ["late", "never", "first"])
 def test_help_that_comes_late_or_never_changes_nothing(stored, comes):
     manager, source, written = stored
-    expected, places = written[:, ::2].flatten(0, 1)[:, : source.layout.payload], numpy.arange(BLOCKS * SLOTS // 2)
+    expected, places = written[:, ::2].flatten(0, 1)[:, : source.layout.payload], torch.arange(BLOCKS * SLOTS // 2)
     out = torch.zeros(len(expected), source.layout.payload, dtype=torch.uint8)
     kept, future = [], Future()
 
@@ -99,7 +98,7 @@ def test_a_damaged_file_is_found_whoever_reads_it(stored, folder):
     path.write_bytes(data)
     out = torch.zeros(BLOCKS * SLOTS // 2, source.layout.payload, dtype=torch.uint8)
     with pytest.raises(TierCorruptError) as caught:
-        manager.read_rows(source, all_rows(numpy.arange(len(out))), out)
+        manager.read_rows(source, all_rows(torch.arange(len(out))), out)
     assert caught.value.lost and victim not in manager and source.keys[6] in manager
     assert manager._mover.moving == 0 and not any(each.pins for each in manager._mover.blocks.values())
 

@@ -238,11 +238,13 @@ def test_decoded_tokens_read_selected_rows_only(monkeypatch, folder, policy):
 
 def test_a_row_in_the_wrong_place_is_noticed(monkeypatch, folder):
     bring = StoredSlots._bring_rows
-    monkeypatch.setattr(
-        StoredSlots, "_bring_rows", lambda self, hot, wanted: bring(
-            self, hot, type(wanted)(wanted.row, wanted.group, wanted.slot, wanted.place[::-1])
-        )
-    )  # fmt: skip
+
+    def elsewhere(self, rows, index, places, entries):
+        wrong = places.clone()
+        wrong.view(-1)[entries] = places.view(-1)[entries.flip(0)]
+        bring(self, rows, index, wrong, entries)
+
+    monkeypatch.setattr(StoredSlots, "_bring_rows", elsewhere)
     keep = monkeypatch.undo
     monkeypatch.undo = lambda: None
     same, _ = rows_read(monkeypatch, SELECTING, folder)
