@@ -46,25 +46,36 @@ uint64_t checksum(const char* data, int64_t bytes, uint64_t seed) {  // `bytes` 
 
 constexpr int CHECKSUM = 8;    // bytes behind each row's payload
 constexpr int SPINS = 20000;   // some 10 microseconds: about as long as a file takes
-constexpr int64_t MOST = 256;  // rows a call; twice as many pieces are below the least limit of any system
+constexpr int64_t MOST = 256;  // rows a call; three times as many pieces are below the least limit of any system
+constexpr int64_t GAP = 8192;  // bytes between rows that are read for nothing rather than begin another call
 
-// Rows `first … first + count - 1` of the list, which lie side by side in the file: each payload to its place, and whether all are intact.
+// Rows `first … first + count - 1` of the list, which ascend in the file with small gaps: each payload to its place, and whether all are intact.
 bool read_run(const ReadRows& r, int handle, int64_t file, int64_t first, int64_t count) {
-  iovec pieces[2 * MOST];
+  const int64_t width = r.payload + CHECKSUM, *numbers = r.numbers + first, *places = r.places + first;
+  char nothing[GAP];
+  iovec pieces[3 * MOST];
   uint64_t sums[MOST];
+  int used = 0;
   for (int64_t i = 0; i < count; ++i) {
-    pieces[2 * i] = {r.output + r.places[first + i] * r.stride, size_t(r.payload)};
-    pieces[2 * i + 1] = {sums + i, CHECKSUM};
+    const int64_t gap = i ? numbers[i] - numbers[i - 1] - 1 : 0;
+    if (gap) pieces[used++] = {nothing, size_t(gap * width)};
+    pieces[used++] = {r.output + places[i] * r.stride, size_t(r.payload)};
+    pieces[used++] = {sums + i, CHECKSUM};
   }
-  const int64_t width = r.payload + CHECKSUM;
   ssize_t got;
   do {
-    got = preadv(handle, pieces, int(2 * count), off_t(r.starts[file] + r.numbers[first] * width));
+    got = preadv(handle, pieces, used, off_t(r.starts[file] + numbers[0] * width));
   } while (got < 0 && errno == EINTR);
-  bool fine = got == count * width;
+  bool fine = got == (numbers[count - 1] - numbers[0] + 1) * width;
   for (int64_t i = 0; fine && i < count; ++i)
-    fine = sums[i] == checksum(static_cast<const char*>(pieces[2 * i].iov_base), r.payload, r.seeds[file] ^ uint64_t(r.numbers[first + i]));
+    fine = sums[i] == checksum(r.output + places[i] * r.stride, r.payload, r.seeds[file] ^ uint64_t(numbers[i]));
   return fine;
+}
+
+// Whether the row behind `row` of the list is read in the same call.
+bool follows(const ReadRows& r, int64_t row) {
+  const int64_t gap = r.numbers[row + 1] - r.numbers[row] - 1;
+  return gap >= 0 && gap * (r.payload + CHECKSUM) <= GAP;
 }
 
 bool read_file(const ReadRows& r, int64_t item) {
@@ -77,7 +88,7 @@ bool read_file(const ReadRows& r, int64_t item) {
   const int64_t end = r.firsts[item + 1];
   for (int64_t row = r.firsts[item]; fine && row < end;) {
     int64_t count = 1;
-    while (count < MOST && row + count < end && r.numbers[row + count] == r.numbers[row] + count) ++count;
+    while (count < MOST && row + count < end && follows(r, row + count - 1)) ++count;
     fine = read_run(r, handle, file, row, count);
     row += count;
   }
