@@ -3,10 +3,12 @@
 #include "files.hpp"
 
 #if (defined(__unix__) || defined(__APPLE__)) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <ctime>
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -78,20 +80,43 @@ bool follows(const ReadRows& r, int64_t row) {
   return gap >= 0 && gap * (r.payload + CHECKSUM) <= GAP;
 }
 
+bool read_from(const ReadRows& r, int handle, int64_t item) {
+  const int64_t end = r.firsts[item + 1];
+  for (int64_t row = r.firsts[item], count; row < end; row += count) {
+    for (count = 1; count < MOST && row + count < end && follows(r, row + count - 1);) ++count;
+    if (!read_run(r, handle, r.files[item], row, count)) return false;
+  }
+  return true;
+}
+
+constexpr int OTHERS = 1024;  // handles below are left to others: select() knows no higher ones
+constexpr rlim_t SHARE = 4;   // one part in so many of those that the process may have is kept at most
+
+int64_t most_kept() {
+  rlimit limit;
+  return getrlimit(RLIMIT_NOFILE, &limit) == 0 ? int64_t(std::min(limit.rlim_cur, rlim_t(1) << 20) / SHARE) : 0;
+}
+
+int64_t kept = 0;  // files that are kept open, in the whole process
+
+// Another handle of the file to keep, -1 where there are enough.
+int kept_open(int handle) {
+  static const int64_t most = most_kept();
+  int high = -1;
+  if (__atomic_add_fetch(&kept, 1, __ATOMIC_RELAXED) <= most) high = fcntl(handle, F_DUPFD_CLOEXEC, OTHERS);
+  if (high < 0) __atomic_sub_fetch(&kept, 1, __ATOMIC_RELAXED);
+  return high;
+}
+
 bool read_file(const ReadRows& r, int64_t item) {
+  if (r.handles[item] >= 0) return read_from(r, r.handles[item], item);
   const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
   const int64_t file = r.files[item];
   const int handle = openat(int(r.directory), r.names + file * r.name_bytes, flags);
   if (handle < 0) return false;
   struct stat facts;
-  bool fine = fstat(handle, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size == r.sizes[file];
-  const int64_t end = r.firsts[item + 1];
-  for (int64_t row = r.firsts[item]; fine && row < end;) {
-    int64_t count = 1;
-    while (count < MOST && row + count < end && follows(r, row + count - 1)) ++count;
-    fine = read_run(r, handle, file, row, count);
-    row += count;
-  }
+  const bool fine = fstat(handle, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size == r.sizes[file] && read_from(r, handle, item);
+  if (fine && (r.handles[item] = kept_open(handle)) >= 0) __atomic_fetch_add(r.progress + 6, 1, __ATOMIC_RELAXED);
   close(handle);
   return fine;
 }
@@ -138,11 +163,19 @@ int read_rows(const ReadRows& r) {
   return OK;
 }
 
+int close_file(const CloseFile& c) {
+  close(int(c.handle));
+  __atomic_sub_fetch(&kept, 1, __ATOMIC_RELAXED);
+  return OK;
+}
+
 #else
 
 int read_rows(const ReadRows& r) {
   r.progress[1] = 0;
   return OK;
 }
+
+int close_file(const CloseFile&) { return OK; }
 
 #endif

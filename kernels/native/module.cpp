@@ -120,7 +120,8 @@ OPERATION(listed_slots, ListedSlots, "iiiii" "ii", listed_slots)
 OPERATION(page_slots, PageSlots, PAGE_SLOTS, page_slots)
 OPERATION(find_places, FindPlaces, "iiii" "iii" "i" "iii" "ii", find_places)
 OPERATION(rows_to_read, RowsToRead, "iii" "ii" "i" "iii" "ii" "iiii", rows_to_read)
-OPERATION(read_rows, ReadRows, "i" "iii" "iii" "ii" "iii" "iii" "ii", read_rows)
+OPERATION(read_rows, ReadRows, "i" "iii" "iii" "iii" "iii" "iii" "ii", read_rows)
+OPERATION(close_file, CloseFile, "i", close_file)
 OPERATION(prefer_large_pages, Region, "ii", prefer_large_pages)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
 
@@ -242,6 +243,7 @@ PyMethodDef methods[] = {
     {"find_places", FAST(call_find_places), "Where copies of slots lie, and which give way."},
     {"rows_to_read", FAST(call_rows_to_read), "In which rows of which blocks slots lie."},
     {"read_rows", FAST(call_read_rows), "Rows of files of equal rows."},
+    {"close_file", FAST(call_close_file), "Close a file that read_rows kept open."},
     {"prefer_large_pages", FAST(call_prefer_large_pages), "Ask the system to back memory with large pages."},
     {"weakest", FAST(call_weakest), "The slot to evict of each head."},
     {"levels", get_levels, METH_NOARGS, "The instruction sets this machine can run, best first."},

@@ -1,8 +1,11 @@
 """The disk tier: blocks as files in a private folder, never more bytes than its limit."""
 
+from __future__ import annotations
+
 import errno
 import os
 import weakref
+from array import array
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -97,16 +100,17 @@ class DiskTier:
         self.ledger.count(bytes_out=self.size(key, layout))
 
     def read_rows(
-        self, source: RowSource, wanted: RowsWanted, out: Tensor, beside: Background | None = None
+        self, source: RowSource, wanted: RowsWanted, handles: array[int], out: Tensor, beside: Background | None = None
     ) -> tuple[int, TierError] | None:
-        """Read single rows of blocks of slot rows to their places in `out [n, payload]`, `beside` on another thread too.
+        """Read single rows of blocks of slot rows to their places in `out [n, payload]`, `beside` on another thread too; `handles` as of
+        `FileStore.read_rows`.
 
         Returns None, or which of `wanted.blocks` failed first and why, as `read` would raise it; those places are then undefined.
         """
         first = 0
         while first < len(wanted.blocks):
             with suppress(OSError):  # that file is read again below
-                first += self.store.read_rows(source, wanted, first, out, beside)
+                first += self.store.read_rows(source, wanted, first, handles, out, beside)
             if first < len(wanted.blocks):
                 try:
                     self._read_slowly(source, wanted, first, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,12 +45,16 @@ class RowReader(HeldBlocks):
                 self._pin(source, wanted.blocks.tolist(), pinned)
                 near = [number for number, block in enumerate(pinned) if block.buffers]
                 self._count_rows(pinned, near)
+                handles = array("i", [block.handle for block in pinned])
+                known = handles[:]
                 mover.moving += 1
                 try:
                     with mover.unlocked(stalls=mover.disk):
-                        failed = self._read_rows(pinned, near, source, wanted, out)
+                        failed = self._read_rows(pinned, near, source, wanted, handles, out)
                 finally:
                     mover.moving -= 1
+                    if handles != known:
+                        self._keep_open(pinned, known, handles)
                 if failed is not None:
                     self._withdraw(*failed)
                 for number in near:  # nothing lies below the disk, whose order of use matters to nobody
@@ -90,11 +95,26 @@ class RowReader(HeldBlocks):
         self._remove_if_lost(block)
         raise error
 
+    def _keep_open(self, blocks: Sequence[Block], known: array[int], handles: array[int]) -> None:
+        """Files were kept open, which others may have done or made useless meanwhile."""
+        for block, before, now in zip(blocks, known, handles, strict=True):
+            if before < 0 <= now:
+                if block.on_disk and block.handle < 0:
+                    block.handle = now
+                else:
+                    self._mover.need_disk().store.let_go(now)
+
     def _read_rows(
-        self, blocks: Sequence[Block], near: Sequence[int], source: RowSource, wanted: RowsWanted, out: Tensor
+        self,
+        blocks: Sequence[Block],
+        near: Sequence[int],
+        source: RowSource,
+        wanted: RowsWanted,
+        handles: array[int],
+        out: Tensor,
     ) -> tuple[Block, TierError] | None:
         """The block that could not be read, and why. Called without the lock, on pinned blocks, whose copies stay where they are."""
-        layout, on_disk, some = source.layout, list(range(len(blocks))), wanted
+        layout, on_disk, some, of_some = source.layout, list(range(len(blocks))), wanted, handles
         for number in near:
             block = blocks[number]
             rows = block.layout.views(next(iter(block.buffers.values())))[NAME].view(-1, layout.width)
@@ -104,6 +124,9 @@ class RowReader(HeldBlocks):
             on_disk = sorted(set(on_disk) - set(near))
             if not on_disk:
                 return None
-            some = wanted.some(on_disk)
-        failed = self._mover.need_disk().read_rows(source, some, out, self._pool.submit)
+            some, of_some = wanted.some(on_disk), array("i", [handles[each] for each in on_disk])
+        failed = self._mover.need_disk().read_rows(source, some, of_some, out, self._pool.submit)
+        if near:
+            for each, handle in zip(on_disk, of_some, strict=True):
+                handles[each] = handle
         return None if failed is None else (blocks[on_disk[failed[0]]], failed[1])
