@@ -199,6 +199,21 @@ struct FindPlaces {
   int64_t* missing;            // how many had no row, then their entries
 };
 
+struct RowsToRead {            // of blocks of `block` slots; a batch row and KV head is a list, or a batch row alone
+  int64_t lists, groups, count;  // lists of a batch row; entries of a list
+  int64_t block, rows;         // slots of a block; places of a list
+  int64_t missing;
+  const int64_t* entries;      // [missing] of the flat `index`
+  const int64_t* index;        // [lists, count] slots
+  const int64_t* places;       // [lists, count]
+  const int64_t* then;         // [blocks, lists / groups] which batch row of a block each batch row was, or null: the same
+  int64_t blocks;
+  int64_t* numbers;            // [missing] of the rows in their blocks, in the order of blocks and of rows in a block
+  int64_t* targets;            // [missing] their places among all rows of all lists
+  int64_t* firsts;             // [missing + 1] which of them are each block's own
+  int64_t* found;              // how many blocks, then which
+};
+
 struct VotedSlots {            // of one decoded token a batch row, over slots in order
   Attention attention;         // as of Vote, of all slots from the first; tables: one row, by which the query is turned before it votes
   double threshold;            // the least cosine with the former query under which its choice serves once more

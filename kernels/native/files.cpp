@@ -3,10 +3,12 @@
 #include "files.hpp"
 
 #if (defined(__unix__) || defined(__APPLE__)) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <ctime>
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -46,41 +48,75 @@ uint64_t checksum(const char* data, int64_t bytes, uint64_t seed) {  // `bytes` 
 
 constexpr int CHECKSUM = 8;    // bytes behind each row's payload
 constexpr int SPINS = 20000;   // some 10 microseconds: about as long as a file takes
-constexpr int64_t MOST = 256;  // rows a call; twice as many pieces are below the least limit of any system
+constexpr int64_t MOST = 256;  // rows a call; three times as many pieces are below the least limit of any system
+constexpr int64_t GAP = 8192;  // bytes between rows that are read for nothing rather than begin another call
 
-// Rows `first … first + count - 1` of the list, which lie side by side in the file: each payload to its place, and whether all are intact.
+// Rows `first … first + count - 1` of the list, which ascend in the file with small gaps: each payload to its place, and whether all are intact.
 bool read_run(const ReadRows& r, int handle, int64_t file, int64_t first, int64_t count) {
-  iovec pieces[2 * MOST];
+  const int64_t width = r.payload + CHECKSUM, *numbers = r.numbers + first, *places = r.places + first;
+  char nothing[GAP];
+  iovec pieces[3 * MOST];
   uint64_t sums[MOST];
+  int used = 0;
   for (int64_t i = 0; i < count; ++i) {
-    pieces[2 * i] = {r.output + r.places[first + i] * r.stride, size_t(r.payload)};
-    pieces[2 * i + 1] = {sums + i, CHECKSUM};
+    const int64_t gap = i ? numbers[i] - numbers[i - 1] - 1 : 0;
+    if (gap) pieces[used++] = {nothing, size_t(gap * width)};
+    pieces[used++] = {r.output + places[i] * r.stride, size_t(r.payload)};
+    pieces[used++] = {sums + i, CHECKSUM};
   }
-  const int64_t width = r.payload + CHECKSUM;
   ssize_t got;
   do {
-    got = preadv(handle, pieces, int(2 * count), off_t(r.starts[file] + r.numbers[first] * width));
+    got = preadv(handle, pieces, used, off_t(r.starts[file] + numbers[0] * width));
   } while (got < 0 && errno == EINTR);
-  bool fine = got == count * width;
+  bool fine = got == (numbers[count - 1] - numbers[0] + 1) * width;
   for (int64_t i = 0; fine && i < count; ++i)
-    fine = sums[i] == checksum(static_cast<const char*>(pieces[2 * i].iov_base), r.payload, r.seeds[file] ^ uint64_t(r.numbers[first + i]));
+    fine = sums[i] == checksum(r.output + places[i] * r.stride, r.payload, r.seeds[file] ^ uint64_t(numbers[i]));
   return fine;
 }
 
+// Whether the row behind `row` of the list is read in the same call.
+bool follows(const ReadRows& r, int64_t row) {
+  const int64_t gap = r.numbers[row + 1] - r.numbers[row] - 1;
+  return gap >= 0 && gap * (r.payload + CHECKSUM) <= GAP;
+}
+
+bool read_from(const ReadRows& r, int handle, int64_t item) {
+  const int64_t end = r.firsts[item + 1];
+  for (int64_t row = r.firsts[item], count; row < end; row += count) {
+    for (count = 1; count < MOST && row + count < end && follows(r, row + count - 1);) ++count;
+    if (!read_run(r, handle, r.files[item], row, count)) return false;
+  }
+  return true;
+}
+
+constexpr int OTHERS = 1024;  // handles below are left to others: select() knows no higher ones
+constexpr rlim_t SHARE = 4;   // one part in so many of those that the process may have is kept at most
+
+int64_t most_kept() {
+  rlimit limit;
+  return getrlimit(RLIMIT_NOFILE, &limit) == 0 ? int64_t(std::min(limit.rlim_cur, rlim_t(1) << 20) / SHARE) : 0;
+}
+
+int64_t kept = 0;  // files that are kept open, in the whole process
+
+// Another handle of the file to keep, -1 where there are enough.
+int kept_open(int handle) {
+  static const int64_t most = most_kept();
+  int high = -1;
+  if (__atomic_add_fetch(&kept, 1, __ATOMIC_RELAXED) <= most) high = fcntl(handle, F_DUPFD_CLOEXEC, OTHERS);
+  if (high < 0) __atomic_sub_fetch(&kept, 1, __ATOMIC_RELAXED);
+  return high;
+}
+
 bool read_file(const ReadRows& r, int64_t item) {
+  if (r.handles[item] >= 0) return read_from(r, r.handles[item], item);
   const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
   const int64_t file = r.files[item];
   const int handle = openat(int(r.directory), r.names + file * r.name_bytes, flags);
   if (handle < 0) return false;
   struct stat facts;
-  bool fine = fstat(handle, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size == r.sizes[file];
-  const int64_t end = r.firsts[item + 1];
-  for (int64_t row = r.firsts[item]; fine && row < end;) {
-    int64_t count = 1;
-    while (count < MOST && row + count < end && r.numbers[row + count] == r.numbers[row] + count) ++count;
-    fine = read_run(r, handle, file, row, count);
-    row += count;
-  }
+  const bool fine = fstat(handle, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size == r.sizes[file] && read_from(r, handle, item);
+  if (fine && (r.handles[item] = kept_open(handle)) >= 0) __atomic_fetch_add(r.progress + 6, 1, __ATOMIC_RELAXED);
   close(handle);
   return fine;
 }
@@ -127,11 +163,19 @@ int read_rows(const ReadRows& r) {
   return OK;
 }
 
+int close_file(const CloseFile& c) {
+  close(int(c.handle));
+  __atomic_sub_fetch(&kept, 1, __ATOMIC_RELAXED);
+  return OK;
+}
+
 #else
 
 int read_rows(const ReadRows& r) {
   r.progress[1] = 0;
   return OK;
 }
+
+int close_file(const CloseFile&) { return OK; }
 
 #endif

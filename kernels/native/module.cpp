@@ -119,7 +119,9 @@ OPERATION(best_slots, BestSlots, "iiii" "ii" "i", best_slots)
 OPERATION(listed_slots, ListedSlots, "iiiii" "ii", listed_slots)
 OPERATION(page_slots, PageSlots, PAGE_SLOTS, page_slots)
 OPERATION(find_places, FindPlaces, "iiii" "iii" "i" "iii" "ii", find_places)
-OPERATION(read_rows, ReadRows, "i" "iii" "iii" "ii" "iii" "iii" "ii", read_rows)
+OPERATION(rows_to_read, RowsToRead, "iii" "ii" "i" "iii" "ii" "iiii", rows_to_read)
+OPERATION(read_rows, ReadRows, "i" "iii" "iii" "iii" "iii" "iii" "ii", read_rows)
+OPERATION(close_file, CloseFile, "i", close_file)
 OPERATION(prefer_large_pages, Region, "ii", prefer_large_pages)
 OPERATION(weakest, Weakest, "iii" "iii" "iiii" "iii" "ii" "i", weakest)
 
@@ -239,7 +241,9 @@ PyMethodDef methods[] = {
     {"voted_slots", call_voted_slots, METH_O, "A selection used once more, or made anew by votes; its fields in a buffer."},
     {"reused_slots", FAST(call_reused_slots), "A selection used once more, if the query has hardly turned."},
     {"find_places", FAST(call_find_places), "Where copies of slots lie, and which give way."},
+    {"rows_to_read", FAST(call_rows_to_read), "In which rows of which blocks slots lie."},
     {"read_rows", FAST(call_read_rows), "Rows of files of equal rows."},
+    {"close_file", FAST(call_close_file), "Close a file that read_rows kept open."},
     {"prefer_large_pages", FAST(call_prefer_large_pages), "Ask the system to back memory with large pages."},
     {"weakest", FAST(call_weakest), "The slot to evict of each head."},
     {"levels", get_levels, METH_NOARGS, "The instruction sets this machine can run, best first."},

@@ -1,13 +1,16 @@
-// Where slots lie among the rows near by, and which rows are given to slots that lie in none.
+// Where slots lie among the rows near by, which rows are given to slots that lie in none, and where these are read from.
 #include "places.hpp"
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
+#include <new>
 
 namespace {
 
 constexpr int32_t COMING = -2;  // in no row yet, and counted
-constexpr int32_t USE = 1 << 24, NOW = 1 << 30;  // what a use adds, four of them at most in the long run; and a mark above that
+constexpr int32_t USE = 1 << 24, LARGEST = 4 * USE;  // what a use adds, and what nothing ever exceeds
+constexpr int32_t NOW = 1 << 30;                     // a mark above that
 
 struct Rows {  // of one list
   int32_t *place, *holder, *uses;
@@ -41,17 +44,29 @@ struct Rows {  // of one list
   }
 };
 
-// The `count` rows behind those of the tail that were used least, of equal ones the first, in order; empty ones before all others.
+// The `count` rows behind those of the tail that were used least, of equal ones the first, in order; empty ones before all others. There
+// is room for one more.
 void least_used(const FindPlaces& f, const Rows& rows, int64_t count, int32_t* keys, int32_t* given) {
   const int64_t first = f.tail + f.vacant, size = f.rows - first;
   for (int64_t i = 0; i < size; ++i) keys[i] = rows.holder[first + i] < 0 ? -1 : rows.uses[first + i];
-  std::copy(keys, keys + size, keys + size);
-  std::nth_element(keys + size, keys + size + count - 1, keys + 2 * size);
-  const int32_t most = keys[size + count - 1];
+  int32_t most = -1;  // the largest of them: all are gone through for each of its bits, which takes less than to put them in order
+  for (int32_t largest = LARGEST; most < largest;) {
+    const int32_t middle = most + (largest - most) / 2;
+    int32_t below = 0;
+    for (int64_t i = 0; i < size; ++i) below += keys[i] <= middle;
+    if (below >= count)
+      largest = middle;
+    else
+      most = middle + 1;
+  }
   int64_t equal = count;
   for (int64_t i = 0; i < size; ++i) equal -= keys[i] < most;
-  for (int64_t i = 0; i < size; ++i)
-    if (keys[i] < most || (keys[i] == most && equal-- > 0)) *given++ = int32_t(first + i);
+  for (int64_t i = 0; i < size; ++i) {  // without branches, which nobody could foresee
+    *given = int32_t(first + i);
+    const bool as_large = keys[i] == most;
+    given += (keys[i] < most) | (as_large & (equal > 0));
+    equal -= as_large;
+  }
 }
 
 }  // namespace
@@ -60,7 +75,7 @@ int find_places(const FindPlaces& f) {
   int64_t largest = f.base + f.tail - 1;
   for (int64_t i = 0; i < f.lists * f.count; ++i) largest = f.index[i] > largest ? f.index[i] : largest;
   if (largest >= f.slots) return INDEX_OUT_OF_RANGE;
-  int32_t* keys = static_cast<int32_t*>(std::malloc(sizeof(int32_t) * size_t(2 * f.rows + f.count + 1)));
+  int32_t* keys = static_cast<int32_t*>(std::malloc(sizeof(int32_t) * size_t(f.rows + f.count + 1)));
   if (!keys) return OUT_OF_MEMORY;
   int64_t* missing = f.missing + 1;
   for (int64_t list = 0; list < f.lists; ++list) {
@@ -76,7 +91,7 @@ int find_places(const FindPlaces& f) {
       ++wanted;
     }
     if (wanted == 0) continue;
-    int32_t* given = keys + 2 * f.rows;
+    int32_t* given = keys + f.rows;
     rows.age(found, f.count, f.rows);
     least_used(f, rows, wanted, keys, given);
     for (int64_t e = 0; e < f.count; ++e) {
@@ -92,5 +107,54 @@ int find_places(const FindPlaces& f) {
   }
   *f.missing = missing - f.missing - 1;
   std::free(keys);
+  return OK;
+}
+
+namespace {
+
+constexpr int NUMBER = 32;  // bits of a row's number in its block
+
+struct Row {
+  int64_t key, target;  // its block and, in the lower bits, its number there; its place
+  bool operator<(const Row& other) const { return key < other.key; }
+};
+
+// Rows in the order of `entries`, and whether they ascend.
+bool list_rows(const RowsToRead& r, Row* rows) {
+  bool ascend = true;
+  for (int64_t i = 0; i < r.missing; ++i) {
+    const int64_t entry = r.entries[i], list = r.lists == 1 ? 0 : entry / r.count, slot = r.index[entry];
+    const int64_t block = slot / r.block, row = list / r.groups, group = list - row * r.groups;
+    const int64_t then = r.then ? r.then[block * (r.lists / r.groups) + row] : row;
+    const int64_t number = (then * r.groups + group) * r.block + slot - block * r.block;
+    rows[i] = {block << NUMBER | number, list * r.rows + r.places[entry]};
+    ascend = ascend && (i == 0 || rows[i - 1] < rows[i]);
+  }
+  return ascend;
+}
+
+}  // namespace
+
+int rows_to_read(const RowsToRead& r) {
+  for (int64_t i = 0; i < r.missing; ++i) {
+    if (r.entries[i] < 0 || r.entries[i] >= r.lists * r.count) return INDEX_OUT_OF_RANGE;
+    const int64_t slot = r.index[r.entries[i]];
+    if (slot < 0 || slot / r.block >= r.blocks) return INDEX_OUT_OF_RANGE;
+  }
+  std::unique_ptr<Row[]> rows(new (std::nothrow) Row[size_t(r.missing)]);
+  if (!rows) return OUT_OF_MEMORY;
+  if (!list_rows(r, rows.get())) std::sort(rows.get(), rows.get() + r.missing);
+  int64_t *blocks = r.found + 1, count = 0;
+  for (int64_t i = 0; i < r.missing; ++i) {
+    const int64_t block = rows[i].key >> NUMBER;
+    if (count == 0 || block != blocks[count - 1]) {
+      r.firsts[count] = i;
+      blocks[count++] = block;
+    }
+    r.numbers[i] = rows[i].key & ((int64_t(1) << NUMBER) - 1);
+    r.targets[i] = rows[i].target;
+  }
+  r.firsts[count] = r.missing;
+  *r.found = count;
   return OK;
 }

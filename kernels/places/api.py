@@ -1,4 +1,4 @@
-"""Finding places: validation and dispatch. `reference.py` is the specification."""
+"""Places and rows: validation and dispatch. `reference.py` is the specification."""
 
 from __future__ import annotations
 
@@ -62,3 +62,49 @@ def find_places(
         "places of near copies", impl, {"native": lambda: native.refusal(index, *state), "reference": lambda: None}
     )
     return (native if chosen == "native" else reference).find_places(index, place, holder, uses, tail, base, vacant)
+
+
+def rows_to_read(
+    entries: Tensor,
+    index: Tensor,
+    places: Tensor,
+    *,
+    rows: int,
+    block: int,
+    blocks: int,
+    then: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where slots lie that are to be read, block by block, in the order in which they lie there.
+
+    Args:
+        entries: `[missing]` int64, those of the flat `index` and of `places` that are wanted, as `find_places` names them.
+        index: `[batch, lists, n]` int64 slots. Consecutive ones lie in a block, which has a row for each `[batch row, list, slot]`.
+        places: `[batch, lists, n]` int64, where they go.
+        rows: places of a list; those of all lists are counted through.
+        block: slots of a block.
+        blocks: how many there are.
+        then: `[blocks, batch]` int64, which batch row of a block each batch row was when it was written. None: the same.
+        impl: `"auto"` or the name of an implementation.
+
+    Returns:
+        Four of int64: the blocks, ascending; `[blocks + 1]` which of the following are each block's own; `[missing]` the numbers of rows
+        in their block, ascending for each; and `[missing]` their places.
+
+    Raises:
+        ValueError: shapes or types that do not fit, an unknown `impl`, or an explicit one that cannot serve.
+        IndexError: an entry that does not exist, or one that is no slot of these blocks.
+    """
+    given = [entries, index, places, *([] if then is None else [then])]
+    if index.dim() != 3 or places.shape != index.shape or entries.dim() != 1:
+        raise ValueError(
+            f"index and places must be [batch, lists, n] and entries [missing], got {[tuple(each.shape) for each in given]}"
+        )
+    if any(each.dtype != torch.int64 for each in given):
+        raise ValueError(f"entries, index, places and then must be int64, got {[each.dtype for each in given]}")
+    if then is not None and then.shape != (blocks, index.shape[0]):
+        raise ValueError(f"then must be [{blocks}, {index.shape[0]}] for blocks and batch, got {tuple(then.shape)}")
+    if block < 1 or blocks < 1:
+        raise ValueError(f"block and blocks must be at least 1, got {block} and {blocks}")
+    chosen = choose("rows to read", impl, {"native": lambda: native.refusal(*given), "reference": lambda: None})
+    return (native if chosen == "native" else reference).rows_to_read(entries, index, places, rows, block, blocks, then)

@@ -1,4 +1,4 @@
-"""Finding places in plain torch: the specification."""
+"""Places and rows in plain torch: the specification."""
 
 from __future__ import annotations
 
@@ -21,6 +21,25 @@ def find_places(
         missing[row, column] = _bring(index[row, column], missing[row, column], *state, tail + vacant)
     found = place.gather(-1, index.clamp(min=0)).long().masked_fill(index < 0, -1)
     return found, missing.view(-1).nonzero().view(-1)
+
+
+def rows_to_read(
+    entries: Tensor, index: Tensor, places: Tensor, rows: int, block: int, blocks: int, then: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kvpress.kernels.places.rows_to_read`."""
+    groups, count = index.shape[1:]
+    if len(entries) and not 0 <= int(entries.min()) <= int(entries.max()) < index.numel():
+        raise IndexError("index must name slots below the number of slots")
+    slots = index.view(-1)[entries]
+    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < block * blocks:
+        raise IndexError("index must name slots below the number of slots")
+    row, group, number = entries // (groups * count), entries // count % groups, slots // block
+    before = row if then is None else then[number, row]
+    inside = (before * groups + group) * block + slots % block
+    order = (number * (1 << 32) + inside).argsort()
+    found, counts = number[order].unique_consecutive(return_counts=True)
+    firsts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return found, firsts, inside[order], ((row * groups + group) * rows + places.view(-1)[entries])[order]
 
 
 def _bring(index: Tensor, missing: Tensor, place: Tensor, holder: Tensor, uses: Tensor, first: int) -> Tensor:

@@ -20,6 +20,7 @@ class Block:
         pins: users of its tensors; while above 0 no copy is given up.
         moved_by: the thread that is moving it, if one is; everybody else waits.
         failure: what a prefetch met, kept for the caller who asks next.
+        handle: of its file, where the disk tier keeps it open, else -1.
     """
 
     key: BlockKey
@@ -30,6 +31,7 @@ class Block:
     pins: int = 0
     moved_by: int | None = None
     failure: TierError | None = None
+    handle: int = -1
 
     @property
     def busy(self) -> bool:

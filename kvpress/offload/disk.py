@@ -1,8 +1,11 @@
 """The disk tier: blocks as files in a private folder, never more bytes than its limit."""
 
+from __future__ import annotations
+
 import errno
 import os
 import weakref
+from array import array
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -97,16 +100,17 @@ class DiskTier:
         self.ledger.count(bytes_out=self.size(key, layout))
 
     def read_rows(
-        self, source: RowSource, wanted: RowsWanted, out: Tensor, beside: Background | None = None
+        self, source: RowSource, wanted: RowsWanted, handles: array[int], out: Tensor, beside: Background | None = None
     ) -> tuple[int, TierError] | None:
-        """Read single rows of blocks of slot rows to their places in `out [n, payload]`, `beside` on another thread too.
+        """Read single rows of blocks of slot rows to their places in `out [n, payload]`, `beside` on another thread too; `handles` as of
+        `FileStore.read_rows`.
 
         Returns None, or which of `wanted.blocks` failed first and why, as `read` would raise it; those places are then undefined.
         """
         first = 0
         while first < len(wanted.blocks):
             with suppress(OSError):  # that file is read again below
-                first += self.store.read_rows(source, wanted, first, out, beside)
+                first += self.store.read_rows(source, wanted, first, handles, out, beside)
             if first < len(wanted.blocks):
                 try:
                     self._read_slowly(source, wanted, first, out)
@@ -120,14 +124,15 @@ class DiskTier:
         """One block's rows, step by step. Raises as `read` does."""
         block, rows = int(wanted.blocks[each]), source.layout
         key, start, size = source.keys[block], int(source.starts[block]), int(source.sizes[block])
-        numbers, places = wanted.of_block(each)
+        listed, places = wanted.of_block(each)
+        numbers = listed.tolist()
         piece = torch.empty(len(numbers), rows.width, dtype=torch.uint8)
         self._read(key, lambda: read_rows(self.store, key, start, size, rows.width, numbers, piece))
         damaged = rows.first_damaged(memory_of(piece), numbers, range(len(numbers)), key)
         if damaged is not None:
             self.ledger.count(failures=1)
             raise TierCorruptError(self.name, f"the checksum of row {damaged} does not match its bytes", key)
-        out[torch.tensor(places)] = piece[:, : rows.payload]
+        out[places] = piece[:, : rows.payload]
 
     def _read(self, key: BlockKey, once: Callable[[], None]) -> None:
         try:

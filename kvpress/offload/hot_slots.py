@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -20,14 +19,21 @@ if TYPE_CHECKING:
 
 ROW_BYTES = 64  # slot rows begin at multiples of it: a vector that lies across two lines of the processor's cache takes longer to load
 
-AHEAD = (
-    32  # rows emptied at once for the table's own slots to come: what they held is read again if it is still selected
-)
+# rows emptied at once for the table's own slots to come: what they held is read again if it is still selected
+AHEAD = 32
 
 
 class HotSlots:
     """Rows of slots that attention reads where they lie: the first hold those behind the table's blocks, once they were taken in
     (`take_tail`), the others copies, those least used lately of which give way.
+
+    Args:
+        form: of the rows of keys and values.
+        index: slots `[batch, lists, n]` like those that will be looked up, and where they lie.
+        capacity: rows for copies.
+        slots: that can be looked up.
+        like: tensors of the copies, which of slot rows are `row_memory` of their `layout`.
+        layout: of slot rows, if copies are to lie in such.
 
     Attributes:
         room: rows for the table's own slots, which hold copies until such slots are near.
@@ -39,15 +45,26 @@ class HotSlots:
         attention: over the rows.
     """
 
-    def __init__(self, form: RowFormat) -> None:
-        self.form = form
-        self.room = 0
-        self._memory: dict[str, Tensor] = {}
-        self.tensors: dict[str, Tensor] = {}
-        self.rows: Tensor | None = None
-        self.holder = self.place = self.uses = torch.empty(0, 0, 0, dtype=torch.int32)
-        self._layout: RowLayout | None = None
-        self._taken: tuple[Tensor, Tensor] | None = None  # keys and values of the first rows, while they are a table's
+    def __init__(
+        self,
+        form: RowFormat,
+        index: Tensor,
+        capacity: int,
+        slots: int,
+        like: dict[str, Tensor],
+        layout: RowLayout | None = None,
+        room: int = 0,
+    ) -> None:
+        lists, rows = index.shape[:2], room + capacity
+        self.form, self.room, self._layout = form, room, layout
+        self.holder = filled((*lists, rows), -1, index, torch.int32)
+        self.uses = filled((*lists, rows), 0, index, torch.int32)
+        self.place = filled((*lists, slots), -1, index, torch.int32)
+        self._memory = {
+            name: allocate((*each.shape[:2], rows, each.shape[-1]), index, each.dtype).zero_()
+            for name, each in like.items()
+        }
+        self._open()
 
     @property
     def capacity(self) -> int:
@@ -62,35 +79,14 @@ class HotSlots:
         """Whether the slots of `table` behind its blocks should lie in the first rows, and do not."""
         return 0 < table.count - table.base <= self.room and not self.is_tail(table.keys)
 
-    def make(
-        self,
-        index: Tensor,
-        capacity: int,
-        slots: int,
-        like: dict[str, Tensor],
-        layout: RowLayout | None = None,
-        room: int = 0,
-    ) -> None:
-        """Begin anew with `room` rows for the table's own slots and `capacity` for copies of tensors `like` these, which of slot rows are
-        `row_memory` of their `layout`."""
-        lists, rows = index.shape[:2], room + capacity
-        self.holder = filled((*lists, rows), -1, index, torch.int32)
-        self.uses = filled((*lists, rows), 0, index, torch.int32)
-        self.place = filled((*lists, slots), -1, index, torch.int32)
-        self._layout, self.room = layout, room
-        self._memory = {
-            name: allocate((*each.shape[:2], rows, each.shape[-1]), index, each.dtype).zero_()
-            for name, each in like.items()
-        }
-        self._open()
-
     def _open(self) -> None:
-        self.tensors, self.rows = self._memory, None
+        self.tensors: dict[str, Tensor] = self._memory
+        self.rows: Tensor | None = None
         if self._layout is not None:
             self.rows = self._memory[NAME][..., : self._layout.payload]
             self.tensors = self._layout.unpack(self.rows)
         self.attention = PreparedAttention(*self.form.readable(self.tensors["key"], self.tensors["value"], {}))
-        self._taken = None
+        self._taken: tuple[Tensor, Tensor] | None = None  # keys and values of the first rows, while they are a table's
 
     def held(self) -> list[Tensor]:
         """Every tensor held."""
@@ -123,11 +119,13 @@ class HotSlots:
             vacant = min(AHEAD - tail % AHEAD, self.room - tail)
         return find_places(index, self.place, self.holder, self.uses, tail=tail, base=table.base, vacant=vacant)
 
-    def forget(self, row: numpy.ndarray, group: numpy.ndarray, slot: numpy.ndarray) -> None:
-        """The copies of these slots, of these batch rows and lists, were not made after all."""
-        which = tuple(torch.from_numpy(each).to(self.place.device) for each in (row, group, slot))
-        self.holder[(*which[:2], self.place[which].long())] = -1
-        self.place[which] = -1
+    def forget(self, index: Tensor, entries: Tensor) -> None:
+        """The copies of the slots in the flat `entries` of `index [batch, lists, n]` were not made after all."""
+        lists, count = index.shape[1:]
+        row, group = entries // (lists * count), entries // count % lists
+        slot = index.view(-1)[entries]
+        self.holder[row, group, self.place[row, group, slot].long()] = -1
+        self.place[row, group, slot] = -1
 
     def forget_from(self, slot: int, base: int) -> None:
         """Slots from `slot` on hold other tokens from now on; those from `base` on lie behind the table's blocks."""

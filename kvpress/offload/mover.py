@@ -112,8 +112,10 @@ class Mover:
         """Give up the copy in the tier, and its bytes."""
         self.orders[name].remove(block.key.digest)
         if name == "disk":
-            block.on_disk = False
-            self.need_disk().remove(block.key, block.layout)
+            disk, handle = self.need_disk(), block.handle
+            block.on_disk, block.handle = False, -1
+            disk.store.let_go(handle)  # its bytes are free once no handle is left
+            disk.remove(block.key, block.layout)
         else:
             tier, buffer = self.tiers[name], block.buffers.pop(name)
             if not keep_buffer:

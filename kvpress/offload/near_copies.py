@@ -96,8 +96,7 @@ class NearCopies:
                 except TierFullError:
                     let_go()
                     stowage.must_hold(capacity * per_slot + fixed)
-            self.slots = HotSlots(table.form)
-            self.slots.make(index, capacity, count, like, layout, room)
+            self.slots = HotSlots(table.form, index, capacity, count, like, layout, room)
             self.take_tail(table)
         return self.slots
 

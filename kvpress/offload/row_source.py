@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 import torch
+from torch import Tensor
 
 from kvpress.offload.format import header_bytes
 from kvpress.offload.key import BlockKey
@@ -15,6 +16,7 @@ from kvpress.offload.slot_rows import NAME, RowLayout, seed_of
 from kvpress.offload.store import NAME_BYTES, checked
 
 if TYPE_CHECKING:
+    from kvpress.offload.block import Block
     from kvpress.offload.working import StoredBlock
 
 
@@ -23,21 +25,23 @@ class RowSource:
 
     Attributes:
         keys: of the blocks.
+        held: what the manager knew of each when it was read last, None for one that was not.
         names: `[blocks, NAME_BYTES]` uint8, of their files, each ended by 0.
         sizes, starts: `[blocks]` int64, bytes of each file, and before its rows.
         seeds: `[blocks]` uint64, of the checksums of its rows.
         addresses: of these four.
-        batch_rows: `[blocks, batch]`, which batch row of a block each batch row of now is; None where all are what they were.
+        batch_rows: `[blocks, batch]` int64, which batch row of a block each batch row of now is; None where all are what they were.
     """
 
     def __init__(self, layout: RowLayout) -> None:
         self.layout = layout
         self.keys: list[BlockKey] = []
+        self.held: list[Block | None] = []
         self.names = numpy.empty((0, NAME_BYTES), dtype=numpy.uint8)
         self.sizes = self.starts = numpy.empty(0, dtype=numpy.int64)
         self.seeds = numpy.empty(0, dtype=numpy.uint64)
         self.addresses: tuple[int, ...] = ()
-        self.batch_rows: numpy.ndarray | None = None
+        self.batch_rows: Tensor | None = None
         self._followed: Sequence[StoredBlock] = ()
 
     def follow(self, blocks: Sequence[StoredBlock]) -> None:
@@ -48,6 +52,7 @@ class RowSource:
         known = 0
         while known < min(len(keys), len(self.keys)) and keys[known] is self.keys[known]:
             known += 1
+        self.held = [*self.held[:known], *[None] * (len(keys) - known)]
         self.keys, self._followed = keys, blocks
         new = [self._facts(block) for block in blocks[known:]]
         names = numpy.frombuffer(b"".join(name for name, *_ in new), dtype=numpy.uint8).reshape(-1, NAME_BYTES)
@@ -61,7 +66,7 @@ class RowSource:
         self.addresses = tuple(array.ctypes.data for array in arrays)
         self.batch_rows = None
         if any(block.rows is not None for block in blocks):
-            self.batch_rows = numpy.array([block.rows or range(block.batch) for block in blocks])
+            self.batch_rows = torch.tensor([block.rows or range(block.batch) for block in blocks])
 
     def _facts(self, block: StoredBlock) -> tuple[bytes, int, int, int]:
         """Its file's name, its size, the bytes before its rows, and the seed of their checksums."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-import numpy
 import torch
 import xxhash
 from torch import Tensor
@@ -120,7 +119,7 @@ class RowLayout:
 
 
 class RowsWanted:
-    """Rows of several blocks, one block after the other. Arrays are contiguous and of int64.
+    """Rows of several blocks, one block after the other. Tensors are contiguous and of int64.
 
     Args:
         blocks: which blocks of their source.
@@ -129,34 +128,32 @@ class RowsWanted:
         places: where they go, as rows of the output.
     """
 
-    def __init__(
-        self, blocks: numpy.ndarray, firsts: numpy.ndarray, numbers: numpy.ndarray, places: numpy.ndarray
-    ) -> None:
+    def __init__(self, blocks: Tensor, firsts: Tensor, numbers: Tensor, places: Tensor) -> None:
         self.blocks, self.firsts, self.numbers, self.places = blocks, firsts, numbers, places
 
     @classmethod
     def of(cls, numbers: Sequence[Sequence[int]]) -> RowsWanted:
         """From a list of numbers for each block of the source, to places in order."""
-        firsts = numpy.cumsum([0, *map(len, numbers)], dtype=numpy.int64)
-        listed = numpy.array([number for some in numbers for number in some], dtype=numpy.int64)
-        return cls(numpy.arange(len(numbers)), firsts, listed, numpy.arange(len(listed)))
+        firsts = torch.tensor([0, *map(len, numbers)]).cumsum(0)
+        listed = torch.tensor([number for some in numbers for number in some], dtype=torch.int64)
+        return cls(torch.arange(len(numbers)), firsts, listed, torch.arange(len(listed)))
 
     @property
     def rows(self) -> int:
         """How many."""
-        return int(self.firsts[-1] - self.firsts[0])
+        return len(self.numbers)
 
     def some(self, which: Sequence[int]) -> RowsWanted:
         """Those of `blocks[each]` for each of `which`."""
-        chosen = [numpy.arange(self.firsts[each], self.firsts[each + 1]) for each in which]
-        firsts = numpy.cumsum([0, *map(len, chosen)], dtype=numpy.int64)
-        rows = numpy.concatenate(chosen)
-        return RowsWanted(self.blocks[which], firsts, self.numbers[rows], self.places[rows])
+        begins, ends = self.firsts[:-1].tolist(), self.firsts[1:].tolist()
+        firsts = torch.tensor([0, *(ends[each] - begins[each] for each in which)]).cumsum(0)
+        rows = torch.cat([torch.arange(begins[each], ends[each]) for each in which])
+        return RowsWanted(self.blocks[list(which)], firsts, self.numbers[rows], self.places[rows])
 
-    def of_block(self, each: int) -> tuple[list[int], list[int]]:
+    def of_block(self, each: int) -> tuple[Tensor, Tensor]:
         """Numbers and places of the rows of `blocks[each]`."""
-        mine = slice(self.firsts[each], self.firsts[each + 1])
-        return self.numbers[mine].tolist(), self.places[mine].tolist()
+        first, last = self.firsts[each : each + 2].tolist()
+        return self.numbers[first:last], self.places[first:last]
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -16,7 +17,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -50,6 +50,7 @@ class FileStore:
         self._handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._serial = count()
         self._help = Help()
+        self._kept: set[int] = set()  # handles of files that are kept open
         self.leftovers: list[str] = []  # files of failed writes that could not be removed
 
     def step(self, name: str, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
@@ -101,13 +102,20 @@ class FileStore:
             os.close(file)
 
     def read_rows(
-        self, source: RowSource, wanted: RowsWanted, first: int, out: Tensor, beside: Background | None = None
+        self,
+        source: RowSource,
+        wanted: RowsWanted,
+        first: int,
+        handles: array[int],
+        out: Tensor,
+        beside: Background | None = None,
     ) -> int:
         """Read single rows of several files into `out [n, payload]` and check them, by the native kernels where they are built.
 
         Args:
             source: tells of the files.
             wanted: the rows, of which those of the files before `wanted.blocks[first]` are left out.
+            handles: of `wanted.blocks`, those of files that were kept open, or -1. More may be there afterwards: see `let_go`.
             out: uint8, rows of contiguous bytes.
             beside: runs a function on another thread, which reads along where torch computes on one thread only.
 
@@ -116,17 +124,18 @@ class FileStore:
         native = getattr(extension, "read_rows", None)
         if native is None:
             return 0
-        count, threads = len(wanted.blocks) - first, torch.get_num_threads()
-        progress = numpy.array([0, count, 0, 0, 0, 0], dtype=numpy.int64)
+        count, threads, known = len(wanted.blocks) - first, torch.get_num_threads(), handles[:]
+        progress = array("q", [0, count, 0, 0, 0, 0, 0])
         names, *of_files = source.addresses
-        blocks, firsts = wanted.blocks[first:], wanted.firsts[first:]
+        blocks, firsts = (each.data_ptr() + 8 * first for each in (wanted.blocks, wanted.firsts))
         fields = (
-            threads, self._handle, names, NAME_BYTES, *of_files, blocks.ctypes.data, count, firsts.ctypes.data,
-            wanted.numbers.ctypes.data, wanted.places.ctypes.data, out.shape[1], out.data_ptr(), out.stride(0),
+            threads, self._handle, names, NAME_BYTES, *of_files, blocks,
+            handles.buffer_info()[0] + handles.itemsize * first, count, firsts,
+            wanted.numbers.data_ptr(), wanted.places.data_ptr(), out.shape[1], out.data_ptr(), out.stride(0),
         )  # fmt: skip
 
         def take_part(helps: int) -> None:  # holds on to `progress`, which a helper that comes late looks at
-            self.step("read", native, *fields, helps, progress.ctypes.data)
+            self.step("read", native, *fields, helps, progress.buffer_info()[0])
 
         helper = None
         if beside is not None and threads == 1 and wanted.rows >= WORTH_HELP and self._help.is_wanted():
@@ -138,11 +147,20 @@ class FileStore:
             if helper is not None and not helper.cancel():
                 helper.exception()
             raise
+        finally:
+            if progress[6]:
+                self._kept.update(now for before, now in zip(known, handles, strict=True) if before < 0 <= now)
         if helper is not None:
             helper.cancel()
-            _, done, _, own, working, waiting = progress.tolist()
+            _, done, _, own, working, waiting, _ = progress
             self._help.judge(done, own, working, waiting)
-        return int(progress[1])
+        return progress[1]
+
+    def let_go(self, handle: int) -> None:
+        """Close a file that `read_rows` kept open; one that is closed is no error."""
+        if handle in self._kept and extension is not None:
+            self._kept.remove(handle)
+            extension.close_file(handle)
 
     def unlink(self, name: str) -> None:
         """Remove the block or temporary file `name`, or the link of that name; a missing one is no error."""
@@ -166,6 +184,8 @@ class FileStore:
 
     def close(self) -> None:
         """Give the directory handle back. Closing twice is no error."""
+        for kept in list(self._kept):
+            self.let_go(kept)
         handle, self._handle = self._handle, -1
         if handle >= 0:
             os.close(handle)

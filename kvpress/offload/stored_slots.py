@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from kvpress.kernels.places import rows_to_read
 from kvpress.offload.hot_slots import HotSlots
 from kvpress.offload.row_source import RowSource
 from kvpress.offload.slot_rows import RowsWanted
@@ -105,16 +106,19 @@ class StoredSlots:
         Raises:
             TierError: not all could be had; none of them has a place then.
         """
-        wanted = stored = _Wanted.of(missing, index, places)
+        stored = missing
         try:
             if not hot.is_tail(self._table.keys):
-                stored, near = wanted.apart(self._table.base)
-                if len(near.slot):
-                    self._bring_tail(hot, near)
-            if len(stored.slot):
-                self._bring_parts(hot, stored) if hot.rows is None else self._bring_rows(hot, stored)
+                near = index.view(-1)[missing] >= self._table.base
+                if near.any():
+                    self._bring_tail(hot, _Wanted.of(missing[near], index, places))
+                    stored = missing[~near]
+            if len(stored) and hot.rows is not None:
+                self._bring_rows(hot.rows, index, places, stored)
+            elif len(stored):
+                self._bring_parts(hot, _Wanted.of(stored, index, places))
         except BaseException:
-            hot.forget(wanted.row, wanted.group, wanted.slot)
+            hot.forget(index, missing)
             raise
 
     def _bring_tail(self, hot: HotSlots, wanted: _Wanted) -> None:
@@ -148,29 +152,19 @@ class StoredSlots:
     def _end_of_read(self) -> int:
         return 0 if self._read is None else self._read[0] + self._read[1].shape[2]
 
-    def _bring_rows(self, hot: HotSlots, wanted: _Wanted) -> None:
-        """Row by row into place: nothing else of a block is read."""
-        stowage, batches = self._stowage, self._table.keys.shape[0]
-        source, rows = self._source(), hot.rows
-        if rows is None:
-            raise RuntimeError("these copies do not lie in slot rows")
-        layout = source.layout
-        size, lists = layout.slots, batches * layout.groups
-        if lists > 1 or not wanted.ascends:
-            row = (wanted.slot // size * batches + wanted.row) * layout.groups + wanted.group
-            wanted = wanted.some((row * size + wanted.slot % size).argsort())
-        block = wanted.slot // size
-        number = wanted.slot - block * size
-        begins = numpy.flatnonzero(block[1:] != block[:-1]) + 1
-        firsts = numpy.concatenate([[0], begins, [len(block)]])
-        blocks, places = block[firsts[:-1]], wanted.place
-        if lists > 1:
-            places = (wanted.row * layout.groups + wanted.group) * rows.shape[2] + places
-        if lists > 1 or source.batch_rows is not None:
-            then = wanted.row if source.batch_rows is None else source.batch_rows[block, wanted.row]
-            number += (then * layout.groups + wanted.group) * size
-        found = RowsWanted(blocks, firsts, number, places)
-        stowage.attached.manager.read_rows(source, found, rows.flatten(0, 2))
+    def _bring_rows(self, rows: Tensor, index: Tensor, places: Tensor, entries: Tensor) -> None:
+        """Row by row into place among `rows`: nothing else of a block is read."""
+        source = self._source()
+        found = rows_to_read(
+            entries,
+            index,
+            places,
+            rows=rows.shape[2],
+            block=source.layout.slots,
+            blocks=len(source.keys),
+            then=source.batch_rows,
+        )
+        self._stowage.attached.manager.read_rows(source, RowsWanted(*found), rows.flatten(0, 2))
 
     def _source(self) -> RowSource:
         """The blocks, for reading rows of them."""
@@ -199,20 +193,8 @@ class _Wanted:
             return cls(none := numpy.zeros_like(slot), none, slot, place)
         return cls(*numpy.divmod(chosen // index.shape[-1], index.shape[1]), slot, place)
 
-    @property
-    def ascends(self) -> bool:
-        """Whether each slot lies behind the one before it."""
-        return bool((self.slot[1:] > self.slot[:-1]).all())
-
-    def apart(self, base: int) -> tuple[_Wanted, _Wanted]:
-        """Those before slot `base`, and those from there on."""
-        near = self.slot >= base
-        if not near.any():
-            return self, self.some(slice(0, 0))
-        return self.some(~near), self.some(near)
-
-    def some(self, which: numpy.ndarray | slice) -> _Wanted:
-        """Those of a mask, or in an order."""
+    def some(self, which: numpy.ndarray) -> _Wanted:
+        """Those of a list of numbers."""
         return _Wanted(self.row[which], self.group[which], self.slot[which], self.place[which])
 
     def tensors(self, device: torch.device, one_list: bool) -> tuple[Tensor, Any, Tensor, Tensor]:

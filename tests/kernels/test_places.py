@@ -1,11 +1,12 @@
-"""Places of near copies: both implementations against a plain list."""
+"""Places of near copies, and where slots that have none are read: both implementations against plain lists."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 
-from kvpress.kernels.places import find_places
+from kvpress.kernels.places import find_places, rows_to_read
 
 BOTH = ["native", "reference"]
 
@@ -117,3 +118,66 @@ def test_what_cannot_be_placed_is_refused(impl):
         find_places(index, *state(1, 2, 4, 2), impl=impl)
     with pytest.raises(ValueError, match="contiguous host memory"):
         find_places(index.expand(1, 2, 2), *state(1, 2, 4, 2), impl="native")
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize(
+    ("batch", "lists", "changed"), [(1, 1, False), (1, 1, True), (3, 1, False), (1, 2, False), (2, 3, True)]
+)
+def test_rows_to_read_are_those_of_a_sorted_list(poisoned, impl, batch, lists, changed):
+    chance, block, blocks, count, rows = random.Random(batch * 7 + lists), 5, 6, 17, 40
+    several = disordered = 0
+    for ascends in (True, False) * 10:
+        then = [[chance.randrange(4) for _ in range(batch)] for _ in range(blocks)] if changed else None
+        slots = [chance.sample(range(block * blocks), count) for _ in range(batch * lists)]
+        slots = [sorted(each) if ascends else each for each in slots]
+        index = torch.tensor(slots).view(batch, lists, count)
+        places = torch.tensor([chance.sample(range(rows), count) for _ in slots]).view(batch, lists, count)
+        entries = sorted(chance.sample(range(batch * lists * count), chance.randrange(batch * lists * count + 1)))
+        expected = []
+        for entry in entries:
+            row, group, column = entry // count // lists, entry // count % lists, entry % count
+            slot = slots[row * lists + group][column]
+            before = row if then is None else then[slot // block][row]
+            number = (before * lists + group) * block + slot % block
+            target = (row * lists + group) * rows + int(places[row, group, column])
+            expected.append((slot // block, number, target))
+        disordered += [each[:2] for each in expected] != sorted(each[:2] for each in expected)
+        if len({each[:2] for each in expected}) < len(expected):
+            continue  # two batch rows that were one: either may come first
+        found = rows_to_read(
+            torch.tensor(entries, dtype=torch.int64),
+            index,
+            places,
+            rows=rows,
+            block=block,
+            blocks=blocks,
+            then=None if then is None else torch.tensor(then),
+            impl=impl,
+        )
+        assert all(each.dtype == torch.int64 and each.is_contiguous() for each in found)
+        which, firsts, numbers, targets = (each.tolist() for each in found)
+        assert len(firsts) == len(which) + 1 and firsts[0] == 0 and which == sorted(set(which))
+        owners = [number for number, (a, b) in zip(which, pairwise(firsts), strict=True) for _ in range(a, b)]
+        assert list(zip(owners, numbers, targets, strict=True)) == sorted(expected)
+        several += len(which) > 1 and len(numbers) > len(which)
+    assert several > 5 and (disordered or not changed)
+
+
+@pytest.mark.parametrize("impl", BOTH)
+def test_rows_that_do_not_exist_are_refused(impl):
+    index, then = torch.tensor([[[0, 9, -1]]]), torch.zeros(2, 1, dtype=torch.int64)
+    sizes = {"rows": 4, "block": 4, "blocks": 2, "impl": impl}
+    for entry in (1, 2, 3, -1):
+        with pytest.raises(IndexError, match="below the number of slots"):
+            rows_to_read(torch.tensor([entry]), index, index, **sizes)
+    none = rows_to_read(torch.empty(0, dtype=torch.int64), index, index, **sizes)
+    assert [each.tolist() for each in none] == [[], [0], [], []]
+    with pytest.raises(ValueError, match=r"must be \[batch, lists, n\]"):
+        rows_to_read(torch.tensor([0]), index, index[..., :2], **sizes)
+    with pytest.raises(ValueError, match="must be int64"):
+        rows_to_read(torch.tensor([0]), index, index.int(), **sizes)
+    with pytest.raises(ValueError, match=r"then must be \[2, 1\] for blocks and batch, got \(1, 1\)"):
+        rows_to_read(torch.tensor([0]), index, index, then=then[:1], **sizes)
+    with pytest.raises(ValueError, match="block and blocks must be at least 1, got 0 and 2"):
+        rows_to_read(torch.tensor([0]), index, index, **(sizes | {"block": 0}))

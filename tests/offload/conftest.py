@@ -10,6 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpress.offload.key import BlockKey
+from kvpress.offload.manager import TierManager
+from kvpress.offload.row_source import RowSource
+from kvpress.offload.slot_rows import NAME, RowLayout
+from kvpress.offload.working import StoredBlock
+
 torch.set_num_threads(1)
 
 
@@ -64,6 +70,23 @@ def run_child(work: Callable[[], object]) -> tuple[int, str]:
     return (os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0), text
 
 
+def put_rows_of(manager: TierManager, blocks: int, slots: int, dim: int = 8) -> tuple[RowSource, Tensor]:
+    """Blocks of slot rows, put for the owner "me": their source, and all rows `[blocks, slots, width]`."""
+    stored, written = [], []
+    for number in range(blocks):
+        key, generator = BlockKey("c", 0, number), torch.Generator().manual_seed(number)
+        tensors = {name: torch.randn(1, 2, slots, dim, generator=generator) for name in ("key", "value")}
+        layout = RowLayout.of(tensors, slots, together=True)
+        rows = torch.empty(layout.shape(1), dtype=torch.uint8)
+        layout.pack(tensors, rows, key)
+        manager.put(key, {NAME: rows}, "me")
+        stored.append(StoredBlock((((NAME,), key),), 1, layout=layout))
+        written.append(rows[0, 0])
+    source = RowSource(layout)
+    source.follow(stored)
+    return source, torch.stack(written)
+
+
 def bytes_below(folder: Path) -> int:
     return sum(path.stat(follow_symlinks=False).st_size for path in folder.rglob("*") if not path.is_dir())
 
@@ -71,6 +94,11 @@ def bytes_below(folder: Path) -> int:
 @pytest.fixture
 def tensors_of() -> Callable[..., dict[str, Tensor]]:
     return make_tensors
+
+
+@pytest.fixture
+def put_rows() -> Callable[..., tuple[RowSource, Tensor]]:
+    return put_rows_of
 
 
 @pytest.fixture

@@ -133,8 +133,10 @@ def test_wrong_tails_are_noticed(folder, monkeypatch, method, wrong):
 
 def test_rows_that_were_written_over_are_forgotten():
     """A token taken back was written over a copy; tokens that come later may leave its row alone."""
-    hot, index = HotSlots(RowFormat()), torch.tensor([[[3, 4, 5]]])
-    hot.make(index, 4, 30, {"key": torch.empty(1, 2, 0, 4), "value": torch.empty(1, 2, 0, 4)}, room=6)
+    index = torch.tensor([[[3, 4, 5]]])
+    hot = HotSlots(
+        RowFormat(), index, 4, 30, {"key": torch.empty(1, 2, 0, 4), "value": torch.empty(1, 2, 0, 4)}, room=6
+    )
     hot._taken = hot.tensors["key"], hot.tensors["value"]
     hot.holder[0, 0] = torch.tensor([20, 21, 7, 8, -1, 9, 3, 4, 5, -1])
     hot.place[0, 0, hot.holder[0, 0, [0, 1, 2, 3, 5, 6, 7, 8]].long()] = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8]).int()
