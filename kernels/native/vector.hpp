@@ -31,6 +31,21 @@ static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 
 #if LANES == 8
+static inline bool any_above(Vec a, Vec b) {  // whether a > b in some lane
+  return _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), _CMP_GT_OQ)) != 0;
+}
+#elif LANES == 16
+static inline bool any_above(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ) != 0;
+}
+#else
+static inline bool any_above(Vec a, Vec b) {
+  const VecInt above = a > b;
+  return (above[0] | above[1] | above[2] | above[3]) != 0;
+}
+#endif
+
+#if LANES == 8
 static inline Vec by_sign(Vec sign, Vec negative, Vec other) {  // lane by lane, by the sign bit
   return reinterpret_cast<Vec>(
       _mm256_blendv_ps(reinterpret_cast<__m256>(other), reinterpret_cast<__m256>(negative), reinterpret_cast<__m256>(sign)));

@@ -13,27 +13,26 @@ struct Votes {  // of one batch row; `width` query heads, padded to whole vector
 
 constexpr int64_t PIECE = 32;  // tiles of a piece
 
-// One tile's step of the running softmax of one query: scores become exp(score - maximum). Past the last slot they become 0.
-static inline void soften_plane(float* scores, int count, float* maximum, float* sums) {
-  for (int i = count; i < TILE; ++i) scores[i] = -INFINITY;
+// One tile's step of the running softmax of one query: weights [TILE] become exp(score - maximum).
+static inline void soften_plane(const float* scores, float* weight, float* maximum, float* sums) {
   Vec best = splat(*maximum);
   for (int i = 0; i < TILE; i += LANES) best = larger(load(scores + i), best);
-  const float top = max_lanes(best);
   Vec sum = load(sums);
-  if (top > *maximum) {
+  if (any_above(best, splat(*maximum))) {  // seldom. Exponentials would wait for a maximum across lanes, so else none is taken
+    const float top = max_lanes(best);
     sum = sum * splat(expf(*maximum - top));
     *maximum = top;
   }
-  const Vec shift = splat(top == -INFINITY ? 0.f : top);
+  const Vec shift = splat(*maximum == -INFINITY ? 0.f : *maximum);
   for (int i = 0; i < TILE; i += LANES) {
     const Vec p = exp_vec(load(scores + i) - shift);
     sum += p;
-    store(scores + i, p);
+    store(weight + i, p);
   }
   store(sums, sum);
 }
 
-// One piece of one KV head: `scores` of its tiles, softened tile by tile. `sums` is scratch, LANES numbers a query.
+// One piece of one KV head, tile by tile. `sums` is scratch, LANES numbers a query.
 template <class T>
 static void vote_piece(const Attention& a, const Head<T>& head, int64_t h, int64_t piece, int64_t limit, const float* query,
                        const Votes& votes, float* sums) {
@@ -59,13 +58,14 @@ static void vote_piece(const Attention& a, const Head<T>& head, int64_t h, int64
     if (!whole) fill(weight, group * TILE, 0.f);
     for (int64_t q = 0; q < group && tile.count; q += 4) {
       const int here = int(group - q < 4 ? group - q : 4);
-      float* scores = whole ? weight + q * TILE : planes;
-      score_planes(head, query + q * a.slots.dim, here, tile, (next.count ? next : tile).key, scores);
-      if (a.softcap != 0) cap_scores(scores, here * TILE, float(a.softcap));
+      score_planes(head, query + q * a.slots.dim, here, tile, (next.count ? next : tile).key, planes);
+      if (a.softcap != 0) cap_scores(planes, here * TILE, float(a.softcap));
       for (int i = 0; i < here; ++i) {
-        soften_plane(scores + i * TILE, tile.count, maximum + q + i, sums + (q + i) * LANES);
+        float *scores = planes + i * TILE, *to = weight + (q + i) * TILE;
+        fill(scores + tile.count, TILE - tile.count, -INFINITY);
+        soften_plane(scores, whole ? to : scores, maximum + q + i, sums + (q + i) * LANES);
         if (!whole)
-          for (int t = 0; t < tile.count; ++t) weight[(q + i) * TILE + tile.entry[t] - k * TILE] = planes[i * TILE + t];
+          for (int t = 0; t < tile.count; ++t) to[tile.entry[t] - k * TILE] = scores[t];
       }
     }
     std::memcpy(votes.base + k * votes.width + h * group, maximum, sizeof(float) * size_t(group));
@@ -118,7 +118,7 @@ static int vote_kind(const Attention& a) {
     for (int64_t h = 0; h < a.kv_heads; ++h) load_queries(a, b, h, 0, 1, query.data + h * group * s.dim);
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)  // what a thread reads lies side by side: one stream, not a new one for every piece
       for (int64_t task = 0; task < a.kv_heads * pieces; ++task) {
         const int64_t h = task / pieces;
         const Head<T> head(s, a.kv_heads, b, h);
