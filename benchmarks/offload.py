@@ -46,6 +46,7 @@ POLICIES: dict[str, Policy] = {
     "tokenselect, int8 index": TokenSelect(tail=0, index="int8"),
     "tokenselect, int4 index": TokenSelect(tail=0, index="int4"),
     "tokenselect, int8 index, no reuse": TokenSelect(tail=0, index="int8", threshold=2),
+    "tokenselect, int4 index, no reuse": TokenSelect(tail=0, index="int4", threshold=2),
     "tokenselect, threshold 0.7": TokenSelect(tail=0, threshold=0.7),
     "quest": Quest(),
 }
