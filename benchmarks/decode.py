@@ -87,6 +87,8 @@ def all_policies(budget: int) -> dict[str, Policy]:
         "tokenselect, anew": TokenSelect(**parts, threshold=2),
         "tokenselect, int8 index": TokenSelect(**parts, index="int8"),
         "tokenselect, int8 index, anew": TokenSelect(**parts, index="int8", threshold=2),
+        "tokenselect, int4 index": TokenSelect(**parts, index="int4"),
+        "tokenselect, int4 index, anew": TokenSelect(**parts, index="int4", threshold=2),
         "quest": Quest(top_k=budget),
         "tidaldecode": TidalDecode(top_k=budget),
     }

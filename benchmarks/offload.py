@@ -44,7 +44,9 @@ from kvpress.policies import Full, Policy, Quest, StreamingLLM, TokenSelect
 POLICIES: dict[str, Policy] = {
     "tokenselect": TokenSelect(tail=0),
     "tokenselect, int8 index": TokenSelect(tail=0, index="int8"),
+    "tokenselect, int4 index": TokenSelect(tail=0, index="int4"),
     "tokenselect, int8 index, no reuse": TokenSelect(tail=0, index="int8", threshold=2),
+    "tokenselect, int4 index, no reuse": TokenSelect(tail=0, index="int4", threshold=2),
     "tokenselect, threshold 0.7": TokenSelect(tail=0, threshold=0.7),
     "quest": Quest(),
 }

@@ -18,9 +18,10 @@ from torch import Tensor
 
 
 def check_query_and_slots(
-    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, lengths: Tensor | None
+    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, lengths: Tensor | None, channels: int = 1
 ) -> int:
-    """Return the number of KV heads; raise `ValueError` naming the argument, the rule and what was given."""
+    """Return the number of KV heads; raise `ValueError` naming the argument, the rule and what was given. `channels` lie in each element of
+    the keys."""
     if query.dim() != 4:
         raise ValueError(f"query must be [batch, query_heads, rows, dim], got shape {tuple(query.shape)}")
     if (starts is None) != (lengths is None):
@@ -43,8 +44,10 @@ def check_query_and_slots(
         kv_heads = starts.shape[1]
     if kv_heads == 0 or query.shape[1] % kv_heads:
         raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of KV heads ({kv_heads})")
-    if query.shape[-1] != keys.shape[-1]:
-        raise ValueError(f"query and keys must share the last size, got {query.shape[-1]} and {keys.shape[-1]}")
+    if query.shape[-1] != keys.shape[-1] * channels:
+        raise ValueError(
+            f"query and keys must share the last size, got {query.shape[-1]} and {keys.shape[-1] * channels}"
+        )
     return kv_heads
 
 

@@ -109,9 +109,12 @@ def tile_scores(
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for chunk in tl.static_range(BLOCK_D // CHUNK_D):
         within = channel + chunk * CHUNK_D
+        at = within if key_at.dtype.element_ty != tl.uint8 else within // 2
         key = tl.load(
-            key_at + within[:, None].to(tl.int64) * stride_kd, mask=held[None, :] & (within[:, None] < DIM), other=0
+            key_at + at[:, None].to(tl.int64) * stride_kd, mask=held[None, :] & (within[:, None] < DIM), other=0
         )
+        if key_at.dtype.element_ty == tl.uint8:  # int4: two channels a byte, each plus 8
+            key = ((key >> (within % 2 * 4)[:, None].to(tl.uint8)) & 15).to(tl.int8) - 8
         if cosine is not None:
             key = rotated(key, key_at, within, held, place, stride_kd, cosine, sine, ROTARY)
         if CHUNK_D == BLOCK_D:

@@ -19,6 +19,8 @@ from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best
 from kvpress.row_format import part, parts
 from kvpress.tensor_parallel import HeadShards
 
+INDEXES = ["exact", "int8", "int4"]
+
 
 @dataclass(frozen=True)
 class TokenSelect(SelectionPolicy):
@@ -40,8 +42,9 @@ class TokenSelect(SelectionPolicy):
         group: `"floor"` pairs query head `h` with KV head `h // group`, as attention does; `"mod"` with `h % kv_heads`, as the paper's
             released kernel does.
         tail: last rows of a prompt, which select each for itself (beyond the paper); 0 for none.
-        index: what votes are taken on: `"exact"` keys, or their copies in `"int8"` with a scale for each token and KV head (beyond the
-            paper). The copies take a quarter of the keys' bytes in fp32; a vote reads nothing else.
+        index: what votes are taken on: `"exact"` keys, or their copies in `"int8"` or `"int4"` with a scale for each token and KV head
+            (beyond the paper). The copies take a quarter of the keys' bytes in fp32, or an eighth; a vote reads nothing else. int4 chooses
+            other tokens than exact keys do more often, and needs head sizes that are multiples of 8.
     """
 
     name: ClassVar[str] = "tokenselect"
@@ -67,7 +70,7 @@ class TokenSelect(SelectionPolicy):
             check_integer(self.name, field, getattr(self, field), minimum)
         check_choice(self.name, "positions", self.positions, ["reindex", "keep"])
         check_choice(self.name, "group", self.group, ["floor", "mod"])
-        check_choice(self.name, "index", self.index, ["exact", "int8"])
+        check_choice(self.name, "index", self.index, INDEXES)
         if self.local < self.chunk:
             raise ValueError(
                 f"local of {self.name} must be at least chunk={self.chunk}, got {self.local}: a chunk must see itself"
@@ -104,7 +107,7 @@ class VoteSelector(Selector):
 
     def __init__(self, policy: TokenSelect) -> None:
         self.policy = policy
-        self.index = KeyIndex() if policy.index == "int8" else None
+        self.index = None if policy.index == "exact" else KeyIndex(policy.index)
         self.has_index = self.index is not None
         self.hits = self.misses = 0
         self.query: Tensor | None = None  # [batch, query_heads * dim]
@@ -197,7 +200,13 @@ class VoteSelector(Selector):
     def _may_wait(self, view: SlotView, index: KeyIndex) -> bool:
         """Whether only keys of the local window are not in the index yet, for which nobody votes."""
         behind = view.slots - index.covered
-        return view.decoding and view.ordered and not index.steady and 0 <= behind <= min(self.policy.local, TOGETHER)
+        return (
+            view.decoding
+            and view.ordered
+            and index.settled
+            and not index.steady
+            and 0 <= behind <= min(self.policy.local, TOGETHER)
+        )
 
     def _at_once(self, view: SlotView) -> Tensor | None:
         """A decoded token's step over slots in order by one call of the compiled kernel, where it can serve."""

@@ -11,6 +11,11 @@ from kvpress.kernels.native import tensors as native
 NO_OPERATOR = "torch.compile cannot trace through these kernels"
 
 
+def vote_refusal(query: Tensor, keys: Tensor) -> str | None:
+    """Why no native kernel can vote on these keys, or `None`."""
+    return NO_OPERATOR if torch.compiler.is_compiling() else native.vote_refusal(query, keys)
+
+
 def refusal(query: Tensor, keys: Tensor) -> str | None:
     """Why no native kernel can multiply these, or `None`."""
     if torch.compiler.is_compiling():

@@ -24,7 +24,7 @@ class PreparedVote:
     Args:
         query: `[batch, query_heads, 1, dim]`, like those that will be asked for.
         keys: `[batch, kv_heads, room, dim]`; those of the slots in use come first.
-        keys_scale: `[batch, kv_heads, room]` of int8 keys.
+        keys_scale: `[batch, kv_heads, room]` of int8 keys, and of int4 ones (uint8 `[batch, kv_heads, room, dim / 2]`).
         threshold: the least cosine under which a selection is used again.
         sinks, top_k, local: the first slots and the last, always attended to, and how many between them are chosen.
         regroup: query head `h` votes with KV head `h % kv_heads`, not `h // (query_heads // kv_heads)`.
@@ -93,7 +93,7 @@ class PreparedVote:
         """Why neither the compiled kernel nor those of GPUs can serve such calls, or `None`."""
         if query.is_cuda or triton_support.interpreted():
             return triton_support.refusal(query, keys) or triton_support.storage_refusal(keys)
-        return native.refusal(query, keys)
+        return native.vote_refusal(query, keys)
 
     @staticmethod
     def _kind_of(query: Tensor) -> tuple[Any, ...]:

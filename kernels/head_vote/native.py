@@ -10,7 +10,7 @@ from kvpress.kernels.native import tensors as native
 
 def refusal(query: Tensor, keys: Tensor) -> str | None:
     """Why this implementation cannot serve, or `None`."""
-    return native.refusal(query, keys, keys)
+    return native.vote_refusal(query, keys)
 
 
 def head_vote(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpress.kernels.attention_mass.triton import part_sums
 from kvpress.kernels.head_vote import triton_kernels
+from kvpress.kernels.packing.int4 import rounded_query
 from kvpress.kernels.triton_support import on_device
 
 BLOCK_HEADS = 16
@@ -32,7 +33,7 @@ def head_vote(
 
     Args:
         query: `[batch, query_heads, 1, dim]`; query head `h` belongs to KV head `h // (query_heads // kv_heads)`.
-        keys: the slots, dense or flat (see `kvpress.kernels.shapes`).
+        keys: the slots, dense or flat (see `kvpress.kernels.shapes`), int4 ones packed.
         scaling: factor of the dot products; the paper has none.
         positions: `[batch, kv_heads or 1, slots]`; candidates are the slots with `position >= 0`.
         query_positions, starts, lengths, keys_scale: as in `kvpress.kernels.attention.attend`.
@@ -48,6 +49,8 @@ def head_vote(
     votes = query.new_empty(batch, slots, dtype=torch.float32)
     if votes.numel() == 0:
         return votes
+    if keys.dtype == torch.uint8:
+        query, scaling = rounded_query(query.float() * scaling), 1.0
     lse, scores = part_sums(
         query, keys, splits=splits, store=True, slots=slots, scaling=scaling, positions=positions,
         query_positions=query_positions, starts=starts, lengths=lengths, softcap=None, keys_scale=keys_scale,

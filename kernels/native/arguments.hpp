@@ -4,8 +4,9 @@
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+struct Int4 { uint8_t pair; };  // two channels; strides count pairs
 
-enum Kind : int64_t { FP32 = 0, BF16 = 1, FP16 = 2, INT8 = 3 };
+enum Kind : int64_t { FP32 = 0, BF16 = 1, FP16 = 2, INT8 = 3, INT4 = 4 };
 
 enum Reduction : int64_t { NONE = 0, SUM = 1, MEAN = 2, MAX = 3 };
 
@@ -18,7 +19,7 @@ struct Slots {
   int64_t slots;                                     // dense: of every head; flat: positions given for each head
   int64_t key_batch, key_head, key_slot;             // strides; flat: only key_slot
   int64_t value_batch, value_head, value_slot;
-  const float* key_scale;                            // int8: one factor a slot
+  const float* key_scale;                            // int8 and int4: one factor a slot
   const float* value_scale;
   int64_t key_scale_batch, key_scale_head, key_scale_slot;  // flat: only key_scale_slot
   int64_t value_scale_batch, value_scale_head, value_scale_slot;
@@ -104,7 +105,8 @@ struct Packing {
   int64_t threads, batch, heads, slots, dim;
   const void* source;
   int64_t kind, batch_stride, head_stride, slot_stride;
-  int8_t* output;        // [batch, heads, slots, dim + 4], contiguous
+  const float* centre;   // int4: [batch, heads, dim], contiguous, taken off every row, or null
+  void* output;          // [batch, heads, slots, dim + 4] of int8, [batch, heads, slots, dim / 2 + 4] of int4, contiguous
 };
 
 struct Gather {          // one column: rows of `bytes` bytes
@@ -237,5 +239,6 @@ struct Level {  // the operations compiled for one instruction set
   int (*choose_pages)(const ChoosePages&);
   int (*rotate)(const Rotation&);
   int (*pack_int8)(const Packing&);
+  int (*pack_int4)(const Packing&);
   int (*voted_slots)(const VotedSlots&, bool* anew);
 };

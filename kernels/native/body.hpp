@@ -7,7 +7,9 @@
 #include "attention_few.hpp"
 #include "attention_many.hpp"
 #include "mass.hpp"
+#include "rounding.hpp"
 #include "planes.hpp"
+#include "int4.hpp"
 #include "vote.hpp"
 #include "products.hpp"
 #include "pages.hpp"
@@ -18,4 +20,4 @@
 
 extern const Level level;
 const Level level = {attention,   attention_mass, head_vote, group_products, page_bounds,
-                     page_scores, choose_pages,   rotate,    pack_int8,      voted_slots};
+                     page_scores, choose_pages,   rotate,    pack_int8,      pack_int4, voted_slots};

@@ -112,7 +112,8 @@ OPERATION(page_bounds, PageBounds, "iiiiii" "iiiii" "iiii" "iii", used->level->p
 OPERATION(page_scores, PageScores, PAGE_SCORES, used->level->page_scores)
 OPERATION(choose_pages, ChoosePages, PAGE_SCORES PAGE_SLOTS "ii" "iiii" "iii" "ii", used->level->choose_pages)
 OPERATION(rotate, Rotation, "iiiiii" "iiiii" "iiiii" "iiii" "d" "iiii", used->level->rotate)
-OPERATION(pack_int8, Packing, "iiiii" "iiii" "i" "i", used->level->pack_int8)
+OPERATION(pack_int8, Packing, "iiiii" "iiii" "i" "ii", used->level->pack_int8)
+OPERATION(pack_int4, Packing, "iiiii" "iiii" "i" "ii", used->level->pack_int4)
 OPERATION(gather, Gather, "iiiiii" "iiii" "iii" "i", gather)
 OPERATION(overwrite, Overwrite, "iiii" "iiii" "ii" "iii" "i", overwrite)
 OPERATION(best_slots, BestSlots, "iiii" "ii" "i", best_slots)
@@ -233,6 +234,7 @@ PyMethodDef methods[] = {
     {"choose_pages", FAST(call_choose_pages), "A key taken into its page, and the slots of the best pages."},
     {"rotate", FAST(call_rotate), "Rotary position embedding."},
     {"pack_int8", FAST(call_pack_int8), "Rows as int8 with a scale each."},
+    {"pack_int4", FAST(call_pack_int4), "Rows turned and rounded to int4, with a scale each."},
     {"gather", FAST(call_gather), "Rows of a column by slot index."},
     {"overwrite", FAST(call_overwrite), "One new row a head into a column."},
     {"best_slots", FAST(call_best_slots), "The slots of highest score of each row."},

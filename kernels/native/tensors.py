@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpress.kernels.native import extension, missing
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+INT4 = 4  # the kind of packed int4 rows, which torch holds as uint8: only a vote reads them
 INTEGERS = (torch.int32, torch.int64)
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_DIM = 512
@@ -68,6 +69,13 @@ def batch_and_head_strides(tensor: Tensor, batch: int, heads: int) -> tuple[int,
     """Element strides of the first two dimensions, 0 where the size is 1 and stands for all."""
     strides = tensor.stride()
     return (strides[0] if tensor.shape[0] == batch else 0), (strides[1] if tensor.shape[1] == heads else 0)
+
+
+def vote_refusal(query: Tensor, keys: Tensor) -> str | None:
+    """Why no native kernel can vote on these keys, or `None`."""
+    if keys.dtype == torch.uint8:  # of int4, which are read by the byte
+        keys = keys.view(torch.int8)
+    return refusal(query, keys, keys)
 
 
 def refusal(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
@@ -145,8 +153,7 @@ def slot_fields(
     fields = (
         keys.data_ptr(),
         values.data_ptr(),
-        KINDS[keys.dtype],
-        keys.shape[-1],
+        *((INT4, 2 * keys.shape[-1]) if keys.dtype == torch.uint8 else (KINDS[keys.dtype], keys.shape[-1])),
         values.shape[-1],
         *layout,
         *scales,

@@ -116,6 +116,7 @@ static int vote_kind(const Attention& a) {
   for (int64_t b = 0; b < a.batch && line; ++b) {
     const int64_t limit = a.query_positions ? a.query_positions[b * a.query_position_batch] : INT64_MAX;
     for (int64_t h = 0; h < a.kv_heads; ++h) load_queries(a, b, h, 0, 1, query.data + h * group * s.dim);
+    for (int64_t i = 0; i < a.query_heads; ++i) ready_query<T>(query.data + i * s.dim, s.dim);
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
 #pragma omp for schedule(static)  // what a thread reads lies side by side: one stream, not a new one for every piece
@@ -142,6 +143,7 @@ static int head_vote(const Vote& given) {
     case BF16: return vote_kind<BFloat16>(a);
     case FP16: return vote_kind<Float16>(a);
     case INT8: return vote_kind<int8_t>(a);
+    case INT4: return vote_kind<Int4>(a);
     default: return vote_kind<float>(a);
   }
 }

@@ -30,7 +30,7 @@ static int voting_query(const VotedSlots& v, const char* query, int64_t item, ch
 // The `top_k` slots with most votes between sinks and window, of batch row `b`.
 static int vote_anew(const VotedSlots& v, int64_t b, char* query, float* votes) {
   const int64_t size = v.attention.slots.slots - v.sinks - v.local;
-  const int64_t bytes = v.attention.slots.kind == FP32 ? 4 : (v.attention.slots.kind == INT8 ? 1 : 2);
+  const int64_t bytes = v.attention.slots.kind == FP32 ? 4 : (v.attention.slots.kind >= INT8 ? 1 : 2);
   Vote vote{v.attention};
   Attention& a = vote.attention;
   Slots& s = a.slots;

@@ -20,15 +20,23 @@ def refusal(rows: Tensor) -> str | None:
 
 def pack_int8(rows: Tensor) -> Tensor:
     """See `kvpress.kernels.packing.pack_int8`."""
-    shape, strides = (1, 1, *rows.shape)[-4:], (0, 0, *rows.stride())[-4:]
     with torch.inference_mode(False):
         stored = torch.empty(*rows.shape[:-1], rows.shape[-1] + SCALE_BYTES, dtype=torch.int8)
-    native.built().pack_int8(
-        torch.get_num_threads(),
-        *shape,
-        rows.data_ptr(),
-        native.FLOATS[rows.dtype],
-        *strides[:3],
-        stored.data_ptr(),
-    )
+    native.built().pack_int8(*_fields(rows, 0, stored))
     return stored
+
+
+def pack_int4(rows: Tensor, centre: Tensor | None) -> Tensor:
+    """See `kvpress.kernels.packing.pack_int4`."""
+    with torch.inference_mode(False):
+        stored = torch.empty(*rows.shape[:-1], rows.shape[-1] // 2 + SCALE_BYTES, dtype=torch.uint8)
+    centre = None if centre is None else native.as_floats(centre)
+    native.built().pack_int4(*_fields(rows, 0 if centre is None else centre.data_ptr(), stored))
+    return stored
+
+
+def _fields(rows: Tensor, centre: int, stored: Tensor) -> tuple[int, ...]:
+    """The fields of `Packing` in `arguments.hpp`."""
+    shape, strides = (1, 1, *rows.shape)[-4:], (0, 0, *rows.stride())[-4:]
+    kind = native.FLOATS[rows.dtype]
+    return (torch.get_num_threads(), *shape, rows.data_ptr(), kind, *strides[:3], centre, stored.data_ptr())

@@ -7,6 +7,7 @@ from kvpress.kernels.choosing import best_slots, listed_slots, reused_slots
 from kvpress.kernels.choosing.prepared import PreparedVote
 from kvpress.kernels.head_vote import head_vote
 from kvpress.kernels.native import missing
+from kvpress.kernels.packing import pack_int4
 from kvpress.kernels.pages import bounds_type, choose_pages, page_bounds
 from kvpress.kernels.pages.prepared import PreparedPages
 from kvpress.kernels.rotation import rotate
@@ -40,10 +41,11 @@ def voted(query, keys, scale, slots, regroup, turn):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("regroup", [False, True])
 @pytest.mark.parametrize("group", [1, 3, 5])
-@pytest.mark.parametrize("kind", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", [None, "bfloat16", "int8", "int4"])
 def test_a_prepared_vote_is_that_of_checked_calls(level, kind, group, regroup, turned):
-    form = row_format(kind)
-    keys, scale = form.parts(form.pack(made(BATCH, KV_HEADS, ROOM, DIM, seed=1)))
+    given = made(BATCH, KV_HEADS, ROOM, DIM, seed=1)
+    form = row_format("int8" if kind == "int4" else kind)
+    keys, scale = form.parts(pack_int4(given) if kind == "int4" else form.pack(given))
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     angles = made(8, seed=2).repeat(2)
     turn = (angles.cos(), angles.sin()) if turned else None

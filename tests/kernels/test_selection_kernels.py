@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpress.kernels.attention import attend
 from kvpress.kernels.head_vote import head_vote
-from kvpress.kernels.packing import pack_int8
+from kvpress.kernels.packing import pack_int4, pack_int8
 from kvpress.kernels.pages import page_bounds, page_scores
 from kvpress.kernels.rotation import rotate
 from kvpress.row_format import Int8Rows
+from kvpress.testing.hadamard_oracle import hadamard
 from kvpress.testing.slots_oracle import assert_within_budget, oracle, rejected
 
 
@@ -52,6 +54,68 @@ def test_head_vote_of_int8_keys(level: str, poisoned: list[int]) -> None:
     exact = oracle(query, stored, keys, scaling=1.0, keys_scale=scale)[2].sum(dim=(1, 2))
     low = head_vote(query, stored, keys_scale=scale, impl="reference")
     assert_within_budget(head_vote(query, stored, keys_scale=scale, impl="native"), low, exact)
+
+
+def int4_votes(
+    query: Tensor, stored: Tensor, scale: Tensor, *, kind: torch.dtype = torch.float64, swapped: bool = False
+) -> Tensor:
+    """Codes, read from the low half first, times queries that are turned and rounded once more; whole numbers are multiplied, and what
+    follows is done in `kind`."""
+    kv_heads, dim = stored.shape[1], query.shape[-1]
+    halves = [stored % 16, stored // 16]
+    codes = torch.stack(halves[::-1] if swapped else halves, dim=-1).flatten(-2).double() - 8
+    turned = (query.double() @ hadamard(dim) * (dim & -dim) ** 0.5).unflatten(1, (kv_heads, -1))
+    step = turned.abs().amax(-1, keepdim=True) / 127
+    products = torch.einsum("bhgrd,bhsd->bhgrs", (turned / step).round(), codes)
+    scores = products.to(kind) * (step.to(kind) * scale.to(kind)[:, :, None, None])
+    return scores.softmax(-1).sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize(("dim", "slots"), [(64, n) for n in (1, 15, 16, 17, 63, 65, 1000, 4097)]
+                         + [(8, 70), (24, 65), (40, 33), (80, 1000), (96, 65), (128, 300), (256, 65), (512, 20)])  # fmt: skip
+def test_head_vote_of_int4_keys(level: str, group: int, dim: int, slots: int, poisoned: list[int]) -> None:
+    query = made(2, 2 * group, 1, dim)
+    packed = pack_int4(made(2, 2, slots, dim, seed=1) * torch.linspace(0.1, 2, slots)[:, None])
+    stored, scale = Int8Rows().parts(packed)
+    exact, low = int4_votes(query, stored, scale), int4_votes(query, stored, scale, kind=torch.float32)
+    found = head_vote(query, stored, keys_scale=scale, impl="native")
+    assert_within_budget(found, low, exact)
+    reference = head_vote(query, stored, keys_scale=scale, impl="reference")
+    assert_within_budget(reference, reference, exact)  # its products are rounded one by one
+    if slots > 1:
+        for wrong in (int4_votes(query, stored, scale, swapped=True), int4_votes(-query, stored, scale)):
+            assert rejected(assert_within_budget, found, low, wrong)
+        positions = torch.arange(slots).expand(2, 1, slots).clone()
+        positions[:, :, ::3] = -1
+        half = {"positions": positions, "scaling": 0.3}
+        some = head_vote(query, stored, keys_scale=scale, impl="native", **half)
+        rest = positions[0, 0] >= 0
+        low, exact = (
+            int4_votes(query * 0.3, stored[:, :, rest], scale[:, :, rest], kind=kind)
+            for kind in (torch.float32, torch.float64)
+        )
+        assert_within_budget(some[:, rest], low, exact)
+        assert not some[:, ~rest].any()
+
+
+def test_int4_keys_that_are_no_numbers_vote_as_int8_ones(level: str) -> None:
+    query, keys = made(1, 4, 1, 64), made(1, 2, 40, 64, seed=1)
+    keys[0, 0, 3, 5] = torch.nan
+    for pack in (pack_int8, pack_int4):
+        stored, scale = Int8Rows().parts(pack(keys))
+        votes = [head_vote(query, stored, keys_scale=scale, impl=impl) for impl in ("native", "reference")]
+        assert votes[0].isnan().all() and votes[1].isnan().all()
+
+
+def test_int4_keys_are_refused_where_they_do_not_fit() -> None:
+    stored, scale = Int8Rows().parts(pack_int4(made(1, 2, 40, 64)))
+    with pytest.raises(ValueError, match="query and keys must share the last size, got 32 and 64"):
+        head_vote(made(1, 4, 1, 32), stored, keys_scale=scale)
+    with pytest.raises(ValueError, match="keys_scale must be given"):
+        head_vote(made(1, 4, 1, 64), stored)
+    with pytest.raises(ValueError, match="cannot be used: native kernels take fp32, bf16, fp16 and int8 slots"):
+        attend(made(1, 4, 1, 32), stored, stored, scaling=1.0, impl="native")
 
 
 @pytest.mark.parametrize("group", [1, 4, 6])

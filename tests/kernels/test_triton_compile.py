@@ -160,6 +160,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.float64: "fp64",
@@ -301,7 +302,7 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from kvpress.kernels.compaction.triton import compact
     from kvpress.kernels.eviction.triton import PreparedWrite, weakest
     from kvpress.kernels.head_vote.triton import head_vote
-    from kvpress.kernels.packing.triton import pack_int8
+    from kvpress.kernels.packing.triton import pack_int4, pack_int8
     from kvpress.kernels.pages.triton import page_bounds, page_scores
     from kvpress.kernels.pages.triton_prepared import PageLaunches
     from kvpress.kernels.rotation.triton import rotate
@@ -312,6 +313,7 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
     def call() -> None:
         head_vote(query, keys)
+        head_vote(query, torch.zeros(2, 8, 64, 64, dtype=torch.uint8), keys_scale=torch.ones(2, 8, 64))
         page_scores(query, *page_bounds(keys, page_size=16))
         page_bounds(keys.float(), page_size=16)
         compact(keys, torch.zeros(2, 8, 32, dtype=torch.int64))
@@ -321,6 +323,7 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         for place in (slot, 63):
             PreparedWrite([keys, keys, torch.zeros(2, 8, 64)], (2, 8), None).write(place, [row, row, torch.zeros(1, 1)])
         pack_int8(keys)
+        pack_int4(keys, torch.zeros(2, 8, 128))
         choice = slot[:, :, None]
         reused_slots(query, query.flatten(1), slot[:, 0] > 0, choice, math.inf, 4, 9, 64)
         listed_slots(choice, 4, 9, 64)
@@ -337,7 +340,7 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             bounds = page_bounds(keys, page_size=16)
             PageLaunches(query, *bounds, keys.to(kind), scale, count=2, page_size=16)(query, 64)
 
-    check(monkeypatch, name, call, kernels=29)
+    check(monkeypatch, name, call, kernels=32)
 
 
 @slow

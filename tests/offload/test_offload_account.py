@@ -21,6 +21,7 @@ POLICIES = {
     "full": Full(),
     "tokenselect": TokenSelect(**VOTES, threshold=0.5),
     "tokenselect int8": TokenSelect(**VOTES, threshold=2, index="int8"),
+    "tokenselect int4": TokenSelect(**VOTES, threshold=2, index="int4"),
     "tokenselect keep": TokenSelect(**VOTES, positions="keep", threshold=2),
     "quest": Quest(top_k=32, page_size=16, skip_layers=1),
     "tidaldecode": TidalDecode(top_k=24, dense_layers=0),

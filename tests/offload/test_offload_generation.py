@@ -23,6 +23,7 @@ NARROW = {
     "tokenselect int8 keep": TokenSelect(
         top_k=5, sinks=2, local=6, chunk=6, tail=2, positions="keep", threshold=0.5, index="int8"
     ),
+    "tokenselect int4 reindex": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.5, index="int4"),
     "tokenselect int8 reindex": TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.5, index="int8"),
     "quest": Quest(top_k=8, page_size=4, skip_layers=1),
     "tidaldecode": TidalDecode(top_k=8, dense_layers=0),
@@ -259,7 +260,9 @@ def logits_after_other_tokens(folder, policy, other):
     return found
 
 
-@pytest.mark.parametrize("name", ["tokenselect int8 keep", "tokenselect int8 reindex", "quest"])
+@pytest.mark.parametrize(
+    "name", ["tokenselect int8 keep", "tokenselect int8 reindex", "tokenselect int4 reindex", "quest"]
+)
 def test_a_token_in_the_place_of_one_taken_back_is_read(folder, name, monkeypatch):
     expected, found = logits_after_other_tokens(folder, NARROW[name], 5)
     assert torch.equal(expected, found)

@@ -47,6 +47,7 @@ def test_a_copy_made_in_inference_mode_goes_on_without(policy):
 @pytest.mark.parametrize("policy", [
     Quest(top_k=8, page_size=4, skip_layers=0),
     TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=2, index="int8"),
+    TokenSelect(top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=2, index="int4"),
     SnapKV(budget=20, window=4),
 ])  # fmt: skip
 def test_rows_chosen_in_inference_mode_go_on_without(policy):

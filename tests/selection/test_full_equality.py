@@ -17,6 +17,7 @@ ROOMY = {
     "tokenselect reindex": TokenSelect(top_k=64, sinks=2, local=4, chunk=4, tail=3),
     "tokenselect int8 keep": TokenSelect(top_k=64, sinks=2, local=4, chunk=4, tail=3, positions="keep", index="int8"),
     "tokenselect int8 reindex": TokenSelect(top_k=64, sinks=2, local=4, chunk=4, tail=3, index="int8"),
+    "tokenselect int4 reindex": TokenSelect(top_k=64, sinks=2, local=4, chunk=4, tail=3, index="int4"),
     "quest": Quest(top_k=96, page_size=4, skip_layers=0),
     "tidaldecode": TidalDecode(top_k=96, dense_layers=0),
 }
@@ -87,6 +88,9 @@ def test_batch_rows_equal_each_alone_when_sets_are_narrow(feed, name):
         ),
         "tokenselect int8 reindex": TokenSelect(
             top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.1, index="int8"
+        ),
+        "tokenselect int4 reindex": TokenSelect(
+            top_k=5, sinks=2, local=6, chunk=6, tail=2, threshold=0.1, index="int4"
         ),
         "quest": Quest(top_k=8, page_size=4, skip_layers=0),
         "tidaldecode": TidalDecode(top_k=8, dense_layers=0),

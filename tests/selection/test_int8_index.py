@@ -8,7 +8,7 @@ import torch
 from test_tokenselect_sets import SMALL, cut, voter
 
 from kvpress import PolicyCache
-from kvpress.policies import KNorm, SnapKV, StreamingLLM, TokenSelect, tokenselect
+from kvpress.policies import KNorm, SnapKV, StreamingLLM, TokenSelect, key_index, tokenselect
 from kvpress.policies.key_index import KeyIndex, quantise
 from kvpress.testing.families import tiny_model
 
@@ -100,7 +100,7 @@ def test_sabotaged_formulas_are_caught(compare, llama, sabotage):
 def test_rounding_errs_by_half_a_scale_at_most():
     keys = torch.randn(2, 3, 50, 16, generator=torch.Generator().manual_seed(0))
     keys[0, 0, 0] = 0
-    codes, scales = quantise(keys)
+    codes, scales = quantise(keys, "int8")
     assert codes.dtype == torch.int8 and scales.dtype == torch.float32
     error = (codes.double() * scales.double()[..., None] - keys.double()).abs().amax(dim=-1)
     assert bool((error <= scales.double() / 2 * (1 + 1e-5)).all()) and float(error.max()) > 0
@@ -116,7 +116,7 @@ def check_index(cache):
             continue
         assert index.covered == keys.shape[2]
         codes, scales = index.read(0, index.covered)
-        expected = quantise(keys)
+        expected = quantise(keys, index.form, index.centre)
         assert torch.equal(codes, expected[0]) and torch.equal(scales, expected[1])
         slots += index.covered
     return slots
@@ -172,16 +172,17 @@ def test_keys_that_are_voted_for_must_not_wait(monkeypatch, llama):
 
 
 @pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("positions", ["keep", "reindex"])
 @pytest.mark.parametrize("eviction", EVICTIONS)
-def test_the_running_index_equals_one_made_anew(monkeypatch, llama, tmp_path, eviction, positions):
+def test_the_running_index_equals_one_made_anew(monkeypatch, llama, tmp_path, eviction, positions, form):
     """Appending, batch rows in another order, copies, saving, evictions and another turn."""
     read = []
     extend = KeyIndex._extend
     monkeypatch.setattr(
         KeyIndex, "_extend", lambda self, keys, slots: (read.append(slots - self.covered), extend(self, keys, slots))
     )
-    policy = int8(top_k=4, local=6, chunk=6, threshold=2, positions=positions)
+    policy = int8(top_k=4, local=6, chunk=6, threshold=2, positions=positions, index=form)
     policies = policy if EVICTIONS[eviction] is None else [EVICTIONS[eviction], policy]
     cache, ids = PolicyCache(llama, policies), torch.randint(3, 90, (2, 60), generator=torch.Generator().manual_seed(0))
     step(llama, cache, ids[:, :33])
@@ -209,9 +210,11 @@ def test_the_running_index_equals_one_made_anew(monkeypatch, llama, tmp_path, ev
 
 
 @pytest.mark.usefixtures("at_once")
-def test_crop_cuts_the_index(monkeypatch, llama):
-    cache, ids = PolicyCache(llama, int8(positions="keep")), torch.arange(3, 83).view(1, 80)
-    anew = PolicyCache(llama, int8(positions="keep"))
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_crop_cuts_the_index(monkeypatch, llama, form):
+    monkeypatch.setattr(key_index, "FIRST", 20)
+    policy, ids = int8(positions="keep", index=form), torch.arange(3, 83).view(1, 80)
+    cache, anew = PolicyCache(llama, policy), PolicyCache(llama, policy)
     for each in (cache, anew):
         for piece in ids[:, :36].split([33, 1, 1, 1], dim=1):
             step(llama, each, piece)
@@ -232,11 +235,14 @@ def test_crop_cuts_the_index(monkeypatch, llama):
 def test_a_stale_index_is_noticed(monkeypatch, llama):
     monkeypatch.setattr(KeyIndex, "crop", lambda self, slots: None)
     with pytest.raises(AssertionError):
-        test_crop_cuts_the_index(monkeypatch, llama)
+        test_crop_cuts_the_index(monkeypatch, llama, "int8")
 
 
 def test_unknown_indexes_are_refused():
-    with pytest.raises(ValueError, match=r"index of tokenselect must be one of \['exact', 'int8'\], got 'int4'"):
-        TokenSelect(index="int4")
-    assert TokenSelect.from_dict(TokenSelect(index="int8").to_dict()).index == "int8"
+    with pytest.raises(
+        ValueError, match=r"index of tokenselect must be one of \['exact', 'int8', 'int4'\], got 'int2'"
+    ):
+        TokenSelect(index="int2")
+    for form in ("int8", "int4"):
+        assert TokenSelect.from_dict(TokenSelect(index=form).to_dict()).index == form
     assert TokenSelect().index == "exact"

@@ -44,7 +44,7 @@ def operation_by_operation(context):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"group": "mod"}, {"index": "int8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"group": "mod"}, {"index": "int8"}, {"index": "int4"}], ids=str)
 @pytest.mark.parametrize("positions", ["keep", "reindex"])
 @pytest.mark.parametrize("kv_dtype", [None, "bfloat16", "int8"])
 def test_tokenselect_chooses_as_operation_by_operation(feed, narrow, kv_dtype, positions, options, batch):

@@ -23,8 +23,8 @@ def cut(policy):
     return blocks
 
 
-def voter(policy, *, shared=True, reuse=True, scaled=False, wrong_mean=False, count=None):
-    """The method once more: sinks, local window, and the tokens with most votes."""
+def voter(policy, *, shared=True, reuse=True, scaled=False, wrong_mean=False, count=None, ask=lambda query: query):
+    """The method once more: sinks, local window, and the tokens with most votes; `ask` is what keys are multiplied with."""
 
     def choose(question):
         heads, kv_heads = question.query.shape[0], question.keys.shape[0]
@@ -56,7 +56,7 @@ def voter(policy, *, shared=True, reuse=True, scaled=False, wrong_mean=False, co
         for head in range(heads):
             owner = head * kv_heads // heads if policy.group == "floor" else head % kv_heads
             candidates = [p for p in question.held[owner] if policy.sinks <= p <= question.last - 1 - policy.local]
-            dots = keys[owner, candidates] @ query[head]
+            dots = keys[owner, candidates] @ ask(query[head])
             if scaled:
                 dots = dots * query.shape[-1] ** -0.5
             votes[owner, candidates] += dots.softmax(dim=0)

@@ -7,7 +7,7 @@ import torch
 
 from kvpress.kernels.eviction import RowWriter, reference
 from kvpress.kernels.eviction.triton import weakest
-from kvpress.kernels.packing import pack_int8
+from kvpress.kernels.packing import pack_int4, pack_int8
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
@@ -80,6 +80,20 @@ def test_packing_is_the_reference_bit_for_bit(generator, kind, shape):
     given = (torch.randn(shape, generator=generator) * torch.logspace(-3, 3, shape[-2])[:, None]).to(kind)
     given[..., -1, :] = 0
     assert torch.equal(pack_int8(given, impl="triton"), pack_int8(given, impl="reference"))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 65, 64), (1, 1, 1, 8), (5, 7, 80), (9, 128), (2, 9, 96), (1, 2, 33, 256)], ids=str
+)
+def test_int4_packing_is_the_reference_bit_for_bit(generator, kind, shape):
+    given = (torch.randn(shape, generator=generator) * torch.logspace(-3, 3, shape[-2])[:, None]).to(kind)
+    given[..., -1, :] = 0
+    centre = torch.randn(*shape[:-2], shape[-1], generator=generator)
+    for middle in (None, centre):
+        found = pack_int4(given, middle, impl="triton")
+        assert torch.equal(found, pack_int4(given, middle, impl="reference"))
+        assert found.float().std() > 1
 
 
 def test_packing_of_strided_rows_and_of_what_is_no_number(generator):

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from kvpress.kernels.head_vote.triton import head_vote
+from kvpress.kernels.packing import pack_int4
 from kvpress.kernels.pages import reference
 from kvpress.kernels.pages.triton import page_bounds, page_scores
 from kvpress.kernels.rotation import rotate
 from kvpress.kernels.rotation.prepared import PreparedRotation
+from kvpress.row_format import Int8Rows
+from kvpress.testing.hadamard_oracle import hadamard
 
 
 def one_after_the_other(query, keys):
@@ -56,6 +59,21 @@ def test_int8_index_of_keys(generator, within_budget):
     whole = keys * scale[..., None]
     exact = softmax_votes(query.double(), keys.double() * scale[..., None].double())
     within_budget(votes, exact, softmax_votes(query, whole))
+
+
+@pytest.mark.parametrize("dim", [16, 80, 96, 256])
+def test_packed_int4_keys(generator, within_budget, dim):
+    query = torch.randn(2, 6, 1, dim, generator=generator) / dim**0.5
+    packed = pack_int4(torch.randn(2, 2, 70, dim, generator=generator))
+    stored, scale = Int8Rows().parts(packed)
+    votes = head_vote(query, stored, keys_scale=scale, splits=2)
+    codes = torch.stack([stored % 16, stored // 16], dim=-1).flatten(-2).float() - 8
+    turned = query.double() @ hadamard(dim) * (dim & -dim) ** 0.5
+    step = turned.abs().amax(-1, keepdim=True) / 127
+    asked = (turned / step).round() * step
+    exact = softmax_votes(asked, codes.double() * scale[..., None].double())
+    within_budget(votes, exact, softmax_votes(asked.float(), codes * scale[..., None], products=one_after_the_other))
+    assert not torch.allclose(votes, softmax_votes(query, codes * scale[..., None]), rtol=1e-3)
 
 
 def test_nobody_votes_for_nothing(generator):

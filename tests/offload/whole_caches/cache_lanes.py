@@ -26,9 +26,11 @@ from kvpress.offload import Offload
 from kvpress.offload.attached import Attached
 from kvpress.offload.errors import TierFullError
 from kvpress.offload.hot_slots import HotSlots
+from kvpress.policies import key_index
 from kvpress.row_format import unpacked
 from kvpress.slots import SlotTable
 from kvpress.testing.families import random_tokens, tiny_model
+from kvpress.testing.hadamard_oracle import hadamard
 
 MOST_LANES = 3
 LARGEST_ERROR = 1e-4  # of logits, against a full cache
@@ -288,8 +290,13 @@ class Lanes:
         assert index.covered <= layer.table.count, "the index holds keys of tokens that are gone"
         keys = unpacked(layer.table.readable()[0])[:, :, : index.covered].double()
         codes, scales = index.read(0, index.covered)
-        error = (codes.double() * scales.double()[..., None] - keys).abs()
-        if not bool((error <= 0.51 * scales.double()[..., None]).all()):
+        steps = scales.double()[..., None]
+        if index.form == "int4":
+            keys = (keys - index.centre[:, :, None]) @ hadamard(keys.shape[-1])
+            codes = torch.stack([codes % 16, codes // 16], dim=-1).flatten(-2).double() - 8
+            steps = steps * (keys.shape[-1] & -keys.shape[-1]) ** 0.5
+        error = (codes.double() * steps - keys).abs()
+        if not bool((error <= 0.51 * steps + 1e-12).all()):
             raise Disagreement(f"the index of layer {layer.layer_idx} holds other keys than its slots")
 
     def _count(self, cache: PolicyCache) -> None:
@@ -347,7 +354,7 @@ def run_program(program: Program, folder: Path, happened: Counter[str]) -> None:
     """
     lanes = Lanes(program, folder, happened)
     try:
-        with counting(happened):
+        with counting(happened), patch.object(key_index, "FIRST", 40):  # int4 keys get a centre on the way
             for operation in program.operations:
                 lanes.do(operation)
         lanes.close()

@@ -99,6 +99,7 @@ POLICIES: dict[str, Callable[[Random, bool], Any]] = {
     "full": lambda random, whole: Full(),
     "tokenselect": lambda random, whole: vote(random, whole, "exact"),
     "tokenselect int8": lambda random, whole: vote(random, whole, "int8"),
+    "tokenselect int4": lambda random, whole: vote(random, whole, "int4"),
     "quest": lambda random, whole: Quest(
         top_k=ENDLESS if whole else random.choice([16, 32]),
         page_size=random.choice([4, 16]),
@@ -125,7 +126,7 @@ POLICIES: dict[str, Callable[[Random, bool], Any]] = {
     ),
     "knorm and tokenselect": lambda random, whole: [
         KNorm(budget=ENDLESS if whole else 90),
-        vote(random, whole, random.choice(["exact", "int8"])),
+        vote(random, whole, random.choice(["exact", "int8", "int4"])),
     ],
 }
 

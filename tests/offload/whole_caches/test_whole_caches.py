@@ -22,6 +22,7 @@ GROWING = {  # what must happen with policies whose tables grow, so that they ar
     "full": (8, BLOCKS | {"saves", "forwards compared with a full cache"}),
     "tokenselect": (8, BLOCKS | {"selections"}),
     "tokenselect int8": (14, BLOCKS | NEAR | {"blocks cut", "layers read ahead", "selections", "selections reused"}),
+    "tokenselect int4": (8, BLOCKS | NEAR | {"selections", "selections reused"}),
     "quest": (8, BLOCKS | NEAR | {"selections"}),
     "tidaldecode": (8, BLOCKS | {"selections", "selections reused"}),
 }
