@@ -18,10 +18,10 @@ FOLDER = Path(__file__).parent / "triton_interpreted"
 FILES = {
     "attention": 80,
     "attention_mass": 45,
-    "selection": 15,
+    "selection": 19,
     "storage": 18,
     "eviction": 30,
-    "choosing": 12,
+    "choosing": 60,
     "prepared": 10,
 }  # and the least number of tests in each
 
