@@ -45,7 +45,7 @@ class VoteLaunches:
     ) -> None:
         batch, heads, _, dim = query.shape
         kv_heads, length = keys.shape[1], heads * dim
-        self._threshold, self._ends, self._sinks = threshold, sinks + local, sinks
+        self._threshold, self._ends = threshold, sinks + local
         self._shape = (batch, 1, sinks + chosen.shape[2] + local)
         self._heads, self._pairs = (batch, heads), batch * kv_heads
         group = heads // kv_heads
