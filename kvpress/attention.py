@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from kvpress.decode_step import DecodeStep
 from kvpress.delegates import NAME, original_attention
 from kvpress.errors import CacheStateError, UnsupportedModelError
 from kvpress.forward import take_over
@@ -49,6 +50,14 @@ def attention_forward(
     arguments = AttentionArguments(
         query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux")
     )
+    if not owner:
+        layer.lends, layer.step = True, None
+    if isinstance(forward, DecodeStep):
+        check_call(attention_mask, dropout if module.training else 0.0, kwargs)
+        at_once = forward.attend(query, key, attention_mask, kwargs.get("position_ids"), arguments)
+        if at_once is not None:
+            return at_once, None
+        forward = forward.leave()
     with own_precision(query.device):
         if owner:
             check_call(attention_mask, dropout if module.training else 0.0, kwargs)
@@ -57,6 +66,8 @@ def attention_forward(
         output = layer.attend(forward, query, key, value, arguments)
         if owner:
             layer.finish(forward, query, key, arguments)
+            if layer.step is None:
+                layer.prepare_step(forward, query, key, value, arguments)
     if output.requires_grad:
         output.register_hook(_refuse_backward)
     if forward.rows == 1 and output.shape[2] == 1 and output.is_contiguous():

@@ -189,6 +189,9 @@ class PolicyCache(Cache):
                 f"layer {layer_idx} has seen {layer.seen} tokens, layer {first.layer_idx} had seen "
                 f"{first.seen - key_states.shape[2]}: an earlier forward broke off. Call cache.reset() and start again"
             )
+        if layer.step is not None and layer.step.take(layer, key_states, value_states):
+            hand_over(layer.step, key_states)
+            return key_states, value_states
         keys, values = layer.update(key_states, value_states)
         if layer.forward is not None:
             hand_over(layer.forward, keys)
@@ -369,7 +372,9 @@ def _tensors(layer: Any) -> list[Tensor]:
     """Every tensor that a layer holds."""
     if isinstance(layer, PolicyLayer):
         selected = [] if layer.selector is None else layer.selector.tensors()
-        return [tensor for tensor in (*layer.table.tensors(), *layer.keeper.tensors(), *selected) if tensor is not None]
+        of_step = [] if layer.step is None else layer.step.tensors()
+        held = (*layer.table.tensors(), *layer.keeper.tensors(), *selected, *of_step)
+        return [tensor for tensor in held if tensor is not None]
     found: list[Tensor] = []
     for value in vars(layer).values():
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
