@@ -65,9 +65,9 @@ def attention_forward(
             layer.clock.check_positions(tokens, layer.seen, kwargs.get("position_ids"))
         output = layer.attend(forward, query, key, value, arguments)
         if owner:
-            layer.finish(forward, query, key, arguments)
             if layer.step is None:
                 layer.prepare_step(forward, query, key, value, arguments)
+            layer.finish(forward, query, key, arguments)
     if output.requires_grad:
         output.register_hook(_refuse_backward)
     if forward.rows == 1 and output.shape[2] == 1 and output.is_contiguous():

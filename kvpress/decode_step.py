@@ -77,7 +77,7 @@ class DecodeStep:
     def after(
         cls, layer: PolicyLayer, forward: Forward, query: Tensor, keys: Tensor, values: Tensor, arguments: AttentionArguments
     ) -> DecodeStep | None:
-        """For tokens like that of `forward`, which just ended; `None` where such a token has to go the ordinary way."""
+        """For tokens like that of `forward`, which attention just served; `None` where such a token has to go the ordinary way."""
         table, reader, known = layer.table, layer.reader, layer.clock.decoded
         prepared = table.prepared
         if (
@@ -86,6 +86,7 @@ class DecodeStep:
             or came_with(keys) is not forward
             or known is None
             or forward.visible is not None
+            or not (layer.selector is None or layer.selector.tells_at_once)
             or known.tokens.newest != table.count - 1
             or not keys.dtype == values.dtype == table.dtype == query.dtype
             or not query.stride()[-1] == keys.stride()[-1] == values.stride()[-1] == 1

@@ -359,7 +359,7 @@ class PolicyLayer(CacheLayerMixin):
     def prepare_step(
         self, forward: Forward, query: Tensor, keys: Tensor, values: Tensor, arguments: AttentionArguments
     ) -> None:
-        """Tokens like that of `forward`, which ended, may go by one call, where every token stays."""
+        """Tokens like that of `forward`, which attention just served, may go by one call, where every token stays."""
         if self._keeps_all and forward.rows == 1 and self.ordinal > 0 and not self.lends and self.stowage is None:
             self.step = DecodeStep.after(self, forward, query, keys, values, arguments)
 

@@ -53,6 +53,8 @@ class Quest(SelectionPolicy):
 class PageSelector(Selector):
     """Bounds of the pages of one layer, widened as tokens come."""
 
+    tells_at_once = True
+
     def __init__(self, policy: Quest, skip: bool) -> None:
         self.policy = policy
         self.skip = skip

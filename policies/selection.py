@@ -94,6 +94,7 @@ class Selector:
     misses = 0  # selections made
     has_index = False  # chooses by tensors of its own: old keys are read only where they are selected
     complete_lists = False  # where slots are ordered, its lists of a decoded token ascend and have no -1
+    tells_at_once = False  # `at_once` may answer
     one_set = False  # one set serves all KV heads, where they keep the same tokens
 
     def select(self, view: SlotView) -> Tensor | None:

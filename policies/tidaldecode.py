@@ -67,6 +67,7 @@ class TidalSelector(Selector):
     def __init__(self, top_k: int, chooses: bool, dense: bool, shared: dict[str, Any]) -> None:
         self.top_k = top_k
         self.chooses = chooses
+        self.tells_at_once = not chooses
         self.dense = dense
         self.shared = shared
         self.hits = self.misses = 0

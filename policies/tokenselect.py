@@ -102,7 +102,7 @@ CACHED = ("query", "chosen", "chosen_positions", "live")
 class VoteSelector(Selector):
     """Votes, and the Selection Cache of one layer: the query that selected last, what it selected, and where that stood."""
 
-    one_set = True
+    one_set = tells_at_once = True
     complete_lists = True
 
     def __init__(self, policy: TokenSelect) -> None:
