@@ -372,9 +372,7 @@ def _tensors(layer: Any) -> list[Tensor]:
     """Every tensor that a layer holds."""
     if isinstance(layer, PolicyLayer):
         selected = [] if layer.selector is None else layer.selector.tensors()
-        of_step = [] if layer.step is None else layer.step.tensors()
-        held = (*layer.table.tensors(), *layer.keeper.tensors(), *selected, *of_step)
-        return [tensor for tensor in held if tensor is not None]
+        return [tensor for tensor in (*layer.table.tensors(), *layer.keeper.tensors(), *selected) if tensor is not None]
     found: list[Tensor] = []
     for value in vars(layer).values():
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]

@@ -75,7 +75,13 @@ class DecodeStep:
 
     @classmethod
     def after(
-        cls, layer: PolicyLayer, forward: Forward, query: Tensor, keys: Tensor, values: Tensor, arguments: AttentionArguments
+        cls,
+        layer: PolicyLayer,
+        forward: Forward,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        arguments: AttentionArguments,
     ) -> DecodeStep | None:
         """For tokens like that of `forward`, which attention just served; `None` where such a token has to go the ordinary way."""
         table, reader, known = layer.table, layer.reader, layer.clock.decoded
@@ -105,10 +111,6 @@ class DecodeStep:
     def waits(self) -> bool:
         """Whether a token is on its way."""
         return self._keys is not None
-
-    def tensors(self) -> list[Tensor]:
-        """What is held beside the layer's own tensors."""
-        return [tensor for tensor in (self._index, self._step.plain, *(self._tables or ())) if tensor is not None]
 
     def take(self, layer: PolicyLayer, keys: Tensor, values: Tensor) -> bool:
         """Take in a token `[batch, kv_heads, 1, dim]`, if it is as those before it."""
@@ -158,7 +160,8 @@ class DecodeStep:
             return None
         step, selector, back, index, call = self._step, layer.selector, None, None, None
         if step.plain is not None:
-            back = None if layer.rotation is None or known.rotated_to is None else layer.rotation.way_back_by_kernel(query, known.rotated_to)
+            if layer.rotation is not None and known.rotated_to is not None:
+                back = layer.rotation.way_back_by_kernel(query, known.rotated_to)
             if back is None:
                 return None
         if selector is not None:

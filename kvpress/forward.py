@@ -81,7 +81,7 @@ class Forward:
 
 
 # Models that expand keys between `update` and attention (latents, repeated heads) lose the attribute of the tensor
-_latest: ContextVar[weakref.ref[Forward] | weakref.ref[DecodeStep] | None] = ContextVar("kvpress_forward", default=None)
+_latest: ContextVar[weakref.ref[Forward | DecodeStep] | None] = ContextVar("kvpress_forward", default=None)
 
 
 def hand_over(forward: Forward | DecodeStep, keys: Tensor) -> None:

@@ -190,9 +190,9 @@ class PolicyLayer(CacheLayerMixin):
     def take_in(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Fill an empty layer with tokens `[batch, kv_heads, tokens, dim]` that another cache has seen, without their queries."""
         self.update(keys, values)
-        forward, self.forward = self.forward, None
-        if forward is None:
+        if self.forward is None:
             return
+        forward, self.forward = self.running, None
         self.place(forward, mask, keys.device)
         self.keeper.adopt(forward)
         self._stow(forward.rows)
