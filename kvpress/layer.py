@@ -360,7 +360,7 @@ class PolicyLayer(CacheLayerMixin):
         self, forward: Forward, query: Tensor, keys: Tensor, values: Tensor, arguments: AttentionArguments
     ) -> None:
         """Tokens like that of `forward`, which attention just served, may go by one call, where every token stays."""
-        if self._keeps_all and forward.rows == 1 and self.ordinal > 0 and not self.lends and self.stowage is None:
+        if self._keeps_all and forward.rows == 1 and self.ordinal > 0 and not self.lends:
             self.step = DecodeStep.after(self, forward, query, keys, values, arguments)
 
     def took_step(self, tokens: Tokens, index: Tensor | None) -> None:
@@ -377,7 +377,8 @@ class PolicyLayer(CacheLayerMixin):
     def _stow(self, rows: int) -> None:
         if self.stowage is not None:
             selected = [] if self.reader is None else self.reader.tensors()
-            self.stowage.stow(self.table, rows, (*self.keeper.tensors(), *selected))
+            of_step = [] if self.step is None else self.step.tensors()
+            self.stowage.stow(self.table, rows, (*self.keeper.tensors(), *selected, *of_step))
 
     def commit(self) -> None:
         """End a forward that waited for a `crop` which did not come."""

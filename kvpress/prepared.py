@@ -11,12 +11,10 @@ from torch import Tensor
 
 from kvpress.columns import POSITION
 from kvpress.kernels.attention.prepared import PreparedAttention
-from kvpress.kernels.decode_step import PreparedStep
 from kvpress.kernels.eviction import RowWriter
 from kvpress.kernels.eviction.steady import SteadyWeakest
 
 if TYPE_CHECKING:
-    from kvpress.kernels.rotation.prepared import PreparedRotation
     from kvpress.slots import SlotTable
 
 
@@ -74,20 +72,6 @@ class PreparedSlots:
     def place(self, slot: Tensor | int, positions: Tensor) -> None:
         """Put `positions [batch or 1, 1]` int32 there."""
         self._position.write(slot, [positions])
-
-    def step(self, query: Tensor, keys: Tensor, back: PreparedRotation | None) -> PreparedStep | None:
-        """All that a token does here in one call, for tokens like the one that did so last; `None` where that was by other calls.
-
-        Args:
-            query, keys: of that token, as the model made them.
-            back: where keys are stored before rotation: what undid its own.
-        """
-        if not self._form.plain:
-            return None
-        written, attended = self._rows.last_call(), self.attention.last_call()
-        if written is None or attended is None:
-            return None
-        return PreparedStep(written, attended, query, keys, self.whole[0], back)
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held beside the table's tensors."""

@@ -72,16 +72,6 @@ class RowWriter:
             self._launches.write(slot, rows)
             return
         call = self._calls[len(rows)]
-        copies = self._note(call, slot, rows)  # they must outlive the call
-        native.built().overwrite_again(call)
-        del copies
-
-    def last_call(self) -> array[int] | None:
-        """The fields of the compiled kernel's last call for all columns, where it serves."""
-        return self._calls[len(self.columns)][:] if self._impl == "native" else None
-
-    def _note(self, call: array[int], slot: Tensor | int, rows: Sequence[Tensor]) -> list[Tensor]:
-        """Put the addresses of `rows` into the fields `call`; returns copies that were made of some."""
         place, same = (0, slot) if isinstance(slot, int) else (slot.data_ptr(), 0)
         batch, kv_heads = self.heads
         at, copies = SLOT, []
@@ -89,13 +79,13 @@ class RowWriter:
             strides, shape, item = row.stride(), row.shape, row.element_size()
             if len(shape) == 4 and strides[3] != 1:
                 row = row.contiguous()
-                copies.append(row)
+                copies.append(row)  # it must outlive the call
                 strides = row.stride()
             call[at], call[at + 1], call[at + 4] = place, row.data_ptr(), same
             call[at + 2] = strides[0] * item if shape[0] == batch else 0
             call[at + 3] = strides[1] * item if shape[1] == kv_heads else 0
             at += FIELDS
-        return copies
+        native.built().overwrite_again(call)
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held beside the columns and `starts`."""

@@ -228,7 +228,9 @@ struct VotedSlots {            // of one decoded token a batch row, over slots i
 };
 
 struct DecodedToken {          // what differs from one token to the next
-  int64_t threads, slot;       // the slot that it takes, behind all others
+  int64_t threads;
+  int64_t slot, slots;         // the one that it takes; how many there are then, or 0: as the call says
+  int64_t found;               // not 0: all but attention was done before
   const void* key;             // of the token, as the model made them
   const void* value;
   const void* query;

@@ -8,6 +8,7 @@
 #include "arguments.hpp"
 #include "choosing.hpp"
 #include "columns.hpp"
+#include "decode_step.hpp"
 #include "files.hpp"
 #include "memory.hpp"
 #include "places.hpp"
@@ -217,65 +218,33 @@ PyObject* call_voted_slots(PyObject*, PyObject* fields) {
   return status ? finish(status) : PyBool_FromLong(anew);
 }
 
-// A decoded token's way through a layer that keeps every token: key and value go into their slot, slots are chosen, and attended to.
-// Calls for this are given as for the operations of their own; what differs from token to token is put in here.
-int decode_step(const DecodedToken& t, Overwrite* rows, Rotation* back, VotedSlots* vote, ChoosePages* pages, Attention& a, bool* anew) {
-  const Level& level = *used->level;
-  rows[0].source = static_cast<const char*>(t.key);
-  rows[1].source = static_cast<const char*>(t.value);
-  rows[0].same = rows[1].same = t.slot;
-  int status = overwrite(rows[1]);
-  if (!status && !back) status = overwrite(rows[0]);
-  a.query = t.query;
-  if (back) {
-    back[0].source = t.key;
-    back[0].output = rows[0].column + t.slot * rows[0].slot_stride;
-    back[1].source = t.query;
-    for (int i = 0; i < 2 && !status; ++i) {
-      back[i].cosine = t.cosine;
-      back[i].sine = t.sine;
-      status = level.rotate(back[i]);
-    }
-    a.query = back[1].output;
-  }
-  if (!status && vote) status = level.voted_slots(*vote, anew);
-  if (!status && pages) status = level.choose_pages(*pages);
-  a.threads = t.threads;
-  a.slots.slots = t.slot + 1;
-  if (t.index) a.slots.index = t.index;
-  a.output = t.output;
-  return status ? status : level.attention(a);
-}
-
-// Buffers: DecodedToken, two Overwrite, two Rotation or None, VotedSlots or None, ChoosePages or None, Attention. Whether a selection was
-// made anew: True or False.
+// Buffers: DecodedToken, two Overwrite, two Rotation, VotedSlots, ChoosePages, FindPlaces, Attention; None for any of the middle four.
+// Whether a selection was made anew, and whether some of it lies nowhere yet: attention then waits for a call with `found`.
 PyObject* call_decode_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 6) {
-    PyErr_Format(PyExc_TypeError, "expected 6 arguments, got %zd", count);
+  if (count != 7) {
+    PyErr_Format(PyExc_TypeError, "expected 7 arguments, got %zd", count);
     return nullptr;
   }
-  DecodedToken token;
-  Overwrite rows[2];
-  Rotation back[2];
-  VotedSlots vote;
-  ChoosePages pages;
-  Attention attention;
-  Py_ssize_t one, two = 2, turns = 2;
-  const bool turned = args[2] != Py_None, voted = args[3] != Py_None, paged = args[4] != Py_None;
-  if (!read_buffer(args[0], &token, 1, &one) || !read_buffer(args[1], rows, 2, &two) || (turned && !read_buffer(args[2], back, 2, &turns)) ||
-      (voted && !read_buffer(args[3], &vote, 1, &one)) || (paged && !read_buffer(args[4], &pages, 1, &one)) ||
-      !read_buffer(args[5], &attention, 1, &one))
+  DecodeStep step(*used->level);
+  step.turned = args[2] != Py_None;
+  step.voted = args[3] != Py_None;
+  step.paged = args[4] != Py_None;
+  step.placed = args[5] != Py_None;
+  Py_ssize_t one, rows, turns = 2;
+  if (!read_buffer(args[0], &step.token, 1, &one) || !read_buffer(args[1], step.rows, 2, &rows) ||
+      (step.turned && !read_buffer(args[2], step.back, 2, &turns)) || (step.voted && !read_buffer(args[3], &step.vote, 1, &one)) ||
+      (step.paged && !read_buffer(args[4], &step.pages, 1, &one)) || (step.placed && !read_buffer(args[5], &step.places, 1, &one)) ||
+      !read_buffer(args[6], &step.attention, 1, &one))
     return nullptr;
-  if (two != 2 || turns != 2) {
+  if (rows != 2 || turns != 2) {
     PyErr_SetString(PyExc_TypeError, "expected the fields of two rows, and of two rotations or None");
     return nullptr;
   }
   int status;
-  bool anew = false;
   Py_BEGIN_ALLOW_THREADS
-  status = decode_step(token, rows, turned ? back : nullptr, voted ? &vote : nullptr, paged ? &pages : nullptr, attention, &anew);
+  status = step.run();
   Py_END_ALLOW_THREADS
-  return status ? finish(status) : PyBool_FromLong(anew);
+  return status ? finish(status) : Py_BuildValue("OO", step.anew ? Py_True : Py_False, step.missing ? Py_True : Py_False);
 }
 
 #define FAST(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(function)), METH_FASTCALL

@@ -1,6 +1,7 @@
 """Decoded tokens that go through a layer by one call, against the same tokens the ordinary way: the same bits, and the same cache after."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kvpress.decode_step import DecodeStep
 from kvpress.errors import CacheStateError
 from kvpress.kernels.decode_step import PreparedStep
 from kvpress.kernels.native import missing
+from kvpress.kernels.rotation.prepared import PreparedRotation
 from kvpress.layer import PolicyLayer
 from kvpress.policies import Full, Quest, SnapKV, TidalDecode, TokenSelect
 from kvpress.testing.families import random_tokens, tiny_model
@@ -296,39 +298,29 @@ def test_policies_that_evict_take_no_steps(steps, model):
     assert steps == {"taken": 0, "left": 0}
 
 
-def one_slot_too_early(patch):
-    run = PreparedStep.run
-    patch.setattr(
-        PreparedStep,
-        "run",
-        lambda self, query, keys, values, slot, *rest: run(self, query, keys, values, slot - 1, *rest),
-    )
+def one_slot_too_early(*, slot, **given):
+    return given | {"slot": slot - 1}
 
 
-def former_rotation(patch):
-    """The first token's way back serves all."""
-    run, first = PreparedStep.run, []
-
-    def stale(self, query, keys, values, slot, output, back, *rest):
-        first.append(back)
-        return run(self, query, keys, values, slot, output, first[0], *rest)
-
-    patch.setattr(PreparedStep, "run", stale)
+def another_rotation(*, back, **given):
+    """By other angles."""
+    return given | {"back": PreparedRotation(back.sine, back.cosine, inverse=True)}
 
 
-def list_not_followed(patch):
-    run = PreparedStep.run
-
-    def first_slots(self, *given):
-        *rest, index, _ = given
-        return run(self, *rest, index.copy_(torch.arange(index.shape[-1])), None)
-
-    patch.setattr(PreparedStep, "run", first_slots)
+def list_not_followed(*, index, vote, **given):
+    return given | {"index": index.copy_(torch.arange(index.shape[-1])), "vote": None}
 
 
-@pytest.mark.parametrize("broken", [one_slot_too_early, former_rotation, list_not_followed])
+@pytest.mark.parametrize("broken", [one_slot_too_early, another_rotation, list_not_followed])
 def test_broken_steps_are_noticed(model, broken):
+    run = PreparedStep.run
+
+    def changed(self, *given):
+        arguments = inspect.signature(run).bind(self, *given).arguments
+        del arguments["self"]
+        return run(self, **broken(**arguments))
+
     with pytest.MonkeyPatch.context() as context:
-        broken(context)
+        context.setattr(PreparedStep, "run", changed)
         (logits, _), (apart, _), _, _ = both(model, POLICIES["tokenselect, anew"], repeated(1))
     assert not torch.equal(logits, apart)
