@@ -47,17 +47,17 @@ def attention_forward(
         )
         return result
     owner = layer.layer_idx == module.layer_idx  # else a layer that shares the keys of an earlier one
-    arguments = AttentionArguments(
-        query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux")
-    )
     if not owner:
         layer.lends, layer.step = True, None
     if isinstance(forward, DecodeStep):
         check_call(attention_mask, dropout if module.training else 0.0, kwargs)
-        at_once = forward.attend(query, key, attention_mask, kwargs.get("position_ids"), arguments)
+        at_once = forward.attend(query, key, attention_mask, scaling, kwargs)
         if at_once is not None:
             return at_once, None
         forward = forward.leave()
+    arguments = AttentionArguments(
+        query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux")
+    )
     with own_precision(query.device):
         if owner:
             check_call(attention_mask, dropout if module.training else 0.0, kwargs)
@@ -66,7 +66,7 @@ def attention_forward(
         output = layer.attend(forward, query, key, value, arguments)
         if owner:
             if layer.step is None:
-                layer.prepare_step(forward, query, key, value, arguments)
+                layer.prepare_step(forward, query, key, value, scaling, kwargs)
             layer.finish(forward, query, key, arguments)
     if output.requires_grad:
         output.register_hook(_refuse_backward)

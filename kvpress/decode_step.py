@@ -13,12 +13,13 @@ from kvpress.errors import CacheStateError
 from kvpress.forward import Forward, came_with
 from kvpress.kernels.choosing.prepared import PreparedVote
 from kvpress.kernels.decode_step import PreparedStep
-from kvpress.observation import AttentionArguments
 from kvpress.offload.step_copies import StepCopies
 from kvpress.policies.selection import ALL
 from kvpress.step_slots import StepSlots
 
 if TYPE_CHECKING:
+    from kvpress.kernels.pages.prepared import PreparedPages
+    from kvpress.kernels.rotation.prepared import PreparedRotation
     from kvpress.layer import PolicyLayer
 
 
@@ -40,7 +41,8 @@ class DecodeStep:
     Args:
         layer: that a token just went through.
         query, keys, values: its own, as the attention function got them.
-        arguments: likewise.
+        scaling, options: likewise, `softcap` and `s_aux` among them.
+        slots: where it went.
         step: its kernels.
         index: the slots that it attended to, `None` for all.
     """
@@ -51,7 +53,8 @@ class DecodeStep:
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        arguments: AttentionArguments,
+        scaling: float | None,
+        options: dict[str, Any],
         slots: StepSlots,
         step: PreparedStep,
         index: Tensor | None,
@@ -60,14 +63,13 @@ class DecodeStep:
         self.layer = weakref.ref(layer)
         self._table, self._slots, self._step = table, slots, step
         self._keys_kind, self._values_kind, self._query_kind = _kind(keys), _kind(values), _kind(query)
-        self._arguments = (arguments.scaling, arguments.softcap)
-        self._sinks = arguments.sinks
+        self._scaling, self._softcap, self._sinks = scaling, options.get("softcap"), options.get("s_aux")
         batch, heads, rows, _ = query.shape
         self._output = (batch, rows, heads, values.shape[-1])
         self._listed = None if index is None else _kind(index)
         self._index = index  # written over by the selections to come
         tables = None if layer.rotation is None or index is None else layer.rotation.tables(query, index.shape[-1])
-        self._tables = [weakref.ref(table) for table in tables or ()]  # whose addresses the kernels know
+        self._cosines = None if tables is None else weakref.ref(tables[0])  # whose address the kernels know
         self._keys: Tensor | None = None  # of the token that is on its way
         self._values: Tensor | None = None
         positions = table.columns.stored(POSITION)  # of tokens in order they are known beforehand
@@ -84,7 +86,8 @@ class DecodeStep:
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        arguments: AttentionArguments,
+        scaling: float | None,
+        options: dict[str, Any],
     ) -> DecodeStep | None:
         """For tokens like that of `forward`, which attention just served; `None` where such a token has to go the ordinary way."""
         table, reader, known = layer.table, layer.reader, layer.clock.decoded
@@ -107,7 +110,7 @@ class DecodeStep:
             if back is None or index is None:
                 return None
         step = slots.prepare(table, query, keys, values, back)
-        return None if step is None else cls(layer, query, keys, values, arguments, slots, step, index)
+        return None if step is None else cls(layer, query, keys, values, scaling, options, slots, step, index)
 
     def tensors(self) -> list[Tensor]:
         """What is held beside the table's own tensors."""
@@ -138,67 +141,91 @@ class DecodeStep:
         return True
 
     def attend(
-        self, query: Tensor, keys: Tensor, mask: Tensor | None, ids: Tensor | None, arguments: AttentionArguments
+        self, query: Tensor, keys: Tensor, mask: Tensor | None, scaling: float | None, options: dict[str, Any]
     ) -> Tensor | None:
-        """Output `[batch, 1, query_heads, value_dim]`; or `None`, and nothing was done.
-
-        Args:
-            query, keys, mask, ids, arguments: as the attention function got them; `ids` are the position ids.
-        """
-        layer, values = self.layer(), self._values
+        """Output `[batch, 1, query_heads, value_dim]`; or `None`, and nothing was done. Arguments are those of the attention function."""
+        layer, table, values = self.layer(), self._table, self._values
         if layer is None or values is None:
             return None
-        known, count = layer.clock.decoded, self._table.count
+        known, step = layer.clock.decoded, self._step
         if (
             known is None
             or known.mask is not mask
-            or known.ids is not ids
-            or known.tokens.newest != count
+            or known.ids is not options.get("position_ids")
+            or known.tokens.newest != table.count
             or keys is not self._keys
-            or _kind(query) != self._query_kind
-            or (arguments.scaling, arguments.softcap) != self._arguments
-            or arguments.sinks is not self._sinks
-            or any(table() is None for table in self._tables)
-            or (query.requires_grad and torch.is_grad_enabled())
-            or torch.is_autocast_enabled("cpu")
+            or scaling != self._scaling
+            or not self._asks_alike(query, options)
         ):
             layer.step = None
             return None
-        step, slots, selector, back, index, choice = self._step, self._slots, layer.selector, None, None, None
+        back, plain = None, query
         if step.plain is not None:
-            if layer.rotation is not None and known.rotated_to is not None:
-                back = layer.rotation.way_back_by_kernel(query, known.rotated_to)
+            back, plain = self._way_back(layer, query, known.rotated_to), step.plain
             if back is None:
                 return None
-        plain, vote, pages, places = query if step.plain is None else step.plain, None, None, None
+        index, choice, selector = None, None, layer.selector
         if selector is not None:
-            choice = selector.at_once(plain, count + 1)
-            if choice is None:
+            chosen = selector.at_once(plain, table.count + 1)
+            if chosen is None:
                 return None
-            if (choice is ALL) != (self._listed is None):
+            if (chosen is ALL) != (self._index is None):
                 layer.step = None  # the first token from which a few slots are chosen
                 return None
-            if isinstance(choice, Tensor):
-                if _kind(choice) != self._listed:
+            if isinstance(chosen, Tensor):
+                index = chosen
+                if _kind(index) != self._listed:
                     return None
-                index = choice
-            elif choice is not ALL and self._index is not None:
-                index = self._index
-                call = choice.call_for(plain.data_ptr(), count + 1, index.data_ptr())
-                vote, pages = (call, None) if isinstance(choice, PreparedVote) else (None, call)
-        found = index
-        if index is not None and (places := slots.places(self._table, index)) is not None:
-            found = slots.found
-        output, place = torch.empty(self._output, dtype=query.dtype), slots.place(self._table)
-        anew, missing = step.run(query, keys, values, output, back, *place, found, vote, pages, places)
-        if index is not None and missing:
-            slots.bring(self._table, index)
-            step.attend()
-        if selector is not None and (vote is not None or pages is not None):
+            elif chosen is not ALL:
+                index, choice = self._index, chosen
+        output = torch.empty(self._output, dtype=query.dtype)
+        anew = self._run(query, keys, values, output, back, index, choice)
+        if selector is not None and choice is not None:
             selector.called(anew)
         self._keys = self._values = None
         layer.took_step(known.tokens, index)
         return output
+
+    def _asks_alike(self, query: Tensor, options: dict[str, Any]) -> bool:
+        """Whether the addresses and numbers that were noted serve this query."""
+        return (
+            _kind(query) == self._query_kind
+            and options.get("softcap") == self._softcap
+            and options.get("s_aux") is self._sinks
+            and (self._cosines is None or self._cosines() is not None)
+            and not (query.requires_grad and torch.is_grad_enabled())
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _way_back(self, layer: PolicyLayer, query: Tensor, positions: Tensor | None) -> PreparedRotation | None:
+        return (
+            None if layer.rotation is None or positions is None else layer.rotation.way_back_by_kernel(query, positions)
+        )
+
+    def _run(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        output: Tensor,
+        back: PreparedRotation | None,
+        index: Tensor | None,
+        choice: PreparedVote | PreparedPages | None,
+    ) -> bool:
+        """Everything that kernels do; whether a vote chose anew."""
+        table, slots, step, vote, pages, places, found = self._table, self._slots, self._step, None, None, None, index
+        if index is not None:
+            if choice is not None:
+                asking = query if step.plain is None else step.plain
+                call = choice.call_for(asking.data_ptr(), table.count + 1, index.data_ptr())
+                vote, pages = (call, None) if isinstance(choice, PreparedVote) else (None, call)
+            places = slots.places(table, index)
+            found = index if places is None else slots.found
+        anew, missing = step.run(query, keys, values, output, back, *slots.place(table), found, vote, pages, places)
+        if missing and index is not None:
+            slots.bring(table, index)
+            step.attend()
+        return anew
 
     def leave(self) -> Forward:
         """The token that is on its way goes the ordinary way."""

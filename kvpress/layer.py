@@ -357,11 +357,17 @@ class PolicyLayer(CacheLayerMixin):
             self._stow(forward.rows)
 
     def prepare_step(
-        self, forward: Forward, query: Tensor, keys: Tensor, values: Tensor, arguments: AttentionArguments
+        self,
+        forward: Forward,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float | None,
+        options: dict[str, Any],
     ) -> None:
         """Tokens like that of `forward`, which attention just served, may go by one call, where every token stays."""
         if self._keeps_all and forward.rows == 1 and self.ordinal > 0 and not self.lends:
-            self.step = DecodeStep.after(self, forward, query, keys, values, arguments)
+            self.step = DecodeStep.after(self, forward, query, keys, values, scaling, options)
 
     def took_step(self, tokens: Tokens, index: Tensor | None) -> None:
         """A token went by `step`, and attended to the slots `index`."""

@@ -60,9 +60,7 @@ class PreparedStep:
             turned = ((keys, buffers[0][:, :, :1]), (query, self.plain))
             self._back = array("q")
             for row, output in turned:
-                self._back.extend(
-                    rotation.packed(rotation.fields(row, back.cosine, back.sine, None, True, output))
-                )
+                self._back.extend(rotation.packed(rotation.fields(row, back.cosine, back.sine, None, True, output)))
 
     @staticmethod
     def refusal(

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class StepCopies(StepSlots):
-    """Where all that a token reads and writes lies among the near copies: nothing of another size is held after it, so that there is nothing
-    to account for.
+    """Where all that a token reads and writes lies among the near copies: nothing of another size is held after it, and there is nothing to
+    account for.
 
     Args:
         stowage: of the table.
@@ -61,7 +61,9 @@ class StepCopies(StepSlots):
             and stowage.copies.slots is hot
             and hot.is_tail(table.keys)
             and stowage.serves_steps
-            and 0 < behind < stowage.attached.options.block - 1  # the last token of a block is followed by putting it away
+            and 0
+            < behind
+            < stowage.attached.options.block - 1  # the last token of a block is followed by putting it away
             and table.columns[POSITION] is self._positions()
             and self._places.of_memory(hot.place)
             and table.count < self._room
