@@ -47,8 +47,6 @@ def attention_forward(
         )
         return result
     owner = layer.layer_idx == module.layer_idx  # else a layer that shares the keys of an earlier one
-    if not owner:
-        layer.lends, layer.step = True, None
     if isinstance(forward, DecodeStep):
         check_call(attention_mask, dropout if module.training else 0.0, kwargs)
         at_once = forward.attend(query, key, attention_mask, scaling, kwargs)
@@ -65,9 +63,10 @@ def attention_forward(
             layer.clock.check_positions(tokens, layer.seen, kwargs.get("position_ids"))
         output = layer.attend(forward, query, key, value, arguments)
         if owner:
-            if layer.step is None:
-                layer.prepare_step(forward, query, key, value, scaling, kwargs)
+            layer.prepare_step(forward, query, key, value, scaling, kwargs)
             layer.finish(forward, query, key, arguments)
+        else:
+            layer.lend()
     if output.requires_grad:
         output.register_hook(_refuse_backward)
     if forward.rows == 1 and output.shape[2] == 1 and output.is_contiguous():

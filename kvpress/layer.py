@@ -76,7 +76,7 @@ class PolicyLayer(CacheLayerMixin):
         self.token_ids = token_ids
         self.keeper = Keeper(policy, layer_idx, ordinal, layers, expands_keys=expands_keys, reader=reader)
         self._keeps_all = policy.budget is None and not policy.columns and token_ids is None and not expands_keys
-        self.lends = False  # layers without keys of their own attend to these slots
+        self._lends = False  # layers without keys of their own attend to these slots
         self.attended = True  # our attention function follows every update
         self.reset()
 
@@ -366,8 +366,12 @@ class PolicyLayer(CacheLayerMixin):
         options: dict[str, Any],
     ) -> None:
         """Tokens like that of `forward`, which attention just served, may go by one call, where every token stays."""
-        if self._keeps_all and forward.rows == 1 and self.ordinal > 0 and not self.lends:
+        if self.step is None and forward.rows == 1 and self._keeps_all and self.ordinal > 0 and not self._lends:
             self.step = DecodeStep.after(self, forward, query, keys, values, scaling, options)
+
+    def lend(self) -> None:
+        """A layer without keys of its own attended to these slots: it needs the `Forward` that a step has not."""
+        self._lends, self.step = True, None
 
     def took_step(self, tokens: Tokens, index: Tensor | None) -> None:
         """A token went by `step`, and attended to the slots `index`."""
