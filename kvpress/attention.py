@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from kvpress.decode_step import DecodeStep
 from kvpress.delegates import NAME, original_attention
 from kvpress.errors import CacheStateError, UnsupportedModelError
 from kvpress.forward import take_over
@@ -46,6 +47,12 @@ def attention_forward(
         )
         return result
     owner = layer.layer_idx == module.layer_idx  # else a layer that shares the keys of an earlier one
+    if isinstance(forward, DecodeStep):
+        check_call(attention_mask, dropout if module.training else 0.0, kwargs)
+        at_once = forward.attend(query, key, attention_mask, scaling, kwargs)
+        if at_once is not None:
+            return at_once, None
+        forward = forward.leave()
     arguments = AttentionArguments(
         query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux")
     )
@@ -56,7 +63,10 @@ def attention_forward(
             layer.clock.check_positions(tokens, layer.seen, kwargs.get("position_ids"))
         output = layer.attend(forward, query, key, value, arguments)
         if owner:
+            layer.prepare_step(forward, query, key, value, scaling, kwargs)
             layer.finish(forward, query, key, arguments)
+        else:
+            layer.lend()
     if output.requires_grad:
         output.register_hook(_refuse_backward)
     if forward.rows == 1 and output.shape[2] == 1 and output.is_contiguous():

@@ -189,6 +189,9 @@ class PolicyCache(Cache):
                 f"layer {layer_idx} has seen {layer.seen} tokens, layer {first.layer_idx} had seen "
                 f"{first.seen - key_states.shape[2]}: an earlier forward broke off. Call cache.reset() and start again"
             )
+        if layer.step is not None and layer.step.take(layer, key_states, value_states):
+            hand_over(layer.step, key_states)
+            return key_states, value_states
         keys, values = layer.update(key_states, value_states)
         if layer.forward is not None:
             hand_over(layer.forward, keys)

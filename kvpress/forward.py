@@ -13,6 +13,7 @@ from kvpress.errors import CacheStateError
 from kvpress.tokens import Tokens
 
 if TYPE_CHECKING:
+    from kvpress.decode_step import DecodeStep
     from kvpress.layer import PolicyLayer
     from kvpress.prepared import PreparedSlots
 
@@ -56,6 +57,11 @@ class Forward:
     weights: Tensor | None = None
 
     @property
+    def waits(self) -> bool:
+        """Whether its attention has not begun."""
+        return self.tokens is None
+
+    @property
     def rotated(self) -> Tensor:
         """Positions `[batch or 1, rows]` to which the model rotated this forward's keys and queries."""
         if self.rotated_to is None:
@@ -75,23 +81,29 @@ class Forward:
 
 
 # Models that expand keys between `update` and attention (latents, repeated heads) lose the attribute of the tensor
-_latest: ContextVar[weakref.ref[Forward] | None] = ContextVar("kvpress_forward", default=None)
+_latest: ContextVar[weakref.ref[Forward | DecodeStep] | None] = ContextVar("kvpress_forward", default=None)
 
 
-def hand_over(forward: Forward, keys: Tensor) -> None:
+def hand_over(forward: Forward | DecodeStep, keys: Tensor) -> None:
     """Leave `forward` for the attention function that will get `keys`, or something made of them."""
     setattr(keys, _ATTRIBUTE, forward)
     _latest.set(weakref.ref(forward))
 
 
-def take_over(keys: Tensor, layer_idx: int) -> Forward | None:
+def came_with(keys: Tensor) -> Forward | DecodeStep | None:
+    """The forward that was left with just this tensor."""
+    forward: Forward | DecodeStep | None = getattr(keys, _ATTRIBUTE, None)
+    return forward
+
+
+def take_over(keys: Tensor, layer_idx: int) -> Forward | DecodeStep | None:
     """The forward left for these keys; `None` when they are not from a `PolicyCache`."""
-    forward: Forward | None = getattr(keys, _ATTRIBUTE, None)
+    forward = came_with(keys)
     if forward is not None:
         return forward
     reference = _latest.get()
     latest = None if reference is None else reference()
-    if latest is None or latest.tokens is not None:  # served once
+    if latest is None or not latest.waits:  # served once
         return None
     layer = latest.layer()
     return latest if layer is not None and layer.layer_idx == layer_idx else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvpress.decode_step import DecodeStep
 from kvpress.errors import CacheStateError
 from kvpress.forward import Forward
 from kvpress.keeper import Keeper
@@ -74,6 +75,8 @@ class PolicyLayer(CacheLayerMixin):
         self.reader = reader
         self.token_ids = token_ids
         self.keeper = Keeper(policy, layer_idx, ordinal, layers, expands_keys=expands_keys, reader=reader)
+        self._keeps_all = policy.budget is None and not policy.columns and token_ids is None and not expands_keys
+        self._lends = False  # layers without keys of their own attend to these slots
         self.attended = True  # our attention function follows every update
         self.reset()
 
@@ -87,7 +90,8 @@ class PolicyLayer(CacheLayerMixin):
         self.seen = 0
         self.seen_rows: tuple[int, ...] = ()  # real tokens of each batch row
         self.record_past = False
-        self.forward: Forward | None = None  # appended, not yet attended to
+        self.forward: Forward | DecodeStep | None = None  # appended, not yet attended to
+        self.step: DecodeStep | None = None  # of decoded tokens that need not go the whole way
         self._waiting: WaitingForward | None = None  # for `crop`
         if self.reader is not None:
             self.reader.reset()
@@ -179,17 +183,16 @@ class PolicyLayer(CacheLayerMixin):
 
     def _reads_some(self, rows: int) -> bool:
         """Whether only selected slots are read, and nothing has to be known of the others."""
-        if rows > 1 or self.selector is None or not self.attended or self.expands_keys:
+        if rows > 1 or self.selector is None or not self.attended:
             return False
-        keeps_all = self.policy.budget is None and not self.policy.columns
-        return keeps_all and self.selector.narrows(self.table.count + 1)
+        return self._keeps_all and self.selector.narrows(self.table.count + 1)
 
     def take_in(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Fill an empty layer with tokens `[batch, kv_heads, tokens, dim]` that another cache has seen, without their queries."""
         self.update(keys, values)
-        forward, self.forward = self.forward, None
-        if forward is None:
+        if self.forward is None:
             return
+        forward, self.forward = self.running, None
         self.place(forward, mask, keys.device)
         self.keeper.adopt(forward)
         self._stow(forward.rows)
@@ -285,7 +288,7 @@ class PolicyLayer(CacheLayerMixin):
         Raises:
             CacheStateError: none is running.
         """
-        if self.forward is None:
+        if not isinstance(self.forward, Forward):
             raise CacheStateError(f"layer {self.layer_idx}: no forward is running")
         return self.forward
 
@@ -304,6 +307,7 @@ class PolicyLayer(CacheLayerMixin):
         if self.table.has_empty or (self.reader is not None and self.table.rows is not None):
             forward.visible = self.table.positions
         self.seen_rows = tokens.seen
+        given = ids
         if self.rotation is not None:
             if self.ordinal == 0:
                 self.rotation.begin()
@@ -312,6 +316,8 @@ class PolicyLayer(CacheLayerMixin):
             buffer, slot = self.table.place_of_key(forward.new)
             if buffer is None or not self.rotation.undo_in_place(buffer, slot, forward.new_keys, forward.rotated_to):
                 self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
+        if self.ordinal == 0:
+            self.clock.note(mask, given, tokens, forward.rotated_to)
         return tokens
 
     @property
@@ -350,10 +356,39 @@ class PolicyLayer(CacheLayerMixin):
             self.keeper.keep(forward, query, keys, arguments)
             self._stow(forward.rows)
 
+    def prepare_step(
+        self,
+        forward: Forward,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float | None,
+        options: dict[str, Any],
+    ) -> None:
+        """Tokens like that of `forward`, which attention just served, may go by one call, where every token stays."""
+        if self.step is None and forward.rows == 1 and self._keeps_all and self.ordinal > 0 and not self._lends:
+            self.step = DecodeStep.after(self, forward, query, keys, values, scaling, options)
+
+    def lend(self) -> None:
+        """A layer without keys of its own attended to these slots: it needs the `Forward` that a step has not."""
+        self._lends, self.step = True, None
+
+    def took_step(self, tokens: Tokens, index: Tensor | None) -> None:
+        """A token went by `step`, and attended to the slots `index`."""
+        self.forward = None
+        self.seen_rows = tokens.seen
+        self.table.advance()
+        self.keeper.decoded += 1
+        if self.reader is not None:
+            self.reader.note(self.table, index)
+        if self.ordinal == self.layers - 1:
+            self.clock.clear()
+
     def _stow(self, rows: int) -> None:
         if self.stowage is not None:
             selected = [] if self.reader is None else self.reader.tensors()
-            self.stowage.stow(self.table, rows, (*self.keeper.tensors(), *selected))
+            of_step = [] if self.step is None else self.step.tensors()
+            self.stowage.stow(self.table, rows, (*self.keeper.tensors(), *selected, *of_step))
 
     def commit(self) -> None:
         """End a forward that waited for a `crop` which did not come."""

@@ -77,7 +77,7 @@ class Reader:
             if table.stowage is not None:
                 self._make_room(table, table.views()[0])
             index = self.selector.select(TableView(table, forward, query, arguments.scaling, ordered, self))
-        self._last = (table.columns[POSITION], count, index)
+        self.note(table, index)
         if self.rotation is not None:
             if self._in_order(ordered, index):
                 rotation = self.rotation.tables(query, count if index is None else index.shape[-1])
@@ -219,6 +219,15 @@ class Reader:
         if self.selector is not None:
             self.selector.rearrange()
             self.selector.hits = self.selector.misses = 0
+
+    @property
+    def listed(self) -> Tensor | None:
+        """The slots `[batch, kv_heads or 1, n]` to which the last rows attended, `None` for all."""
+        return None if self._last is None else self._last[2]
+
+    def note(self, table: SlotTable, index: Tensor | None) -> None:
+        """Rows attended to the slots `index` of `table`."""
+        self._last = (table.columns[POSITION], table.count, index)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, of the selection and of what was read last."""

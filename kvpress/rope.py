@@ -108,6 +108,14 @@ class Rotation:
         self._seen[rotated.device] = (position_ids, rotated.dtype, back)
         return back
 
+    def way_back_by_kernel(self, rotated: Tensor, position_ids: Tensor) -> PreparedRotation | None:
+        """As `way_back`, where all rows of the batch turn alike and the kernels know how; else `None`."""
+        if not self._by_kernel:
+            return None
+        back = self.way_back(rotated, position_ids)
+        cosine = back.cosine
+        return back if cosine.shape[0] == 1 and cosine.dtype is torch.float32 else None
+
     def _by_row_ahead(self, kind: torch.dtype, position_ids: Tensor) -> PreparedRotation | None:
         """What turns a decoded token back, from the ways of `AHEAD` coming positions that one call of the model's module gave; `None` where
         frequencies may change meanwhile, or rows of the batch stand at different positions."""

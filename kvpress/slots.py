@@ -195,6 +195,11 @@ class SlotTable(KeyValues):
         if min(counts) < positions.shape[-1]:
             self._complete = False
 
+    def advance(self) -> None:
+        """A token was put behind the others, and its position was there before."""
+        self.count += 1
+        self.held += 1
+
     def write_keys(self, new: slice | Tensor, keys: Tensor) -> None:
         """Put `keys [batch, kv_heads, tokens, dim]` in the place of those just appended."""
         if isinstance(new, Tensor):

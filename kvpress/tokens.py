@@ -39,8 +39,26 @@ class Tokens:
         return replace(self, positions=self.positions.to(device), newest=newest)
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A forward of one token without padding, all batch rows alike, as the first layer found it.
+
+    Attributes:
+        mask, ids: the padding mask and position ids that the model gave it: who is given the same tensors need not look at them again.
+        tokens: with `newest` a number.
+        rotated_to: where positions are re-indexed, those to which the model rotated.
+    """
+
+    mask: Tensor | None
+    ids: Tensor | None
+    tokens: Tokens
+    rotated_to: Tensor | None
+
+
 class TokenClock:
     """Counts the tokens of each batch row, and hands the same `Tokens` to every layer of a forward: one a device.
+
+    `decoded` is what the first layer found of a decoded token, `None` where that does not say it all.
 
     A model that lies on several devices gives every layer copies of its own of mask and position ids. What belongs to one forward is
     known by the first layer, which begins it.
@@ -55,6 +73,12 @@ class TokenClock:
         self._tokens: dict[torch.device, Tokens] = {}
         self._ids: dict[torch.device, Tensor] = {}
         self._checked = False
+        self.decoded: Decoded | None = None
+
+    def note(self, mask: Tensor | None, ids: Tensor | None, tokens: Tokens, rotated_to: Tensor | None) -> None:
+        """What the first layer found, for `decoded`."""
+        if tokens.rows == 1 and isinstance(tokens.newest, int) and not tokens.padded:
+            self.decoded = Decoded(mask, ids, tokens, rotated_to)
 
     def read(self, before: tuple[int, ...], rows: int, mask: Tensor | None, device: torch.device) -> Tokens:
         """Tokens of a forward of `rows` tokens after `before` real ones.

@@ -13,7 +13,7 @@ from kvpress.kernels.pages.prepared import PreparedPages
 from kvpress.kernels.pages.rounding import bounds_type
 from kvpress.memory import GROWTH, allocate
 from kvpress.policies.base import check_integer
-from kvpress.policies.selection import SelectionPolicy, Selector, SlotView
+from kvpress.policies.selection import ALL, Every, SelectionPolicy, Selector, SlotView
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Quest(SelectionPolicy):
 
 class PageSelector(Selector):
     """Bounds of the pages of one layer, widened as tokens come."""
+
+    tells_at_once = True
 
     def __init__(self, policy: Quest, skip: bool) -> None:
         self.policy = policy
@@ -97,7 +99,7 @@ class PageSelector(Selector):
         if self.skip or not view.decoding or view.slots <= self.policy.top_k:
             return None
         self.misses += 1
-        if view.ordered and (index := self._at_once(view)) is not None:
+        if view.ordered and (index := self._by_kernel(view)) is not None:
             return index
         key = self._follow(view)
         low, high = self.bounds()
@@ -109,11 +111,25 @@ class PageSelector(Selector):
             page_size=self.policy.page_size,
             slots=view.slots,
             key=key,
-            first=None if _begins_at_once(view) else first_tokens(view),
+            first=None if _begins_by_kernel(view) else first_tokens(view),
             newest=view.new if isinstance(view.new, Tensor) else None,
         )
 
-    def _at_once(self, view: SlotView) -> Tensor | None:
+    def at_once(self, query: Tensor, slots: int) -> PreparedPages | Every | None:
+        if self.skip or slots <= self.policy.top_k:
+            return ALL
+        step, low, pages = self._step, self.low, self.covered // self.policy.page_size + 1
+        if step is None or low is None or slots != self.covered + 1 or pages > low.shape[2]:
+            return None
+        if not step.by_kernel or not step.serves(query, low, step.keys):
+            return None
+        self.pages, self.covered = pages, slots
+        return step
+
+    def called(self, anew: bool) -> None:
+        self.misses += 1
+
+    def _by_kernel(self, view: SlotView) -> Tensor | None:
         """A decoded token's step over slots in order by one call of the compiled kernel, where it can serve."""
         slots, size = view.slots, self.policy.page_size
         keys, scales = view.buffer
@@ -181,14 +197,14 @@ class PageSelector(Selector):
         return self.low, self.high
 
 
-def _begins_at_once(view: SlotView) -> bool:
+def _begins_by_kernel(view: SlotView) -> bool:
     """Whether page 0 begins at slot 0 in every row."""
     return isinstance(view.new, Tensor) or view.ordered
 
 
 def first_tokens(view: SlotView) -> Tensor:
     """`[batch, 1, 1]` slot of the first token of each row: pages are counted from there, so that padding does not shift them."""
-    if _begins_at_once(view):
+    if _begins_by_kernel(view):
         return torch.zeros(view.keys.shape[0], 1, 1, dtype=torch.long, device=view.keys.device)
     return (view.positions[:, :1] >= 0).int().argmax(dim=-1, keepdim=True)
 
@@ -196,7 +212,7 @@ def first_tokens(view: SlotView) -> Tensor:
 def _from_first_token(view: SlotView, first: int) -> tuple[Tensor, Tensor]:
     """Keys and positions from slot `first` after each row's first token; positions are `-1` past the last slot."""
     keys, positions = view.keys, view.positions
-    if _begins_at_once(view):
+    if _begins_by_kernel(view):
         return keys[:, :, first:], positions[:, :, first:]
     batch, heads, slots, dim = keys.shape
     index = first_tokens(view) + torch.arange(first, slots, device=keys.device)

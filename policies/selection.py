@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from torch import Tensor
 
@@ -11,6 +12,19 @@ from kvpress.kernels.choosing import best_slots as best_of_rows
 from kvpress.policies.base import Policy
 from kvpress.rope import Rotation
 from kvpress.tensor_parallel import ALONE, HeadShards
+
+if TYPE_CHECKING:
+    from kvpress.kernels.choosing.prepared import PreparedVote
+    from kvpress.kernels.pages.prepared import PreparedPages
+
+
+class Every(Enum):
+    """Every slot, in place of a list."""
+
+    SLOT = 0
+
+
+ALL: Final = Every.SLOT
 
 
 def best_slots(scores: Tensor, count: int, positions: Tensor | None = None) -> Tensor:
@@ -80,11 +94,25 @@ class Selector:
     misses = 0  # selections made
     has_index = False  # chooses by tensors of its own: old keys are read only where they are selected
     complete_lists = False  # where slots are ordered, its lists of a decoded token ascend and have no -1
+    tells_at_once = False  # `at_once` may answer
     one_set = False  # one set serves all KV heads, where they keep the same tokens
 
     def select(self, view: SlotView) -> Tensor | None:
         """Slots to attend to, `[batch, kv_heads or 1, n]` int64 with `-1` for none; `None` for all."""
         raise NotImplementedError
+
+    def at_once(self, query: Tensor, slots: int) -> PreparedVote | PreparedPages | Tensor | Every | None:
+        """What a decoded token attends to, where that can be told without a look at the slots: a call that lists them (and will be made;
+        `called` tells that it was), a list, or `ALL`. `None`: ask `select`.
+
+        Args:
+            query: `[batch, query_heads, 1, dim]`, as of `SlotView`; where positions are re-indexed its numbers are still to come.
+            slots: in use, in order, the token's own with them.
+        """
+        return None
+
+    def called(self, anew: bool) -> None:
+        """The call that `at_once` gave was made; whether it chose anew."""
 
     def narrows(self, slots: int) -> bool:
         """Whether a decoded token that sees `slots` slots surely reads only some of them. With offload the others are then left where they

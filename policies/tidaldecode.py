@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpress.kernels.choosing import largest_products
 from kvpress.policies.base import check_integer
-from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
+from kvpress.policies.selection import ALL, Every, SelectionPolicy, Selector, SlotView, best_slots
 from kvpress.row_format import parts
 
 
@@ -67,12 +67,20 @@ class TidalSelector(Selector):
     def __init__(self, top_k: int, chooses: bool, dense: bool, shared: dict[str, Any]) -> None:
         self.top_k = top_k
         self.chooses = chooses
+        self.tells_at_once = not chooses
         self.dense = dense
         self.shared = shared
         self.hits = self.misses = 0
 
     def narrows(self, slots: int) -> bool:
         return not self.dense and not self.chooses and slots > self.top_k
+
+    def at_once(self, query: Tensor, slots: int) -> Tensor | Every | None:
+        if self.dense or slots <= self.top_k:
+            return ALL
+        chosen: Tensor | None = None if self.chooses else self.shared["tidaldecode"].get(query.device)
+        self.hits += chosen is not None
+        return chosen
 
     def select(self, view: SlotView) -> Tensor | None:
         if self.dense or not view.decoding or view.slots <= self.top_k:

@@ -15,7 +15,7 @@ from kvpress.kernels.choosing.prepared import PreparedVote
 from kvpress.kernels.head_vote import head_vote
 from kvpress.policies.base import check_choice, check_integer
 from kvpress.policies.key_index import KeyIndex
-from kvpress.policies.selection import SelectionPolicy, Selector, SlotView, best_slots
+from kvpress.policies.selection import ALL, Every, SelectionPolicy, Selector, SlotView, best_slots
 from kvpress.row_format import part, parts
 from kvpress.tensor_parallel import HeadShards
 
@@ -102,7 +102,7 @@ CACHED = ("query", "chosen", "chosen_positions", "live")
 class VoteSelector(Selector):
     """Votes, and the Selection Cache of one layer: the query that selected last, what it selected, and where that stood."""
 
-    one_set = True
+    one_set = tells_at_once = True
     complete_lists = True
 
     def __init__(self, policy: TokenSelect) -> None:
@@ -162,17 +162,32 @@ class VoteSelector(Selector):
     def narrows(self, slots: int) -> bool:
         return slots > self.policy.sinks + self.policy.top_k + self.policy.local
 
+    def at_once(self, query: Tensor, slots: int) -> PreparedVote | Every | None:
+        if not self.narrows(slots):
+            return ALL
+        step, index = self._step, self.index
+        if step is None or not step.by_kernel or self.query is not step.former:
+            return None
+        if index is not None and (step.keys is not index.codes or not self._may_wait(index, slots)):
+            return None
+        return step if step.serves(query, step.keys) else None
+
+    def called(self, anew: bool) -> None:
+        self.hits += not anew
+        self.misses += anew
+
     def select(self, view: SlotView) -> Tensor | None:
         policy = self.policy
         if not view.decoding:
             self._choose_anew()  # a prompt brings tokens that an earlier selection could not choose
         if not self.narrows(view.slots):
             return None
-        if self.index is not None and not self._may_wait(view, self.index):
+        may_wait = self.index is not None and view.decoding and view.ordered and self._may_wait(self.index, view.slots)
+        if self.index is not None and not may_wait:
             self.index.follow(view)
         if not view.decoding:
             return assemble(view, self._vote(view, view.query.mean(dim=2))[0], policy.sinks, policy.local)
-        if view.ordered and (index := self._at_once(view)) is not None:
+        if view.ordered and (index := self._by_kernel(view)) is not None:
             return index
         in_order = view.ordered and view.heads.size == 1
         if in_order and (again := self._reuse(view)) is not None:
@@ -197,18 +212,12 @@ class VoteSelector(Selector):
         self.chosen_positions = None if view.ordered else positions.gather(-1, chosen.clamp(min=0))
         return assemble(view, chosen, policy.sinks, policy.local)
 
-    def _may_wait(self, view: SlotView, index: KeyIndex) -> bool:
-        """Whether only keys of the local window are not in the index yet, for which nobody votes."""
-        behind = view.slots - index.covered
-        return (
-            view.decoding
-            and view.ordered
-            and index.settled
-            and not index.steady
-            and 0 <= behind <= min(self.policy.local, TOGETHER)
-        )
+    def _may_wait(self, index: KeyIndex, slots: int) -> bool:
+        """Whether of `slots` slots in order only keys of the local window are not in the index yet, for which nobody votes."""
+        behind = slots - index.covered
+        return index.settled and not index.steady and 0 <= behind <= min(self.policy.local, TOGETHER)
 
-    def _at_once(self, view: SlotView) -> Tensor | None:
+    def _by_kernel(self, view: SlotView) -> Tensor | None:
         """A decoded token's step over slots in order by one call of the compiled kernel, where it can serve."""
         keys, scales = view.buffer if self.index is None else (self.index.codes, self.index.scales)
         if keys is None or not view.shared or view.heads.size > 1:

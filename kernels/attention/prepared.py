@@ -111,6 +111,10 @@ class PreparedAttention:
         fields.built().attention_again(call)
         return output, weights
 
+    def last_call(self) -> array[int] | None:
+        """The fields of the compiled kernel's last call, where one served it; their tensors, and those given then, must be held on to."""
+        return None if self._kind is None or self._launches is not None else self._fields[:]
+
     def _fits(self, positions: Tensor, slots: int) -> int:
         """Whether every slot in use has a position, and of flat slots how many have."""
         return positions.shape[2] == slots if self._dense else positions.shape[2]

@@ -35,6 +35,8 @@ class PreparedVote:
         live: `[batch]` bool: whether one has.
         chosen: `[batch, 1, top_k]` int64, what it chose. All three are written where a selection is made anew.
         turn: as given.
+        shape: of the lists.
+        by_kernel: by the compiled kernel, which `call_for` serves.
 
     Raises:
         ValueError: tensors that `refusal` would name.
@@ -60,13 +62,14 @@ class PreparedVote:
         self.keys = keys
         self._kind = self._kind_of(query)
         self._least = sinks + top_k + local
-        self._shape = (batch, 1, self._least)
+        self.shape = (batch, 1, self._least)
         self.former = torch.zeros(batch, heads * dim, dtype=query.dtype, device=query.device)
         self.live = torch.zeros(batch, dtype=torch.bool, device=query.device)
         self.chosen = torch.zeros(batch, 1, top_k, dtype=torch.int64, device=query.device)
         self.turn = turn  # the kernel reads them at every vote
         self._launches: Any = None  # on a GPU, in place of the fields
-        if query.is_cuda or triton_support.interpreted():
+        self.by_kernel = not (query.is_cuda or triton_support.interpreted())
+        if not self.by_kernel:
             self._launches = import_module("kvpress.kernels.choosing.triton_prepared").VoteLaunches(
                 query, keys, keys_scale, self.former, self.live, self.chosen,
                 threshold=threshold, sinks=sinks, local=local, regroup=regroup, turn=turn,
@@ -132,9 +135,12 @@ class PreparedVote:
         if self._launches is not None:
             chosen: tuple[Tensor, bool] = self._launches(query, slots)
             return chosen
-        index = torch.empty(self._shape, dtype=torch.int64)
-        call = self._fields
-        call[THREADS], call[QUERY], call[SLOTS] = torch.get_num_threads(), query.data_ptr(), slots
-        call[-1] = index.data_ptr()
-        anew: bool = fields.built().voted_slots(call)
+        index = torch.empty(self.shape, dtype=torch.int64)
+        anew: bool = fields.built().voted_slots(self.call_for(query.data_ptr(), slots, index.data_ptr()))
         return index, not anew
+
+    def call_for(self, query: int, slots: int, index: int) -> array[int]:
+        """The fields of the compiled kernel's call that writes the list to the address `index`, of a query at the address `query`."""
+        call = self._fields
+        call[THREADS], call[QUERY], call[SLOTS], call[-1] = torch.get_num_threads(), query, slots, index
+        return call

@@ -227,6 +227,19 @@ struct VotedSlots {            // of one decoded token a batch row, over slots i
   int64_t* index;              // [batch, sinks + top_k + local]
 };
 
+struct DecodedToken {          // what differs from one token to the next
+  int64_t threads;
+  int64_t slot, slots;         // the one that it takes; how many there are then, or 0: as the call says
+  int64_t found;               // not 0: all but attention was done before
+  const void* key;             // of the token, as the model made them
+  const void* value;
+  const void* query;
+  const float* cosine;         // by which the model's rotation is undone, or null
+  const float* sine;
+  const int64_t* index;        // a list of slots to attend to, or null: that of the call
+  void* output;
+};
+
 enum Status : int { OK = 0, OUT_OF_MEMORY = 1, INDEX_OUT_OF_RANGE = 2, FLAT_OUT_OF_RANGE = 3 };
 
 struct Level {  // the operations compiled for one instruction set

@@ -8,6 +8,7 @@
 #include "arguments.hpp"
 #include "choosing.hpp"
 #include "columns.hpp"
+#include "decode_step.hpp"
 #include "files.hpp"
 #include "memory.hpp"
 #include "places.hpp"
@@ -217,6 +218,35 @@ PyObject* call_voted_slots(PyObject*, PyObject* fields) {
   return status ? finish(status) : PyBool_FromLong(anew);
 }
 
+// Buffers: DecodedToken, two Overwrite, two Rotation, VotedSlots, ChoosePages, FindPlaces, Attention; None for any of the middle four.
+// Whether a selection was made anew, and whether some of it lies nowhere yet: attention then waits for a call with `found`.
+PyObject* call_decode_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 7) {
+    PyErr_Format(PyExc_TypeError, "expected 7 arguments, got %zd", count);
+    return nullptr;
+  }
+  DecodeStep step(*used->level);
+  step.turned = args[2] != Py_None;
+  step.voted = args[3] != Py_None;
+  step.paged = args[4] != Py_None;
+  step.placed = args[5] != Py_None;
+  Py_ssize_t one, rows, turns = 2;
+  if (!read_buffer(args[0], &step.token, 1, &one) || !read_buffer(args[1], step.rows, 2, &rows) ||
+      (step.turned && !read_buffer(args[2], step.back, 2, &turns)) || (step.voted && !read_buffer(args[3], &step.vote, 1, &one)) ||
+      (step.paged && !read_buffer(args[4], &step.pages, 1, &one)) || (step.placed && !read_buffer(args[5], &step.places, 1, &one)) ||
+      !read_buffer(args[6], &step.attention, 1, &one))
+    return nullptr;
+  if (rows != 2 || turns != 2) {
+    PyErr_SetString(PyExc_TypeError, "expected the fields of two rows, and of two rotations or None");
+    return nullptr;
+  }
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = step.run();
+  Py_END_ALLOW_THREADS
+  return status ? finish(status) : Py_BuildValue("OO", step.anew ? Py_True : Py_False, step.missing ? Py_True : Py_False);
+}
+
 #define FAST(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(function)), METH_FASTCALL
 
 PyMethodDef methods[] = {
@@ -241,6 +271,7 @@ PyMethodDef methods[] = {
     {"page_slots", FAST(call_page_slots), "The slots of the best pages of each head."},
     {"listed_slots", FAST(call_listed_slots), "Sinks, chosen slots and the last ones."},
     {"voted_slots", call_voted_slots, METH_O, "A selection used once more, or made anew by votes; its fields in a buffer."},
+    {"decode_step", FAST(call_decode_step), "A token written to its slot, slots chosen and attended to; the fields in buffers."},
     {"reused_slots", FAST(call_reused_slots), "A selection used once more, if the query has hardly turned."},
     {"find_places", FAST(call_find_places), "Where copies of slots lie, and which give way."},
     {"rows_to_read", FAST(call_rows_to_read), "In which rows of which blocks slots lie."},

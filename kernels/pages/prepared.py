@@ -32,6 +32,10 @@ class PreparedPages:
         count: pages to choose.
         page_size: slots a page.
 
+    Attributes:
+        shape: of the lists.
+        by_kernel: by the compiled kernel, which `call_for` serves.
+
     Raises:
         ValueError: tensors that `refusal` would name; int8 keys without their scales.
     """
@@ -56,9 +60,10 @@ class PreparedPages:
         self._kind = self._kind_of(query)
         self._count, self._page_size = count, page_size
         batch, kv_heads, _, _ = lowest.shape
-        self._shape = (batch, kv_heads, count * page_size)
+        self.shape = (batch, kv_heads, count * page_size)
         self._launches: Any = None  # on a GPU, in place of the fields
-        if query.is_cuda or triton_support.interpreted():
+        self.by_kernel = not (query.is_cuda or triton_support.interpreted())
+        if not self.by_kernel:
             self._launches = import_module("kvpress.kernels.pages.triton_prepared").PageLaunches(
                 query, lowest, highest, keys, keys_scale, count=count, page_size=page_size
             )
@@ -117,12 +122,16 @@ class PreparedPages:
         if self._launches is not None:
             listed: Tensor = self._launches(query, slots)
             return listed
-        index = torch.empty(self._shape, dtype=torch.int64)
-        call = self._fields
-        call[THREADS], call[QUERY], call[INDEX] = torch.get_num_threads(), query.data_ptr(), index.data_ptr()
+        index = torch.empty(self.shape, dtype=torch.int64)
+        fields.built().choose_pages_again(self.call_for(query.data_ptr(), slots, index.data_ptr()))
+        return index
+
+    def call_for(self, query: int, slots: int, index: int) -> array[int]:
+        """The fields of the compiled kernel's call that writes the list to the address `index`, of a query at the address `query`."""
+        call, last = self._fields, (slots - 1) // self._page_size
+        call[THREADS], call[QUERY], call[INDEX] = torch.get_num_threads(), query, index
         call[SCORED_PAGES] = call[PAGES] = last + 1
         call[SLOTS], call[PAGE], call[BEGINS] = slots, last, (slots - 1) % self._page_size == 0
         call[KEY] = self._first_key + (slots - 1) * self._key_bytes
         call[KEY_SCALE] = self._first_scale + (slots - 1) * self._scale_bytes
-        fields.built().choose_pages_again(call)
-        return index
+        return call

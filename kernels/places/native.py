@@ -24,22 +24,25 @@ def find_places(
     batch, lists, count = index.shape
     found = torch.empty(batch, lists, count, dtype=torch.int64)
     entries = torch.empty(batch * lists * count + 1, dtype=torch.int64)  # how many are missing, then which
-    native.built().find_places(
-        batch * lists,
-        count,
-        place.shape[-1],
-        holder.shape[-1],
-        tail,
-        base,
-        vacant,
-        index.data_ptr(),
-        place.data_ptr(),
-        holder.data_ptr(),
-        uses.data_ptr(),
-        found.data_ptr(),
-        entries.data_ptr(),
-    )
+    native.built().find_places(*fields(index, place, holder, uses, tail, base, vacant, found, entries))
     return found, entries[1 : 1 + int(entries[0])]
+
+
+def fields(
+    index: Tensor,
+    place: Tensor,
+    holder: Tensor,
+    uses: Tensor,
+    tail: int,
+    base: int,
+    vacant: int,
+    found: Tensor,
+    entries: Tensor,
+) -> tuple[int, ...]:
+    """The fields of `FindPlaces`."""
+    batch, lists, count = index.shape
+    written = (tensor.data_ptr() for tensor in (index, place, holder, uses, found, entries))
+    return (batch * lists, count, place.shape[-1], holder.shape[-1], tail, base, vacant, *written)
 
 
 def rows_to_read(

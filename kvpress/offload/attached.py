@@ -68,9 +68,14 @@ class Attached:
         self._shared.tidy()
         return self._shared.manager
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the cache was not closed."""
+        return self._close.alive
+
     def check_open(self) -> None:
         """Raise TierClosedError when the cache was closed."""
-        if not self._close.alive:
+        if not self.is_open:
             raise TierClosedError("manager", "is closed: the cache was closed")
 
     def share(self) -> int | None:

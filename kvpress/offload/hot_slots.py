@@ -116,8 +116,12 @@ class HotSlots:
         tail = vacant = 0
         if self.is_tail(table.keys):
             tail = table.count - table.base
-            vacant = min(AHEAD - tail % AHEAD, self.room - tail)
+            vacant = self.vacant(tail)
         return find_places(index, self.place, self.holder, self.uses, tail=tail, base=table.base, vacant=vacant)
+
+    def vacant(self, tail: int) -> int:
+        """Rows behind the `tail` first ones that are kept empty."""
+        return min(AHEAD - tail % AHEAD, self.room - tail)
 
     def forget(self, index: Tensor, entries: Tensor) -> None:
         """The copies of the slots in the flat `entries` of `index [batch, lists, n]` were not made after all."""

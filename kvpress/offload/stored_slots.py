@@ -92,7 +92,7 @@ class StoredSlots:
         places, missing = hot.find(index, self._table)
         if len(missing):
             with torch.inference_mode(False), torch.no_grad():
-                self._bring(hot, index, places, missing)
+                self.bring(hot, index, places, missing)
         return places, hot
 
     def _let_go(self) -> None:
@@ -100,7 +100,7 @@ class StoredSlots:
         self._read = None
         self._stowage.attached.release(self._stowage.layer)
 
-    def _bring(self, hot: HotSlots, index: Tensor, places: Tensor, missing: Tensor) -> None:
+    def bring(self, hot: HotSlots, index: Tensor, places: Tensor, missing: Tensor) -> None:
         """Copy the slots of the flat entries `missing` of `index` to their places.
 
         Raises:

@@ -82,6 +82,11 @@ class Stowage:
                 f"layer {self.layer}: what came before could not be put away. Call cache.reset() and start again"
             )
 
+    @property
+    def serves_steps(self) -> bool:
+        """Whether a token that leaves everything of the size that it has needs no look at the tiers before and after it."""
+        return not self.broken and self.attached.is_open and self.attached.lent_to(self.layer) is None
+
     def fetch(self, table: SlotTable, tokens: int) -> None:
         """Put all keys and values of `table` together, with room for `tokens` more, where they do not lie near already.
 

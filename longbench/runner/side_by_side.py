@@ -135,6 +135,9 @@ class _Rows(CacheLayerMixin):
         ]
         return torch.cat(outputs)
 
+    def prepare_step(self, *attended: object) -> None:
+        """Rows go the ordinary way."""
+
     def finish(self, forward: Forward, query: Tensor, keys: Tensor, arguments: AttentionArguments) -> None:
         """Every row's policy observes and evicts."""
         for row, own, (read, _) in zip(self.rows, query.split(1), self._read, strict=True):

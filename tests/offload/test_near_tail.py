@@ -78,7 +78,8 @@ def check_tail(cache):
         if hot is None or not table.base:
             continue
         assert hot.is_tail(table.keys) and table.keys.data_ptr() == hot.tensors["key"].data_ptr()
-        held = held_bytes([*table.tensors(), *layer.reader.tensors(), *hot.held()])
+        of_step = [] if layer.step is None else layer.step.tensors()
+        held = held_bytes([*table.tensors(), *layer.reader.tensors(), *of_step, *hot.held()])
         assert stowage.held == held, "the tail is not accounted for once"
         tail, first = table.count - table.base, hot.holder[..., 0, :]
         assert (first[..., :tail] == torch.arange(table.base, table.count)).all()

@@ -164,9 +164,7 @@ def test_keys_of_the_window_wait(monkeypatch, llama, local):
 
 
 def test_keys_that_are_voted_for_must_not_wait(monkeypatch, llama):
-    monkeypatch.setattr(
-        tokenselect.VoteSelector, "_may_wait", lambda self, view, index: view.slots - index.covered <= 16
-    )
+    monkeypatch.setattr(tokenselect.VoteSelector, "_may_wait", lambda self, index, slots: slots - index.covered <= 16)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         test_keys_of_the_window_wait(monkeypatch, llama, 6)
 

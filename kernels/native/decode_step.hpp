@@ -1,0 +1,61 @@
+#pragma once
+#include "arguments.hpp"
+#include "columns.hpp"
+#include "places.hpp"
+
+// What a decoded token does in a layer that keeps every token: calls for its parts are given as for the operations of their own, and what
+// differs from token to token is put in here.
+struct DecodeStep {
+  DecodedToken token;
+  Overwrite rows[2];   // of its key and value
+  Rotation back[2];    // of its key into its slot, and of its query
+  VotedSlots vote;
+  ChoosePages pages;
+  FindPlaces places;   // of the slots chosen
+  Attention attention;
+  bool turned, voted, paged, placed, anew = false, missing = false;
+  const Level& level;
+
+  explicit DecodeStep(const Level& used) : level(used) {}
+
+  int take_in() {
+    const DecodedToken& t = token;
+    rows[0].source = static_cast<const char*>(t.key);
+    rows[1].source = static_cast<const char*>(t.value);
+    rows[0].same = rows[1].same = t.slot;
+    const int status = overwrite(rows[1]);
+    if (status || !turned) return status ? status : overwrite(rows[0]);
+    back[0].source = t.key;
+    back[0].output = rows[0].column + t.slot * rows[0].slot_stride;
+    back[1].source = t.query;
+    for (Rotation& turn : back) {
+      turn.cosine = t.cosine;
+      turn.sine = t.sine;
+      if (const int wrong = level.rotate(turn)) return wrong;
+    }
+    return OK;
+  }
+
+  int choose() {
+    int status = OK;
+    if (voted) status = level.voted_slots(vote, &anew);
+    if (!status && paged) status = level.choose_pages(pages);
+    if (!status && placed) status = find_places(places);
+    missing = !status && placed && *places.missing > 0;
+    return status;
+  }
+
+  int run() {
+    if (!token.found) {
+      if (const int status = take_in()) return status;
+      if (const int status = choose()) return status;
+      if (missing) return OK;
+    }
+    attention.threads = token.threads;
+    attention.query = turned ? back[1].output : token.query;
+    attention.output = token.output;
+    if (token.slots) attention.slots.slots = token.slots;
+    if (token.index) attention.slots.index = token.index;
+    return level.attention(attention);
+  }
+};
