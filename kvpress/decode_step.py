@@ -221,6 +221,8 @@ class DecodeStep:
                 vote, pages = (call, None) if isinstance(choice, PreparedVote) else (None, call)
             places = slots.places(table, index)
             found = index if places is None else slots.found
+        if table.packed:
+            keys, values = table.form.pack(keys if back is None else back.rotate(keys)), table.form.pack(values)
         anew, missing = step.run(query, keys, values, output, back, *slots.place(table), found, vote, pages, places)
         if missing and index is not None:
             slots.bring(table, index)

@@ -36,7 +36,7 @@ class StepSlots:
         Args:
             index: `[batch, lists, n]`, which of them were attended to; `None` for all.
         """
-        return None if table.prepared is None or table.spare is not None or table.packed else cls(table)
+        return None if table.prepared is None or table.spare is not None else cls(table)
 
     def attention(self, table: SlotTable) -> PreparedAttention | None:
         """What attended to them."""
@@ -47,9 +47,11 @@ class StepSlots:
     ) -> PreparedStep | None:
         """The kernels of tokens like that of `query`, `keys` and `values`; `None` where the compiled ones do not serve."""
         attention, buffers = self.attention(table), (table.keys, table.values)
+        if table.packed:
+            keys, values = table.form.pack(keys), table.form.pack(values)
         if attention is None or PreparedStep.refusal(query, keys, values, buffers, attention) is not None:
             return None
-        return PreparedStep(query, keys, values, buffers, attention, back)
+        return PreparedStep(query, keys, values, buffers, attention, back, stored=table.packed)
 
     def stay(self, table: SlotTable) -> bool:
         """Whether they lie as they did, with room for one more."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpress.kernels import triton_support
 from kvpress.kernels.choosing import native
 from kvpress.kernels.native import tensors as fields
+from kvpress.kernels.query_kind import QueryKind
 
 THREADS, QUERY, SLOTS = fields.PLACE["threads"], fields.PLACE["query"], fields.PLACE["slots"]
 _BEHIND = struct.Struct("=dqqqqqqqq")  # the fields of `VotedSlots` behind those of `Attention`, in `arguments.hpp`
@@ -60,7 +61,7 @@ class PreparedVote:
             raise ValueError(f"a vote cannot be prepared: {reason}")
         batch, heads, _, dim = query.shape
         self.keys = keys
-        self._kind = self._kind_of(query)
+        self._kind = QueryKind(query)
         self._least = sinks + top_k + local
         self.shape = (batch, 1, self._least)
         self.former = torch.zeros(batch, heads * dim, dtype=query.dtype, device=query.device)
@@ -98,18 +99,9 @@ class PreparedVote:
             return triton_support.refusal(query, keys) or triton_support.storage_refusal(keys)
         return native.vote_refusal(query, keys)
 
-    @staticmethod
-    def _kind_of(query: Tensor) -> tuple[Any, ...]:
-        return query.shape, query.stride(), query.dtype, query.data_ptr() % triton_support.ALIGNED
-
     def serves(self, query: Tensor, keys: Tensor) -> bool:
         """Whether a call with `query` is of the kind that was prepared, and the keys are those."""
-        return (
-            keys is self.keys
-            and self._kind_of(query) == self._kind
-            and not torch.compiler.is_compiling()
-            and not (query.requires_grad and torch.is_grad_enabled())
-        )
+        return keys is self.keys and self._kind.serves(query)
 
     def remember(self, former: Tensor, live: Tensor, chosen: Tensor) -> None:
         """Go on with a selection that was made elsewhere."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvpress.kernels.rotation.prepared import PreparedRotation
 
 # places among the fields of `DecodedToken` in `arguments.hpp`
-THREADS, SLOT, SLOTS, FOUND, KEY, VALUE, QUERY, COSINE, SINE, INDEX, OUTPUT = range(11)
+THREADS, SLOT, SLOTS, FOUND, STORED, KEY, VALUE, QUERY, COSINE, SINE, INDEX, OUTPUT = range(12)
 
 
 class PreparedStep:
@@ -24,10 +24,11 @@ class PreparedStep:
 
     Args:
         query: `[batch, query_heads, 1, dim]`, as the model rotated it.
-        keys, values: `[batch, kv_heads, 1, dim]`, likewise.
+        keys, values: `[batch, kv_heads, 1, dim]`, likewise, or as they are stored.
         buffers: `[batch, kv_heads, room, dim]` of keys and of values, written to.
         attention: has just served such a query, over these buffers or others.
         back: where keys are stored before rotation: what undid that of such a token.
+        stored: keys and values will come as they are stored.
 
     Attributes:
         plain: `[batch, query_heads, 1, dim]`, where there is `back`: the query before rotation, once it has been undone.
@@ -44,6 +45,7 @@ class PreparedStep:
         buffers: tuple[Tensor, Tensor],
         attention: PreparedAttention,
         back: PreparedRotation | None,
+        stored: bool = False,
     ) -> None:
         reason = self.refusal(query, keys, values, buffers, attention)
         if reason is not None:
@@ -53,14 +55,16 @@ class PreparedStep:
         for row, buffer in zip((keys, values), buffers, strict=True):
             self._rows.extend(_overwrite(row, buffer))
         self._token = array("q", [0] * (OUTPUT + 1))
+        self._token[STORED] = stored
         self._back: array[int] | None = None
         self.plain: Tensor | None = None
         if back is not None:
             self.plain = torch.empty(query.shape, dtype=query.dtype)
-            turned = ((keys, buffers[0][:, :, :1]), (query, self.plain))
+            key = query[:, : keys.shape[1]] if stored else keys  # not turned then
+            turned = ((key, key if stored else buffers[0][:, :, :1]), (query, self.plain))
             self._back = array("q")
-            for row, output in turned:
-                self._back.extend(rotation.packed(rotation.fields(row, back.cosine, back.sine, None, True, output)))
+            for row, to in turned:
+                self._back.extend(rotation.packed(rotation.fields(row, back.cosine, back.sine, None, True, to)))
 
     @staticmethod
     def refusal(
@@ -70,8 +74,8 @@ class PreparedStep:
         if attention.last_call() is None:
             return "the compiled kernel did not serve attention"
         tensors = (query, keys, values, *buffers)
-        if any(tensor.dtype != query.dtype for tensor in tensors):
-            return f"all must be of one type, got {[tensor.dtype for tensor in tensors]}"
+        if any(row.dtype != buffer.dtype for row, buffer in zip((keys, values), buffers, strict=True)):
+            return f"rows must be of the type of their buffers, got {[tensor.dtype for tensor in tensors[1:]]}"
         if any(tensor.stride()[-1] != 1 for tensor in tensors):
             return "the last dimension must be contiguous"
         return None

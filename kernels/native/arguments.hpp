@@ -231,7 +231,8 @@ struct DecodedToken {          // what differs from one token to the next
   int64_t threads;
   int64_t slot, slots;         // the one that it takes; how many there are then, or 0: as the call says
   int64_t found;               // not 0: all but attention was done before
-  const void* key;             // of the token, as the model made them
+  int64_t stored;              // not 0: key and value are as they are stored, and the key is not turned
+  const void* key;             // of the token
   const void* value;
   const void* query;
   const float* cosine;         // by which the model's rotation is undone, or null

@@ -23,17 +23,17 @@ struct DecodeStep {
     rows[0].source = static_cast<const char*>(t.key);
     rows[1].source = static_cast<const char*>(t.value);
     rows[0].same = rows[1].same = t.slot;
-    const int status = overwrite(rows[1]);
-    if (status || !turned) return status ? status : overwrite(rows[0]);
+    int status = overwrite(rows[1]);
+    if (!status && (t.stored || !turned)) status = overwrite(rows[0]);
     back[0].source = t.key;
     back[0].output = rows[0].column + t.slot * rows[0].slot_stride;
     back[1].source = t.query;
-    for (Rotation& turn : back) {
-      turn.cosine = t.cosine;
-      turn.sine = t.sine;
-      if (const int wrong = level.rotate(turn)) return wrong;
+    for (int i = t.stored ? 1 : 0; i < 2 && turned && !status; ++i) {
+      back[i].cosine = t.cosine;
+      back[i].sine = t.sine;
+      status = level.rotate(back[i]);
     }
-    return OK;
+    return status;
   }
 
   int choose() {

@@ -13,6 +13,7 @@ from kvpress.kernels import triton_support
 from kvpress.kernels.native import tensors as fields
 from kvpress.kernels.pages import native
 from kvpress.kernels.pages.rounding import bounds_type
+from kvpress.kernels.query_kind import QueryKind
 
 # places among the fields of `ChoosePages` in `arguments.hpp`
 THREADS, SCORED_PAGES, QUERY, PAGES, SLOTS, INDEX, KEY, KEY_SCALE, PAGE, BEGINS = 0, 4, 6, 23, 26, 30, 33, 37, 40, 41
@@ -57,7 +58,7 @@ class PreparedPages:
         if keys.dtype == torch.int8 and keys_scale is None:
             raise ValueError("keys_scale must be given for int8 keys, got None")
         self.lowest, self.highest, self.keys, self.keys_scale = lowest, highest, keys, keys_scale
-        self._kind = self._kind_of(query)
+        self._kind = QueryKind(query)
         self._count, self._page_size = count, page_size
         batch, kv_heads, _, _ = lowest.shape
         self.shape = (batch, kv_heads, count * page_size)
@@ -93,19 +94,9 @@ class PreparedPages:
             return triton_support.refusal(query, lowest, highest, keys) or triton_support.storage_refusal(keys)
         return native.choice_refusal(query, lowest, highest, keys)
 
-    @staticmethod
-    def _kind_of(query: Tensor) -> tuple[Any, ...]:
-        return query.shape, query.stride(), query.dtype, query.data_ptr() % triton_support.ALIGNED
-
     def serves(self, query: Tensor, lowest: Tensor, keys: Tensor) -> bool:
         """Whether a call with `query` is of the kind that was prepared, and bounds and keys are those."""
-        return (
-            keys is self.keys
-            and lowest is self.lowest
-            and self._kind_of(query) == self._kind
-            and not torch.compiler.is_compiling()
-            and not (query.requires_grad and torch.is_grad_enabled())
-        )
+        return keys is self.keys and lowest is self.lowest and self._kind.serves(query)
 
     def choose(self, query: Tensor, slots: int) -> Tensor:
         """Take the key in slot `slots - 1` into the bounds of its page, and list the slots of the best pages: `[batch, kv_heads, count *

@@ -40,7 +40,7 @@ class StepCopies(StepSlots):
     @classmethod
     def of(cls, table: SlotTable, index: Tensor | None = None) -> StepCopies | None:
         stowage = table.stowage
-        if stowage is None or index is None or table.packed:
+        if stowage is None or index is None:
             return None
         hot = stowage.copies.slots
         if hot is None or not hot.is_tail(table.keys) or not hot.fits(index):

@@ -14,6 +14,7 @@ from kvpress.kernels.native import missing
 from kvpress.kernels.rotation.prepared import PreparedRotation
 from kvpress.layer import PolicyLayer
 from kvpress.policies import Full, Quest, SnapKV, TidalDecode, TokenSelect
+from kvpress.row_format import KV_DTYPES
 from kvpress.testing.families import random_tokens, tiny_model
 
 pytestmark = pytest.mark.skipif(missing is not None, reason="no native kernels")
@@ -84,10 +85,10 @@ def facts(cache):
     return found, report
 
 
-def both(model, policy, ids, **options):
+def both(model, policy, ids, kv_dtype=None, **options):
     """Logits and what was read, by steps and the ordinary way, and both caches."""
     with torch.no_grad():
-        cache = PolicyCache(model, policy)
+        cache = PolicyCache(model, policy, kv_dtype=kv_dtype)
         model(ids[:, :PROMPT], past_key_values=cache)
         other = copy.deepcopy(cache)
         by_steps = decoded(model, cache, ids[:, PROMPT:], **options)
@@ -126,6 +127,15 @@ def test_steps_are_the_ordinary_way_bit_for_bit(steps, name, dtype, batch):
         assert len(read[-1][-1][0][0] if cache.policies.selection.name != "tokenselect" else read[-1][-1][0]) < PROMPT
     if name == "tokenselect":
         assert cache.report().selections_reused > 10 < cache.report().selections
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("name", ["full", "tokenselect", "tokenselect, mod, positions kept", "quest"])
+def test_steps_over_packed_rows(steps, model, name, kv_dtype):
+    (logits, read), (apart, read_apart), cache, other = both(model, POLICIES[name], repeated(2), kv_dtype)
+    assert torch.equal(logits, apart) and read == read_apart
+    same(cache, other)
+    assert steps["taken"] > 2 * DECODED
 
 
 @pytest.mark.parametrize(
