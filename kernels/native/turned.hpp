@@ -1,5 +1,5 @@
 // Keys that are stored before their rotation, turned as they are read: an entry's place in the list is its position. The
-// single query row, not rotated either, stands at the last place.
+// single query row, not rotated either, stands at the last place. Both halves of a row of the tables are alike: one is read.
 
 template <class T>
 static void turn_row(const Attention& a, int64_t place, const T* from, float* to) {
@@ -8,14 +8,14 @@ static void turn_row(const Attention& a, int64_t place, const T* from, float* to
   const float* sine = a.sine + place * a.table_row;
   int64_t d = 0;
   for (; d + LANES <= half; d += LANES) {
-    const Vec x = load(from + d), y = load(from + half + d);
-    store(to + d, x * load(cosine + d) - y * load(sine + d));
-    store(to + half + d, y * load(cosine + half + d) + x * load(sine + half + d));
+    const Vec x = load(from + d), y = load(from + half + d), c = load(cosine + d), s = load(sine + d);
+    store(to + d, x * c - y * s);
+    store(to + half + d, y * c + x * s);
   }
   for (; d < half; ++d) {
     const float x = one(from + d), y = one(from + half + d);
     to[d] = x * cosine[d] - y * sine[d];
-    to[half + d] = y * cosine[half + d] + x * sine[half + d];
+    to[half + d] = y * cosine[d] + x * sine[d];
   }
   for (d = a.rotary; d < a.slots.dim; ++d) to[d] = one(from + d);
 }
