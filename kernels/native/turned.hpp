@@ -2,7 +2,7 @@
 // single query row, not rotated either, stands at the last place. Both halves of a row of the tables are alike: one is read.
 
 template <class T>
-static void turn_row(const Attention& a, int64_t place, const T* from, float* to) {
+static inline __attribute__((always_inline)) void turn_row(const Attention& a, int64_t place, const T* from, float* to) {
   const int64_t half = a.rotary / 2;
   const float* cosine = a.cosine + place * a.table_row;
   const float* sine = a.sine + place * a.table_row;
