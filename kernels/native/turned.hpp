@@ -20,11 +20,14 @@ static inline __attribute__((always_inline)) void turn_row(const Attention& a, i
   for (d = a.rotary; d < a.slots.dim; ++d) to[d] = one(from + d);
 }
 
-// The tile's keys in fp32, turned, in `rows`; the tile then points there.
+// The tile's keys in fp32, turned, in `rows`; the tile then points there. Meanwhile its values are asked for: scoring, which asks
+// for them once more, is too short for all of them to come.
 template <class T>
 static void turn_keys(const Attention& a, Tile& tile, float* rows) {
   for (int t = 0; t < tile.count; ++t) {
     float* to = rows + t * a.slots.dim;
+    const T* value = static_cast<const T*>(tile.value[t]);
+    for (int64_t d = 0; d < a.slots.value_dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(value + d);
     turn_row(a, tile.entry[t], static_cast<const T*>(tile.key[t]), to);
     tile.key[t] = to;
   }
