@@ -69,7 +69,7 @@ struct Fetch {  // asks for the cache lines of a tile's keys one by one, in the 
   int64_t row_bytes, byte = 0;
   int row = 0;
   void step() {
-    __builtin_prefetch(static_cast<const char*>(tile.key[row]) + byte, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(tile.key[row]) + byte);  // to L1: what is asked for L2 alone comes late
     byte += 64;
     if (byte >= row_bytes) {
       byte = 0;
