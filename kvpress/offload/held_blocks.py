@@ -1,7 +1,7 @@
 """Blocks that the tiers hold: which there are, who relies on them, and what becomes of one that is lost."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 

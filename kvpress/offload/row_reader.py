@@ -125,7 +125,7 @@ class RowReader(HeldBlocks):
         failed = self._mover.need_disk().read_rows(source, on_disk, out, self._pool.submit)
         if failed is None:
             return None
-        block = source.held[int(on_disk.blocks[failed[0]])]
-        if block is None:
+        damaged = source.held[int(on_disk.blocks[failed[0]])]
+        if damaged is None:
             raise RuntimeError("this block does not lie on disk")
-        return block, failed[1]
+        return damaged, failed[1]
