@@ -197,7 +197,7 @@ struct FindPlaces {
   int32_t* place;              // [lists, slots] the row of each slot, -1 for nowhere
   int32_t* holder;             // [lists, rows] the slot of each row, -1 for none
   int32_t* uses;               // [lists, rows] how much it was used lately
-  int64_t* found;              // [lists, count]
+  int64_t* found;              // [lists, count]; before the call, where they might lie: what was found last, or anything
   int64_t* missing;            // how many had no row, then their entries
 };
 

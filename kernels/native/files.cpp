@@ -109,14 +109,14 @@ int kept_open(int handle) {
 }
 
 bool read_file(const ReadRows& r, int64_t item) {
-  if (r.handles[item] >= 0) return read_from(r, r.handles[item], item);
-  const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
   const int64_t file = r.files[item];
+  if (r.handles[file] >= 0) return read_from(r, r.handles[file], item);
+  const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
   const int handle = openat(int(r.directory), r.names + file * r.name_bytes, flags);
   if (handle < 0) return false;
   struct stat facts;
   const bool fine = fstat(handle, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size == r.sizes[file] && read_from(r, handle, item);
-  if (fine && (r.handles[item] = kept_open(handle)) >= 0) __atomic_fetch_add(r.progress + 6, 1, __ATOMIC_RELAXED);
+  if (fine && (r.handles[file] = kept_open(handle)) >= 0) __atomic_fetch_add(r.progress + 6, 1, __ATOMIC_RELAXED);
   close(handle);
   return fine;
 }

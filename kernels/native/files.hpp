@@ -10,7 +10,7 @@ struct ReadRows {
   const int64_t* starts;       // bytes before its rows
   const uint64_t* seeds;       // of the checksums of its rows
   const int64_t* files;        // [count] which of them to read
-  int32_t* handles;            // [count] of those that were kept open, -1 for another, which this call may keep open too
+  int32_t* handles;            // of the files, of those that were kept open, -1 for another, which this call may keep open too
   int64_t count;
   const int64_t* firsts;       // [count + 1] which of `numbers` are each one's own
   const int64_t* numbers;      // of the rows to read

@@ -9,11 +9,15 @@
 namespace {
 
 constexpr int32_t COMING = -2;  // in no row yet, and counted
-constexpr int32_t USE = 1 << 24, LARGEST = 4 * USE;  // what a use adds, and what nothing ever exceeds
+constexpr int32_t USE = 1 << 24, LARGEST = 8 * USE;  // what a use adds, and what nothing ever exceeds
 constexpr int32_t NOW = 1 << 30;                     // a mark above that
 
 struct Rows {  // of one list
   int32_t *place, *holder, *uses;
+
+  bool has(int64_t slot, int64_t row, int64_t count) const {
+    return slot >= 0 && row >= 0 && row < count && holder[row] == slot;
+  }
 
   void empty(int64_t row) const {
     if (holder[row] >= 0) place[holder[row]] = -1;
@@ -38,27 +42,35 @@ struct Rows {  // of one list
 
   // One turn later. Those of `found` are marked by NOW: they are not given away, and the caller takes the mark back.
   void age(const int64_t* found, int64_t count, int64_t rows) const {
-    for (int64_t row = 0; row < rows; ++row) uses[row] -= uses[row] >> 2;
+    for (int64_t row = 0; row < rows; ++row) uses[row] -= uses[row] >> 3;
     for (int64_t e = 0; e < count; ++e)
       if (found[e] >= 0 && uses[found[e]] < NOW) uses[found[e]] += USE + NOW;
   }
 };
 
+// The largest of the `count` least of `keys`, which lie between -1 and what is marked by NOW. There is room for all of them in `some`.
+int32_t largest_of_least(const int32_t* keys, int64_t size, int64_t count, int32_t* some) {
+  constexpr int COARSE = 17, PARTS = (LARGEST >> COARSE) + 3;  // the marked ones are in the last part, those of nothing in the first
+  int64_t held[PARTS] = {};
+  const auto part_of = [](int32_t key) { return key < 0 ? 0 : std::min((key >> COARSE) + 1, PARTS - 1); };
+  for (int64_t i = 0; i < size; ++i) ++held[part_of(keys[i])];
+  int part = 0;
+  for (; count > held[part]; ++part) count -= held[part];
+  int32_t* end = some;
+  for (int64_t i = 0; i < size; ++i) {
+    *end = keys[i];
+    end += part_of(keys[i]) == part;
+  }
+  std::nth_element(some, some + count - 1, end);
+  return some[count - 1];
+}
+
 // The `count` rows behind those of the tail that were used least, of equal ones the first, in order; empty ones before all others. There
-// is room for one more.
+// is room for all of them.
 void least_used(const FindPlaces& f, const Rows& rows, int64_t count, int32_t* keys, int32_t* given) {
   const int64_t first = f.tail + f.vacant, size = f.rows - first;
   for (int64_t i = 0; i < size; ++i) keys[i] = rows.holder[first + i] < 0 ? -1 : rows.uses[first + i];
-  int32_t most = -1;  // the largest of them: all are gone through for each of its bits, which takes less than to put them in order
-  for (int32_t largest = LARGEST; most < largest;) {
-    const int32_t middle = most + (largest - most) / 2;
-    int32_t below = 0;
-    for (int64_t i = 0; i < size; ++i) below += keys[i] <= middle;
-    if (below >= count)
-      largest = middle;
-    else
-      most = middle + 1;
-  }
+  int32_t most = largest_of_least(keys, size, count, given);
   int64_t equal = count;
   for (int64_t i = 0; i < size; ++i) equal -= keys[i] < most;
   for (int64_t i = 0; i < size; ++i) {  // without branches, which nobody could foresee
@@ -75,7 +87,7 @@ int find_places(const FindPlaces& f) {
   int64_t largest = f.base + f.tail - 1;
   for (int64_t i = 0; i < f.lists * f.count; ++i) largest = f.index[i] > largest ? f.index[i] : largest;
   if (largest >= f.slots) return INDEX_OUT_OF_RANGE;
-  int32_t* keys = static_cast<int32_t*>(std::malloc(sizeof(int32_t) * size_t(f.rows + f.count + 1)));
+  int32_t* keys = static_cast<int32_t*>(std::malloc(sizeof(int32_t) * size_t(2 * f.rows + 1)));
   if (!keys) return OUT_OF_MEMORY;
   int64_t* missing = f.missing + 1;
   for (int64_t list = 0; list < f.lists; ++list) {
@@ -85,6 +97,7 @@ int find_places(const FindPlaces& f) {
     rows.put_tail(f.base, f.tail, f.vacant);
     int64_t wanted = 0;
     for (int64_t e = 0; e < f.count; ++e) {
+      if (rows.has(index[e], found[e], f.rows)) continue;  // what rows hold is near by, the long table of places is not
       found[e] = index[e] < 0 ? -1 : rows.place[index[e]];
       if (index[e] < 0 || found[e] != -1) continue;
       rows.place[index[e]] = COMING;

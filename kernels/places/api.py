@@ -27,7 +27,7 @@ def find_places(
         place: `[batch, lists, slots]` int32, in which row each slot lies, `-1` for none. It is updated, as the next two are.
         holder: `[batch, lists, rows]` int32, which slot lies in each row, `-1` for none.
         uses: `[batch, lists, rows]` int32, how much each row was used lately: at every call at which slots of its list lie in no row it
-            loses a quarter, and 2²⁴ are added for one in `index`.
+            loses an eighth, and 2²⁴ are added for one in `index`.
         tail: rows at the beginning in which the slots from `base` on lie, in order; no other slot gets them, and what lay there is gone.
         base: the slot in the first of these.
         vacant: rows behind these that are kept empty for slots to come.

@@ -46,7 +46,7 @@ def _bring(index: Tensor, missing: Tensor, place: Tensor, holder: Tensor, uses: 
     """Gives rows from `first` on to the slots of one list that lie in none; returns which entries bring one: of a slot listed twice the
     first."""
     found = place[index[(index >= 0) & ~missing]].long()
-    uses -= uses >> 2
+    uses -= uses >> 3
     uses[found.unique()] += USE
     free = uses.masked_fill(holder < 0, -1)
     free[found] = torch.iinfo(torch.int32).max

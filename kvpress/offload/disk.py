@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from array import array
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -100,17 +99,16 @@ class DiskTier:
         self.ledger.count(bytes_out=self.size(key, layout))
 
     def read_rows(
-        self, source: RowSource, wanted: RowsWanted, handles: array[int], out: Tensor, beside: Background | None = None
+        self, source: RowSource, wanted: RowsWanted, out: Tensor, beside: Background | None = None
     ) -> tuple[int, TierError] | None:
-        """Read single rows of blocks of slot rows to their places in `out [n, payload]`, `beside` on another thread too; `handles` as of
-        `FileStore.read_rows`.
+        """Read single rows of blocks of slot rows to their places in `out [n, payload]`, `beside` on another thread too.
 
         Returns None, or which of `wanted.blocks` failed first and why, as `read` would raise it; those places are then undefined.
         """
         first = 0
         while first < len(wanted.blocks):
             with suppress(OSError):  # that file is read again below
-                first += self.store.read_rows(source, wanted, first, handles, out, beside)
+                first += self.store.read_rows(source, wanted, first, out, beside)
             if first < len(wanted.blocks):
                 try:
                     self._read_slowly(source, wanted, first, out)

@@ -1,7 +1,7 @@
 """Blocks that the tiers hold: which there are, who relies on them, and what becomes of one that is lost."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -114,7 +114,7 @@ class HeldBlocks:
             block.owners.clear()
             self._mover.collect(block)
 
-    def _count(self, blocks: Sequence[Block]) -> None:
+    def _count(self, blocks: Iterable[Block]) -> None:
         """Book a request for each of the blocks: a hit in its nearest tier, a miss in the tiers before it."""
         left = list(blocks)
         for name, tier in self._mover.tiers.items():

@@ -37,6 +37,8 @@ class Mover:
     Attributes:
         changes: raised whenever room became available.
         moving: moves under way; they end without waiting for anything but their own bytes.
+        version: raised whenever a block comes, goes, lies elsewhere, or is moved by somebody.
+        reading: who reads rows of blocks on disk; while above 0 no copy there is given up.
     """
 
     def __init__(self, device: Device, transfer: Transfer, tiers: list[Tier]) -> None:
@@ -45,8 +47,9 @@ class Mover:
         self.orders = {tier.name: UseOrder() for tier in tiers}
         self.blocks: dict[str, Block] = {}
         self.lock = Condition(Lock())
-        self.changes = 0
-        self.moving = 0
+        self.changes = self.version = 0
+        self.moving = self.reading = 0
+        self._abandoned: list[Block] = []  # while rows were read
 
     @property
     def memory_tiers(self) -> list[MemoryTier]:
@@ -79,9 +82,11 @@ class Mover:
         """Mark `block` busy. If nobody owns it any more at the end, it goes."""
         block.moved_by = get_ident()
         self.moving += 1
+        self.version += 1
         try:
             yield
         finally:
+            self.version += 1
             block.moved_by = None
             self.moving -= 1
             self.collect(block)
@@ -89,10 +94,33 @@ class Mover:
 
     def collect(self, block: Block) -> None:
         """Free a block that nobody owns and nobody uses."""
-        if not block.owners and not block.pins and not block.busy and self.blocks.get(block.key.digest) is block:
+        if block.owners:
+            return
+        self.version += 1
+        if not block.pins and not block.busy and self.blocks.get(block.key.digest) is block:
+            if self.reading:
+                self._abandoned.append(block)
+                return
             del self.blocks[block.key.digest]
             for tier in block.tiers:
                 self.forget(block, tier)
+
+    @contextmanager
+    def reads_rows(self) -> Iterator[None]:
+        """Let the lock go while rows of blocks on disk are read."""
+        self.reading += 1
+        self.moving += 1
+        try:
+            with self.unlocked(stalls=self.disk):
+                yield
+        finally:
+            self.reading -= 1
+            self.moving -= 1
+            if not self.reading:
+                abandoned, self._abandoned = self._abandoned, []
+                for block in abandoned:
+                    self.collect(block)
+                self.changed()
 
     def touch(self, block: Block) -> None:
         """Make the block the most recently used of every tier that holds it."""
@@ -101,6 +129,7 @@ class Mover:
 
     def publish(self, block: Block, name: str, buffer: Tensor | None) -> None:
         """A complete copy now lies in the tier."""
+        self.version += 1
         if buffer is None:
             block.on_disk = True
         else:
@@ -110,6 +139,7 @@ class Mover:
 
     def forget(self, block: Block, name: str, keep_buffer: bool = False) -> None:
         """Give up the copy in the tier, and its bytes."""
+        self.version += 1
         self.orders[name].remove(block.key.digest)
         if name == "disk":
             disk, handle = self.need_disk(), block.handle
@@ -175,7 +205,7 @@ class Mover:
     def _victim(self, name: str, only_redundant: bool, attempt: Attempt) -> Block | None:
         for digest in self.orders[name]:
             block = self.blocks[digest]
-            if block.busy:
+            if block.busy or (name == "disk" and self.reading):
                 attempt.met_busy |= block.moved_by != get_ident()
             elif not block.pins and (len(block.tiers) > 1 or not (only_redundant or self._is_last(name))):
                 return block

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from kvpress.offload.block import Block
 from kvpress.offload.errors import TierError, TierLostError
 from kvpress.offload.held_blocks import HeldBlocks
+from kvpress.offload.key import BlockKey
 from kvpress.offload.loader import Loader
 from kvpress.offload.mover import Mover
 from kvpress.offload.row_source import RowSource
@@ -40,53 +40,54 @@ class RowReader(HeldBlocks):
             TierCorruptError, TierLostError, TierReadError: as `get` does; `out` is then undefined.
         """
         with self._locked() as mover:
-            pinned: list[Block] = []
+            if source.version != mover.version:
+                source.look_up(mover.blocks, mover.version)
+            near = self._near(source, wanted) if source.elsewhere else {}
+            self._count_rows(len(wanted.blocks), near)
             try:
-                self._pin(source, wanted.blocks.tolist(), pinned)
-                near = [number for number, block in enumerate(pinned) if block.buffers]
-                self._count_rows(pinned, near)
-                handles = array("i", [block.handle for block in pinned])
-                known = handles[:]
-                mover.moving += 1
-                try:
-                    with mover.unlocked(stalls=mover.disk):
-                        failed = self._read_rows(pinned, near, source, wanted, handles, out)
-                finally:
-                    mover.moving -= 1
-                    if handles != known:
-                        self._keep_open(pinned, known, handles)
-                if failed is not None:
-                    self._withdraw(*failed)
-                for number in near:  # nothing lies below the disk, whose order of use matters to nobody
-                    mover.touch(pinned[number])
+                with mover.reads_rows():
+                    failed = self._read_rows(near, source, wanted, out)
             finally:
-                for block in pinned:
+                if source.opened:
+                    self._keep_open(source, wanted.blocks.tolist())
+                for block in near.values():
                     block.pins -= 1
-                    if not block.owners:
-                        mover.collect(block)
-                mover.changed()
+                    mover.touch(block)  # nothing lies below the disk, whose order of use matters to nobody
+                    mover.collect(block)
+            if failed is not None:
+                self._withdraw(*failed)
 
-    def _pin(self, source: RowSource, numbers: Sequence[int], pinned: list[Block]) -> None:
-        """Keep the copies of these blocks where they are; `pinned` gets them, one by one."""
-        held = source.held
-        for number in numbers:
-            block = held[number]  # one without owners is gone for good, whoever knows it still
-            if block is None or block.moved_by is not None or not block.owners:
-                key = source.keys[number]
-                block = held[number] = self._settled(key)
-                if block is None:
-                    raise TierLostError("manager", "is not held", key)
-            if block.failure is not None or not (block.on_disk or block.buffers):
-                self._missing(block)
+    def _near(self, source: RowSource, wanted: RowsWanted) -> dict[int, Block]:
+        """Which of `wanted.blocks` lie in memory, pinned; it waits for those that somebody moves.
+
+        Raises:
+            TierError: one of them is lost.
+        """
+        mover, numbers, near = self._mover, wanted.blocks.tolist(), dict[int, Block]()
+        while any(self._is_moved(source.keys[number]) for number in numbers if number in source.elsewhere):
+            mover.lock.wait()
+        if source.version != mover.version:
+            source.look_up(mover.blocks, mover.version)
+        for each, number in enumerate(numbers):
+            if number not in source.elsewhere:
+                continue
+            block = self._settled(source.keys[number])  # which waits for nobody now
+            if block is None:
+                raise TierLostError("manager", "is not held", source.keys[number])
+            self._check_readable(block)
+            near[each] = block
+        for block in near.values():
             block.pins += 1
-            pinned.append(block)
+        return near
 
-    def _count_rows(self, blocks: Sequence[Block], near: Sequence[int]) -> None:
-        if near:
-            self._count(blocks)
-            return
-        for tier in self._mover.tiers.values():  # as `_count` does where none lies in memory
-            tier.ledger.count(**{"hits" if tier is self._mover.disk else "misses": len(blocks)})
+    def _is_moved(self, key: BlockKey) -> bool:
+        block = self._mover.blocks.get(key.digest)
+        return block is not None and block.busy
+
+    def _count_rows(self, blocks: int, near: Mapping[int, Block]) -> None:
+        self._count(near.values())
+        for tier in self._mover.tiers.values():
+            tier.ledger.count(**{"hits" if tier is self._mover.disk else "misses": blocks - len(near)})
 
     def _withdraw(self, block: Block, error: TierError) -> None:
         while block.busy:
@@ -95,38 +96,36 @@ class RowReader(HeldBlocks):
         self._remove_if_lost(block)
         raise error
 
-    def _keep_open(self, blocks: Sequence[Block], known: array[int], handles: array[int]) -> None:
-        """Files were kept open, which others may have done or made useless meanwhile."""
-        for block, before, now in zip(blocks, known, handles, strict=True):
-            if before < 0 <= now:
-                if block.on_disk and block.handle < 0:
-                    block.handle = now
-                else:
-                    self._mover.need_disk().store.let_go(now)
+    def _keep_open(self, source: RowSource, numbers: Sequence[int]) -> None:
+        """Files of some of these blocks were kept open, which others may have done or made useless meanwhile."""
+        source.opened = 0
+        for number in numbers:
+            block, now = source.held[number], source.handles[number]
+            if block is None or now in (-1, block.handle):
+                continue
+            if block.on_disk and block.handle < 0:
+                block.handle = now
+            else:
+                self._mover.need_disk().store.let_go(now)
+                source.handles[number] = block.handle
 
     def _read_rows(
-        self,
-        blocks: Sequence[Block],
-        near: Sequence[int],
-        source: RowSource,
-        wanted: RowsWanted,
-        handles: array[int],
-        out: Tensor,
+        self, near: Mapping[int, Block], source: RowSource, wanted: RowsWanted, out: Tensor
     ) -> tuple[Block, TierError] | None:
-        """The block that could not be read, and why. Called without the lock, on pinned blocks, whose copies stay where they are."""
-        layout, on_disk, some, of_some = source.layout, list(range(len(blocks))), wanted, handles
-        for number in near:
-            block = blocks[number]
+        """The block that could not be read, and why. Called without the lock, while no copy is given up."""
+        layout, on_disk = source.layout, wanted
+        for each, block in near.items():
             rows = block.layout.views(next(iter(block.buffers.values())))[NAME].view(-1, layout.width)
-            numbers, places = wanted.of_block(number)
+            numbers, places = wanted.of_block(each)
             out[places] = rows[numbers.to(rows.device), : layout.payload].to(out.device)
+        if len(near) == len(wanted.blocks):
+            return None
         if near:
-            on_disk = sorted(set(on_disk) - set(near))
-            if not on_disk:
-                return None
-            some, of_some = wanted.some(on_disk), array("i", [handles[each] for each in on_disk])
-        failed = self._mover.need_disk().read_rows(source, some, of_some, out, self._pool.submit)
-        if near:
-            for each, handle in zip(on_disk, of_some, strict=True):
-                handles[each] = handle
-        return None if failed is None else (blocks[on_disk[failed[0]]], failed[1])
+            on_disk = wanted.some([each for each in range(len(wanted.blocks)) if each not in near])
+        failed = self._mover.need_disk().read_rows(source, on_disk, out, self._pool.submit)
+        if failed is None:
+            return None
+        damaged = source.held[int(on_disk.blocks[failed[0]])]
+        if damaged is None:
+            raise RuntimeError("this block does not lie on disk")
+        return damaged, failed[1]

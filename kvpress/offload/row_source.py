@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy
@@ -25,7 +26,11 @@ class RowSource:
 
     Attributes:
         keys: of the blocks.
-        held: what the manager knew of each when it was read last, None for one that was not.
+        held: what the manager knew of each, None for one that does not lie on disk alone.
+        handles: of their files, where they are kept open, else -1.
+        opened: how many of them were kept open since the manager looked.
+        elsewhere: numbers of those that do not lie on disk alone, or that somebody moves.
+        version: of the manager's blocks, of which this is true; -1 for none.
         names: `[blocks, NAME_BYTES]` uint8, of their files, each ended by 0.
         sizes, starts: `[blocks]` int64, bytes of each file, and before its rows.
         seeds: `[blocks]` uint64, of the checksums of its rows.
@@ -37,6 +42,10 @@ class RowSource:
         self.layout = layout
         self.keys: list[BlockKey] = []
         self.held: list[Block | None] = []
+        self.handles = array("i")
+        self.elsewhere: set[int] = set()
+        self.version = -1
+        self.opened = 0
         self.names = numpy.empty((0, NAME_BYTES), dtype=numpy.uint8)
         self.sizes = self.starts = numpy.empty(0, dtype=numpy.int64)
         self.seeds = numpy.empty(0, dtype=numpy.uint64)
@@ -52,8 +61,7 @@ class RowSource:
         known = 0
         while known < min(len(keys), len(self.keys)) and keys[known] is self.keys[known]:
             known += 1
-        self.held = [*self.held[:known], *[None] * (len(keys) - known)]
-        self.keys, self._followed = keys, blocks
+        self.keys, self._followed, self.version = keys, blocks, -1
         new = [self._facts(block) for block in blocks[known:]]
         names = numpy.frombuffer(b"".join(name for name, *_ in new), dtype=numpy.uint8).reshape(-1, NAME_BYTES)
         sizes, starts = (numpy.array([facts[which] for facts in new], dtype=numpy.int64) for which in (1, 2))
@@ -67,6 +75,16 @@ class RowSource:
         self.batch_rows = None
         if any(block.rows is not None for block in blocks):
             self.batch_rows = torch.tensor([block.rows or range(block.batch) for block in blocks])
+
+    def look_up(self, blocks: Mapping[str, Block], version: int) -> None:
+        """Where the blocks are now, among all that the manager knows."""
+        self.held, self.version = [], version
+        for key in self.keys:
+            block = blocks.get(key.digest)
+            whole = block is not None and block.owners and not block.busy and block.failure is None
+            self.held.append(block if whole and block is not None and block.on_disk and not block.buffers else None)
+        self.elsewhere = {number for number, block in enumerate(self.held) if block is None}
+        self.handles = array("i", [-1 if block is None else block.handle for block in self.held])
 
     def _facts(self, block: StoredBlock) -> tuple[bytes, int, int, int]:
         """Its file's name, its size, the bytes before its rows, and the seed of their checksums."""

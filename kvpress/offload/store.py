@@ -106,16 +106,14 @@ class FileStore:
         source: RowSource,
         wanted: RowsWanted,
         first: int,
-        handles: array[int],
         out: Tensor,
         beside: Background | None = None,
     ) -> int:
         """Read single rows of several files into `out [n, payload]` and check them, by the native kernels where they are built.
 
         Args:
-            source: tells of the files.
+            source: tells of the files. More of its `handles` may be there afterwards, as many as `opened` grew by: see `let_go`.
             wanted: the rows, of which those of the files before `wanted.blocks[first]` are left out.
-            handles: of `wanted.blocks`, those of files that were kept open, or -1. More may be there afterwards: see `let_go`.
             out: uint8, rows of contiguous bytes.
             beside: runs a function on another thread, which reads along where torch computes on one thread only.
 
@@ -124,13 +122,14 @@ class FileStore:
         native = getattr(extension, "read_rows", None)
         if native is None:
             return 0
-        count, threads, known = len(wanted.blocks) - first, torch.get_num_threads(), handles[:]
+        count, threads = len(wanted.blocks) - first, torch.get_num_threads()
+        handles, known = source.handles, source.handles[:]
         progress = array("q", [0, count, 0, 0, 0, 0, 0])
         names, *of_files = source.addresses
         blocks, firsts = (each.data_ptr() + 8 * first for each in (wanted.blocks, wanted.firsts))
         fields = (
             threads, self._handle, names, NAME_BYTES, *of_files, blocks,
-            handles.buffer_info()[0] + handles.itemsize * first, count, firsts,
+            handles.buffer_info()[0], count, firsts,
             wanted.numbers.data_ptr(), wanted.places.data_ptr(), out.shape[1], out.data_ptr(), out.stride(0),
         )  # fmt: skip
 
@@ -149,6 +148,7 @@ class FileStore:
             raise
         finally:
             if progress[6]:
+                source.opened += progress[6]
                 self._kept.update(now for before, now in zip(known, handles, strict=True) if before < 0 <= now)
         if helper is not None:
             helper.cancel()

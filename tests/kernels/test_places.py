@@ -31,7 +31,7 @@ class ByUse:
         if missing:
             now = {held[slot] for slot in slots if slot in held}
             self.rows = [
-                (uses - uses // 4 + (1 << 24) * (row in now), slot) for row, (uses, slot) in enumerate(self.rows)
+                (uses - uses // 8 + (1 << 24) * (row in now), slot) for row, (uses, slot) in enumerate(self.rows)
             ]
             free = [row for row in range(tail + vacant, len(self.rows)) if row not in now]
             free.sort(key=lambda row: (-1 if self.rows[row][1] < 0 else self.rows[row][0], row))

@@ -11,7 +11,7 @@ import torch
 
 from kvpress import PolicyCache
 from kvpress.kernels.native import extension
-from kvpress.offload import Offload, TierCorruptError
+from kvpress.offload import Offload, TierCorruptError, TierLostError
 from kvpress.offload.manager import TierManager
 from kvpress.offload.slot_rows import RowsWanted
 from kvpress.policies import TokenSelect
@@ -99,6 +99,40 @@ def test_threads_that_read_the_same_files_keep_each_once(folder, put_rows):
             each.join()
         assert len(found) == 4 and all(torch.equal(each, expected) for each in found)
         assert len(kept()) == 40
+    assert not kept()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_block_given_up_while_its_rows_are_read_goes_afterwards(folder, put_rows, fails):
+    with TierManager(Offload(disk=folder)) as manager:
+        source, written = put_rows(manager, 6, 8)
+        expected = written[:, :4, : source.layout.payload]
+        read(manager, source, {1, 2})
+        store, seen = manager._mover.disk.store, []
+        step = store.step
+
+        def drops(name, *given, **options):
+            if name == "read" and not seen:
+                manager.drop("me", [source.keys[number] for number in (2, 3, 5)])
+                seen.extend(list(folder.glob("*/" + source.keys[number].digest)) for number in (2, 3, 5))
+                if fails:
+                    raise KeyboardInterrupt
+            return step(name, *given, **options)
+
+        store.step = drops
+        if fails:
+            with pytest.raises(KeyboardInterrupt):
+                read(manager, source, {1, 2, 3})
+        else:
+            assert torch.equal(read(manager, source, {1, 2, 3}), expected[1:4].flatten(0, 1))
+        assert len(seen) == 3 and all(seen), "nothing went while rows were read"
+        for number in range(6):
+            assert (source.keys[number] in manager) == (number in (0, 1, 4))
+            assert len(list(folder.glob("*/" + source.keys[number].digest))) == (number in (0, 1, 4))
+        assert len(kept()) == 1 and manager._mover.reading == manager._mover.moving == 0
+        with pytest.raises(TierLostError):
+            read(manager, source, {1, 3})
+        assert torch.equal(read(manager, source, {0, 1, 4}), expected[[0, 1, 4]].flatten(0, 1))
     assert not kept()
 
 

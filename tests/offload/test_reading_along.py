@@ -1,7 +1,6 @@
 """A second thread that reads rows along: every row is read once and in place, whoever reads it, and help that does not pay pauses."""
 
 import threading
-from array import array
 from concurrent.futures import Future
 from itertools import pairwise
 
@@ -60,6 +59,7 @@ def test_help_that_comes_late_or_never_changes_nothing(stored, comes):
     expected, places = written[:, ::2].flatten(0, 1)[:, : source.layout.payload], torch.arange(BLOCKS * SLOTS // 2)
     out = torch.zeros(len(expected), source.layout.payload, dtype=torch.uint8)
     kept, future = [], Future()
+    source.look_up(manager._mover.blocks, manager._mover.version)
 
     def beside(work):
         kept.append(work)
@@ -69,7 +69,7 @@ def test_help_that_comes_late_or_never_changes_nothing(stored, comes):
             future.set_running_or_notify_cancel()
         return future
 
-    done = manager._mover.disk.store.read_rows(source, all_rows(places), 0, array("i", [-1] * BLOCKS), out, beside)
+    done = manager._mover.disk.store.read_rows(source, all_rows(places), 0, out, beside)
     assert done == BLOCKS and torch.equal(out, expected) and len(kept) == 1
     out.zero_()
     kept[0]()
