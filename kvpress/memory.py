@@ -11,8 +11,7 @@ from torch import Tensor
 from kvpress.host_memory import empty_pages
 from kvpress.kernels.native.tensors import prefer_large_pages
 
-LARGE = 4 << 20  # bytes from which large pages are asked for
-LARGE_PAGE = 2 << 20  # bytes of one: a buffer that begins at a multiple of it lies in more of them
+LARGE = 2 << 20  # bytes of a large page: a buffer of so many begins at a multiple of it and asks for them
 GROWTH = 64  # what grows gets one part in so many of spare room, so that it never holds much more than it keeps
 FEW = 512  # a table of fewer slots gets half as many again, up to
 STEP = 32  # spare ones: new buffers at every few tokens would cost more than attention does
@@ -21,10 +20,7 @@ STEP = 32  # spare ones: new buffers at every few tokens would cost more than at
 def allocate(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised buffer on the device of `like`, writable in place with and without inference mode."""
     with torch.inference_mode(False):
-        buffer = _empty(shape, like, dtype or like.dtype)
-    if buffer.is_cpu and buffer.nbytes >= LARGE:
-        prefer_large_pages(buffer)
-    return buffer
+        return _empty(shape, like, dtype or like.dtype)
 
 
 def filled(shape: Sequence[int], value: float, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -34,10 +30,13 @@ def filled(shape: Sequence[int], value: float, like: Tensor, dtype: torch.dtype)
 
 
 def _empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-    if like.is_cpu:
-        nbytes = prod(shape) * dtype.itemsize
-        return empty_pages(nbytes, aligned=LARGE_PAGE if nbytes >= LARGE else 1).view(dtype).view(tuple(shape))
-    return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+    if not like.is_cpu:
+        return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+    nbytes = prod(shape) * dtype.itemsize
+    buffer = empty_pages(nbytes, aligned=LARGE if nbytes >= LARGE else 1)
+    if nbytes >= LARGE:
+        prefer_large_pages(buffer)
+    return buffer.view(dtype).view(tuple(shape))
 
 
 def held_bytes(tensors: Iterable[Tensor | None]) -> int:

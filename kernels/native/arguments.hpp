@@ -4,6 +4,7 @@
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+template <bool VNNI>  // whether the machine adds products of bytes in one instruction
 struct Int4 { uint8_t pair; };  // two channels; strides count pairs
 
 enum Kind : int64_t { FP32 = 0, BF16 = 1, FP16 = 2, INT8 = 3, INT4 = 4 };

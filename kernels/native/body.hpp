@@ -18,6 +18,13 @@
 #include "packing.hpp"
 #include "voted_slots.hpp"
 
+template <bool VNNI>
+constexpr Level with_vote = {attention,   attention_mass, head_vote<VNNI>, group_products, page_bounds, page_scores,
+                             choose_pages, rotate,        pack_int8,       pack_int4,      voted_slots<head_vote<VNNI>>};
+
 extern const Level level;
-const Level level = {attention,   attention_mass, head_vote, group_products, page_bounds,
-                     page_scores, choose_pages,   rotate,    pack_int8,      pack_int4, voted_slots};
+const Level level = with_vote<false>;
+#if LANES == 16
+extern const Level level_vnni;
+const Level level_vnni = with_vote<true>;
+#endif

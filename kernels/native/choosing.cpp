@@ -80,7 +80,7 @@ constexpr int64_t SAMPLE = 1024;  // scores from which it is guessed what the `c
 
 // Collect into `candidates` the slots whose scores reach what somewhat more than `count` of them do, by a sample; how many these are.
 // They may turn out to be fewer than `count`. `candidates` holds `size` slots.
-int64_t collect_candidates(const float* scores, int64_t size, int64_t count, uint32_t* candidates) {
+int64_t collect_candidates(Collect collect, const float* scores, int64_t size, int64_t count, uint32_t* candidates) {
   const double expected = double(count) * SAMPLE / double(size);
   const int64_t wanted = int64_t(expected + 3 * std::sqrt(expected) + 3);  // of the sample: three standard deviations more
   if (size < FEW_SCORES || size > UINT32_MAX || wanted > SAMPLE / 3) return 0;
@@ -89,21 +89,16 @@ int64_t collect_candidates(const float* scores, int64_t size, int64_t count, uin
   const uint32_t bits = rank & 0x80000000 ? rank ^ 0x80000000 : ~rank;
   float guess;
   std::memcpy(&guess, &bits, 4);
-  int64_t found = 0;
-  for (int64_t i = 0; i < size; ++i) {  // no branch, as above
-    candidates[found] = uint32_t(i);
-    found += scores[i] >= guess;
-  }
-  return found;
+  return collect(scores, size, guess, candidates);
 }
 
 // The `count` best of `scores [size]`, ascending; of equal ones the later. `scratch` holds `size` numbers.
-void best_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch, int64_t* slots) {
+void best_of(Collect collect, const float* scores, int64_t size, int64_t count, uint32_t* scratch, int64_t* slots) {
   if (count >= size) {
     for (int64_t i = 0; i < size; ++i) slots[i] = i;
     return;
   }
-  const int64_t found = collect_candidates(scores, size, count, scratch);
+  const int64_t found = collect_candidates(collect, scores, size, count, scratch);
   if (found < count || found > size / 3)
     return best_among([&](int64_t i) { return rank_of(scores[i]); }, [](int64_t i) { return i; }, size, count, scratch, slots);
   uint32_t* ranks = scratch + found;
@@ -116,7 +111,7 @@ void best_of(const float* scores, int64_t size, int64_t count, uint32_t* scratch
 void best_pages(const float* bound, int64_t pages, int64_t count, uint32_t* scratch, int64_t* best) {
   int64_t members = 16;
   while (members > 1 && pages / members < 2 * count) members /= 2;
-  if (members == 1 || count == 0) return best_of(bound, pages, count, scratch, best);
+  if (members == 1 || count == 0) return best_of(collect_any, bound, pages, count, scratch, best);
   const int64_t sets = pages / members;  // of pages `sets` apart; the last few pages may be in none
   float* maxima = reinterpret_cast<float*>(scratch + pages);
   std::memcpy(maxima, bound, sizeof(float) * size_t(sets));
@@ -125,13 +120,9 @@ void best_pages(const float* bound, int64_t pages, int64_t count, uint32_t* scra
   std::nth_element(maxima, maxima + count - 1, maxima + sets, std::greater<float>());
   const float least = maxima[count - 1];
   uint32_t* candidates = scratch + 2 * pages;
-  int64_t found = 0;
-  for (int64_t p = 0; p < pages; ++p) {  // no branch: which pages reach it is not to be foreseen
-    candidates[found] = uint32_t(p);
-    found += bound[p] >= least;
-  }
+  const int64_t found = collect_any(bound, pages, least, candidates);
   for (int64_t i = 0; i < found; ++i) maxima[i] = bound[candidates[i]];
-  best_of(maxima, found, count, scratch, best);
+  best_of(collect_any, maxima, found, count, scratch, best);
   for (int64_t i = 0; i < count; ++i) best[i] = candidates[best[i]];
 }
 
@@ -178,7 +169,18 @@ double cosine_of(const void* query, int64_t query_head, const void* former, int6
   return product[0] / (std::fmax(std::sqrt(own[0]), least) * std::fmax(std::sqrt(before[0]), least));
 }
 
-int best_slots(const BestSlots& o) {
+int64_t collect_any(const float* scores, int64_t size, float least, uint32_t* slots) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < size; ++i) {  // no branch: which scores reach it is not to be foreseen
+    slots[found] = uint32_t(i);
+    found += scores[i] >= least;
+  }
+  return found;
+}
+
+int best_slots(const BestSlots& o) { return best_slots_by(collect_any, o); }
+
+int best_slots_by(Collect collect, const BestSlots& o) {
   if (o.rows == 0 || o.size == 0) return OK;
   int failed = 0;
 #pragma omp parallel for schedule(static) num_threads(int(o.threads)) if (o.threads > 1 && o.rows > 1 && o.rows * o.size > 16384) \
@@ -186,7 +188,7 @@ int best_slots(const BestSlots& o) {
   for (int64_t row = 0; row < o.rows; ++row) {
     uint32_t* scratch = static_cast<uint32_t*>(std::malloc(sizeof(uint32_t) * size_t(o.size)));
     if (scratch)
-      best_of(o.scores + row * o.stride, o.size, o.count, scratch, o.slots + row * o.count);
+      best_of(collect, o.scores + row * o.stride, o.size, o.count, scratch, o.slots + row * o.count);
     else
       failed |= 1;
     std::free(scratch);

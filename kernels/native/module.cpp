@@ -16,7 +16,7 @@
 namespace baseline { extern const Level level; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Level level; }
-namespace avx512 { extern const Level level; }
+namespace avx512 { extern const Level level, level_vnni; }
 #endif
 
 namespace {
@@ -29,6 +29,7 @@ struct Named {
 
 Named levels[] = {
 #if defined(__x86_64__)
+    {"avx512vnni", &avx512::level_vnni, false},
     {"avx512", &avx512::level, false},
     {"avx2", &avx2::level, false},
 #endif
@@ -39,9 +40,10 @@ const Named* used = nullptr;
 void detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  levels[1].usable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  levels[0].usable = levels[1].usable && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  levels[2].usable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  levels[1].usable = levels[2].usable && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  levels[0].usable = levels[1].usable && __builtin_cpu_supports("avx512vnni");
 #endif
   for (const Named& level : levels)
     if (level.usable && !used) used = &level;

@@ -24,12 +24,33 @@ static inline void soften_plane(const float* scores, float* weight, float* maxim
     *maximum = top;
   }
   const Vec shift = splat(*maximum == -INFINITY ? 0.f : *maximum);
-  for (int i = 0; i < TILE; i += LANES) {
-    const Vec p = exp_vec(load(scores + i) - shift);
+  EACH(i, TILE / LANES) {
+    const Vec p = exp_vec(load(scores + i * LANES) - shift);
     sum += p;
-    store(weight + i, p);
+    store(weight + i * LANES, p);
   }
   store(sums, sum);
+}
+
+// How many tiles from the first on hold the slots of their own numbers, none left out. Slots without positions are all seen or none.
+template <class T>
+static int64_t whole_tiles(const Head<T>& head, int64_t limit) {
+  return head.index || head.positions || limit < 0 ? 0 : head.entries / TILE;
+}
+
+// One such tile of one KV head.
+template <class T>
+static void vote_run(const Attention& a, const Head<T>& head, int64_t h, int64_t k, const float* query, const Votes& votes,
+                     float* maximum, float* sums) {
+  const int64_t group = a.query_heads / a.kv_heads;
+  float planes[4 * TILE];
+  float* weight = votes.weight + (k * a.query_heads + h * group) * TILE;
+  for (int64_t q = 0; q < group; q += 4) {
+    const int here = int(group - q < 4 ? group - q : 4);
+    score_run(head, query + q * a.slots.dim, here, k * TILE, planes);
+    for (int i = 0; i < here; ++i) soften_plane(planes + i * TILE, weight + (q + i) * TILE, maximum + q + i, sums + (q + i) * LANES);
+  }
+  std::memcpy(votes.base + k * votes.width + h * group, maximum, sizeof(float) * size_t(group));
 }
 
 // One piece of one KV head, tile by tile. `sums` is scratch, LANES numbers a query.
@@ -40,9 +61,13 @@ static void vote_piece(const Attention& a, const Head<T>& head, int64_t h, int64
   float* maximum = votes.maximum + piece * votes.width + h * group;
   fill(maximum, group, -INFINITY);
   fill(sums, group * LANES, 0.f);
-  Tile tiles[2];
   float planes[4 * TILE];
-  const int64_t first = piece * PIECE, last = first + PIECE < votes.tiles ? first + PIECE : votes.tiles;
+  int64_t first = piece * PIECE;
+  const int64_t last = first + PIECE < votes.tiles ? first + PIECE : votes.tiles;
+  if constexpr (IS_INT4<T>)
+    for (const int64_t whole = whole_tiles(head, limit); first < last && first < whole; ++first)
+      vote_run(a, head, h, first, query, votes, maximum, sums);
+  Tile tiles[2];
   const auto collect = [&](int64_t k, Tile& tile) {
     const int64_t end = (k + 1) * TILE < head.entries ? (k + 1) * TILE : head.entries;
     tile.count = 0;
@@ -59,7 +84,6 @@ static void vote_piece(const Attention& a, const Head<T>& head, int64_t h, int64
     for (int64_t q = 0; q < group && tile.count; q += 4) {
       const int here = int(group - q < 4 ? group - q : 4);
       score_planes(head, query + q * a.slots.dim, here, tile, (next.count ? next : tile).key, planes);
-      if (a.softcap != 0) cap_scores(planes, here * TILE, float(a.softcap));
       for (int i = 0; i < here; ++i) {
         float *scores = planes + i * TILE, *to = weight + (q + i) * TILE;
         fill(scores + tile.count, TILE - tile.count, -INFINITY);
@@ -116,7 +140,8 @@ static int vote_kind(const Attention& a) {
   for (int64_t b = 0; b < a.batch && line; ++b) {
     const int64_t limit = a.query_positions ? a.query_positions[b * a.query_position_batch] : INT64_MAX;
     for (int64_t h = 0; h < a.kv_heads; ++h) load_queries(a, b, h, 0, 1, query.data + h * group * s.dim);
-    for (int64_t i = 0; i < a.query_heads; ++i) ready_query<T>(query.data + i * s.dim, s.dim);
+    if constexpr (IS_INT4<T>)
+      for (int64_t i = 0; i < a.query_heads; ++i) round_query(query.data + i * s.dim, s.dim);
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
 #pragma omp for schedule(static)  // what a thread reads lies side by side: one stream, not a new one for every piece
@@ -135,6 +160,7 @@ static int vote_kind(const Attention& a) {
   return OK;
 }
 
+template <bool VNNI>
 static int head_vote(const Vote& given) {
   const Prepared prepared(given.attention);
   if (prepared.status) return prepared.status;
@@ -143,7 +169,7 @@ static int head_vote(const Vote& given) {
     case BF16: return vote_kind<BFloat16>(a);
     case FP16: return vote_kind<Float16>(a);
     case INT8: return vote_kind<int8_t>(a);
-    case INT4: return vote_kind<Int4>(a);
+    case INT4: return vote_kind<Int4<VNNI>>(a);
     default: return vote_kind<float>(a);
   }
 }

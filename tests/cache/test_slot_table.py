@@ -318,7 +318,8 @@ def test_large_buffers_ask_for_large_pages(monkeypatch):
     memory.allocate((memory.LARGE // 4 - 1,), like)
     assert asked == []
     memory.allocate((memory.LARGE // 4,), like)
-    assert asked == [memory.LARGE]
+    memory.filled((memory.LARGE // 4, 3), 0, like, torch.int32)
+    assert asked == [memory.LARGE, 3 * memory.LARGE]
     monkeypatch.undo()
     buffer = memory.allocate((3, memory.LARGE // 4), like).fill_(2.0)
     assert buffer.sum() == 2 * 3 * (memory.LARGE // 4)
