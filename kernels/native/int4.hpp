@@ -91,14 +91,14 @@ static inline Words rows_apart(const Rows& rows, int r, int64_t byte) {
 #endif
 }
 
-#if LANES == 16
+#if LANES == 16 && !defined(__clang__)
 typedef int32_t Word __attribute__((may_alias));
 // Products of four bytes each with those of a query are added to `sums`. Written out, as not all that this is compiled for have it.
 static inline void add_products(Words& sums, Words bytes, const int8_t* query) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(bytes), "m"(*reinterpret_cast<const Word*>(query)));
 }
 #else
-static inline void add_products(Words&, Words, const int8_t*) {}  // no level has it
+static inline void add_products(Words&, Words, const int8_t*) {}  // no level in use has it
 #endif
 
 // The products of COUNT words of the first LANES rows are added to sums[query][row]. So many fit in 16 bits: 15 * 127 * 2 * 8 < 2^15.

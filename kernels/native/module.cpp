@@ -43,7 +43,9 @@ void detect() {
   levels[2].usable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   levels[1].usable = levels[2].usable && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if !defined(__clang__)  // which refuses an instruction, written out, of what it does not compile for
   levels[0].usable = levels[1].usable && __builtin_cpu_supports("avx512vnni");
+#endif
 #endif
   for (const Named& level : levels)
     if (level.usable && !used) used = &level;
