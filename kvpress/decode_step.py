@@ -101,7 +101,7 @@ class DecodeStep:
         ):
             return None
         index = None if reader is None else reader.listed
-        slots = StepSlots.of(table) if table.stowage is None else StepCopies.of(table, index)
+        slots = StepSlots.of(table) if table.stowage is None else StepCopies.within(table, index)
         if slots is None or (index is not None and not index.is_contiguous()):
             return None
         back = None

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from kvpress.kernels.attention.prepared import PreparedAttention
     from kvpress.kernels.rotation.prepared import PreparedRotation
+    from kvpress.prepared import PreparedSlots
     from kvpress.slots import SlotTable
 
 
@@ -22,21 +23,18 @@ class StepSlots:
     """All slots of a table in its own buffers, while these stay; with offload a subclass speaks of near copies. None of the memory is held.
 
     Args:
-        table: a token of which was just attended to by prepared calls.
+        table: a token of which was just attended to by the calls `prepared`.
     """
 
-    def __init__(self, table: SlotTable) -> None:
+    def __init__(self, table: SlotTable, prepared: PreparedSlots) -> None:
         self._room = min(table.capacity, table.columns[POSITION].shape[2])
-        self._prepared = None if table.prepared is None else weakref.ref(table.prepared)
+        self._prepared = weakref.ref(prepared)
 
     @classmethod
-    def of(cls, table: SlotTable, index: Tensor | None = None) -> StepSlots | None:
-        """Those of `table`, if they lie so.
-
-        Args:
-            index: `[batch, lists, n]`, which of them were attended to; `None` for all.
-        """
-        return None if table.prepared is None or table.spare is not None else cls(table)
+    def of(cls, table: SlotTable) -> StepSlots | None:
+        """Those of `table`, if they lie so."""
+        prepared = table.prepared
+        return None if prepared is None or table.spare is not None else cls(table, prepared)
 
     def attention(self, table: SlotTable) -> PreparedAttention | None:
         """What attended to them."""
@@ -55,7 +53,7 @@ class StepSlots:
 
     def stay(self, table: SlotTable) -> bool:
         """Whether they lie as they did, with room for one more."""
-        return table.count < self._room and self._prepared is not None and self._prepared() is table.prepared
+        return table.count < self._room and self._prepared() is table.prepared
 
     def place(self, table: SlotTable) -> tuple[int, int]:
         """The slot of its buffers that the next token takes, and how many slots attention reads from then (0: as many as ever)."""

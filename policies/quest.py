@@ -111,7 +111,7 @@ class PageSelector(Selector):
             page_size=self.policy.page_size,
             slots=view.slots,
             key=key,
-            first=None if _begins_by_kernel(view) else first_tokens(view),
+            first=None if _begins_at_once(view) else first_tokens(view),
             newest=view.new if isinstance(view.new, Tensor) else None,
         )
 
@@ -197,14 +197,14 @@ class PageSelector(Selector):
         return self.low, self.high
 
 
-def _begins_by_kernel(view: SlotView) -> bool:
+def _begins_at_once(view: SlotView) -> bool:
     """Whether page 0 begins at slot 0 in every row."""
     return isinstance(view.new, Tensor) or view.ordered
 
 
 def first_tokens(view: SlotView) -> Tensor:
     """`[batch, 1, 1]` slot of the first token of each row: pages are counted from there, so that padding does not shift them."""
-    if _begins_by_kernel(view):
+    if _begins_at_once(view):
         return torch.zeros(view.keys.shape[0], 1, 1, dtype=torch.long, device=view.keys.device)
     return (view.positions[:, :1] >= 0).int().argmax(dim=-1, keepdim=True)
 
@@ -212,7 +212,7 @@ def first_tokens(view: SlotView) -> Tensor:
 def _from_first_token(view: SlotView, first: int) -> tuple[Tensor, Tensor]:
     """Keys and positions from slot `first` after each row's first token; positions are `-1` past the last slot."""
     keys, positions = view.keys, view.positions
-    if _begins_by_kernel(view):
+    if _begins_at_once(view):
         return keys[:, :, first:], positions[:, :, first:]
     batch, heads, slots, dim = keys.shape
     index = first_tokens(view) + torch.arange(first, slots, device=keys.device)

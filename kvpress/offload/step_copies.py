@@ -31,14 +31,14 @@ class StepCopies(StepSlots):
     """
 
     def __init__(self, table: SlotTable, stowage: Stowage, hot: HotSlots, index: Tensor) -> None:
-        super().__init__(table)
         self._stowage, self._hot = weakref.ref(stowage), weakref.ref(hot)
         self._positions = weakref.ref(table.columns[POSITION])
         self._room = min(hot.place.shape[-1], table.columns[POSITION].shape[2])
         self._places = PreparedPlaces(index, hot.place, hot.holder, hot.uses)
 
     @classmethod
-    def of(cls, table: SlotTable, index: Tensor | None = None) -> StepCopies | None:
+    def within(cls, table: SlotTable, index: Tensor | None) -> StepCopies | None:
+        """Those of `table`, if `index` was attended to so."""
         stowage = table.stowage
         if stowage is None or index is None:
             return None
