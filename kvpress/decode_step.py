@@ -1,4 +1,4 @@
-"""DecodeStep: a decoded token's way through a layer that keeps every token, by one call of the compiled kernels."""
+"""DecodeStep: a decoded token's way through a layer by one call of the compiled kernels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvpress.columns import POSITION
 from kvpress.errors import CacheStateError
 from kvpress.forward import Forward, came_with
 from kvpress.kernels.choosing.prepared import PreparedVote
 from kvpress.kernels.decode_step import PreparedStep
 from kvpress.offload.step_copies import StepCopies
 from kvpress.policies.selection import ALL
+from kvpress.steady_slots import SteadySlots
 from kvpress.step_slots import StepSlots
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ class DecodeStep:
         self._cosines = None if tables is None else weakref.ref(tables[0])  # whose address the kernels know
         self._keys: Tensor | None = None  # of the token that is on its way
         self._values: Tensor | None = None
-        positions = table.columns.stored(POSITION)  # of tokens in order they are known beforehand
-        positions[:, :, table.count :] = torch.arange(table.count, positions.shape[2], dtype=positions.dtype)
+        slots.foresee(table)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Of a copied layer there is none yet: addresses are those of the original."""
@@ -96,12 +95,12 @@ class DecodeStep:
             or known is None
             or forward.visible is not None
             or not (layer.selector is None or layer.selector.tells_at_once)
-            or known.tokens.newest != table.count - 1
+            or known.newest != layer.seen_rows[0] - 1
             or table.dtype != keys.dtype
         ):
             return None
         index = None if reader is None else reader.listed
-        slots = StepSlots.of(table) if table.stowage is None else StepCopies.within(table, index)
+        slots = cls._slots_of(layer, index)
         if slots is None or (index is not None and not index.is_contiguous()):
             return None
         back = None
@@ -111,6 +110,13 @@ class DecodeStep:
                 return None
         step = slots.prepare(table, query, keys, values, back)
         return None if step is None else cls(layer, query, keys, values, scaling, options, slots, step, index)
+
+    @staticmethod
+    def _slots_of(layer: PolicyLayer, index: Tensor | None) -> StepSlots | None:
+        table = layer.table
+        if layer.policy.budget is not None:
+            return SteadySlots.after(layer.keeper, layer.token_rule) if layer.reader is None else None
+        return StepSlots.of(table) if table.stowage is None else StepCopies.within(table, index)
 
     def tensors(self) -> list[Tensor]:
         """What is held beside the table's own tensors."""
@@ -152,7 +158,7 @@ class DecodeStep:
             known is None
             or known.mask is not mask
             or known.ids is not options.get("position_ids")
-            or known.tokens.newest != table.count
+            or known.newest != layer.seen_rows[0]
             or keys is not self._keys
             or scaling != self._scaling
             or not self._asks_alike(query, options)
@@ -179,10 +185,11 @@ class DecodeStep:
             elif chosen is not ALL:
                 index, choice = self._index, chosen
         output = torch.empty(self._output, dtype=query.dtype)
-        anew = self._run(query, keys, values, output, back, index, choice)
+        anew = self._run(query, keys, values, output, known.newest, back, index, choice)
         if selector is not None and choice is not None:
             selector.called(anew)
         self._keys = self._values = None
+        self._slots.advance(table)
         layer.took_step(known.tokens, index)
         return output
 
@@ -208,6 +215,7 @@ class DecodeStep:
         keys: Tensor,
         values: Tensor,
         output: Tensor,
+        position: int,
         back: PreparedRotation | None,
         index: Tensor | None,
         choice: PreparedVote | PreparedPages | None,
@@ -223,7 +231,9 @@ class DecodeStep:
             found = index if places is None else slots.found
         if table.packed:
             keys, values = table.form.pack(keys if back is None else back.rotate(keys)), table.form.pack(values)
-        anew, missing = step.run(query, keys, values, output, back, *slots.place(table), found, vote, pages, places)
+        anew, missing = step.run(
+            query, keys, values, output, back, *slots.place(table), position, found, vote, pages, places
+        )
         if missing and index is not None:
             slots.bring(table, index)
             step.attend()

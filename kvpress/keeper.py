@@ -213,6 +213,16 @@ class Keeper:
         sinks, window = self._protected(budgets)
         return ranked(self.policy.score(observation), observation.positions, sinks, observation.newest - window + 1)
 
+    def protected(self) -> tuple[int | Tensor, int | Tensor]:
+        """As many tokens at the beginning and at the end of each head are never evicted: integers, or `[batch, kv_heads, 1]`.
+
+        Raises:
+            RuntimeError: there are no budgets before the first prompt.
+        """
+        if self.budgets is None:
+            raise RuntimeError("budgets are known after the first prompt")
+        return self._protected(self.budgets)
+
     def _protected(self, budgets: numpy.ndarray) -> tuple[int | Tensor, int | Tensor]:
         """How many tokens at the beginning and at the end of each head are never evicted: integers, or `[batch, kv_heads, 1]`."""
         if self._limits is None or self._limits[0] is not budgets:

@@ -15,6 +15,7 @@ from kvpress.forward import Forward
 from kvpress.keeper import Keeper
 from kvpress.masks import LogicalLength
 from kvpress.observation import AttentionArguments
+from kvpress.policies.token_rule import token_rule
 from kvpress.precision import own_precision
 from kvpress.reading import Reader
 from kvpress.rope import Rotation
@@ -75,6 +76,7 @@ class PolicyLayer(CacheLayerMixin):
         self.reader = reader
         self.token_ids = token_ids
         self.keeper = Keeper(policy, layer_idx, ordinal, layers, expands_keys=expands_keys, reader=reader)
+        self.token_rule = None if policy.budget is None or expands_keys or policy.interval > 1 else token_rule(policy)
         self._keeps_all = policy.budget is None and not policy.columns and token_ids is None and not expands_keys
         self._lends = False  # layers without keys of their own attend to these slots
         self.attended = True  # our attention function follows every update
@@ -213,6 +215,8 @@ class PolicyLayer(CacheLayerMixin):
                 f"offload must be None to take tokens back from policy {self.policy.name!r}, which evicts (assisted decoding)"
             )
         self.record_past = True
+        if self.policy.budget is not None:
+            self.step = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens, as if they had never come.
@@ -365,8 +369,9 @@ class PolicyLayer(CacheLayerMixin):
         scaling: float | None,
         options: dict[str, Any],
     ) -> None:
-        """Tokens like that of `forward`, which attention just served, may go by one call, where every token stays."""
-        if self.step is None and forward.rows == 1 and self._keeps_all and self.ordinal > 0 and not self._lends:
+        """Tokens like that of `forward`, which attention just served, may go by one call, where all stay or the policy has a rule."""
+        simple = self._keeps_all or (self.token_rule is not None and not self.record_past)
+        if self.step is None and forward.rows == 1 and simple and self.ordinal > 0 and not self._lends:
             self.step = DecodeStep.after(self, forward, query, keys, values, scaling, options)
 
     def lend(self) -> None:
@@ -377,7 +382,6 @@ class PolicyLayer(CacheLayerMixin):
         """A token went by `step`, and attended to the slots `index`."""
         self.forward = None
         self.seen_rows = tokens.seen
-        self.table.advance()
         self.keeper.decoded += 1
         if self.reader is not None:
             self.reader.note(self.table, index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kvpress.columns import POSITION
@@ -14,13 +15,15 @@ if TYPE_CHECKING:
     from array import array
 
     from kvpress.kernels.attention.prepared import PreparedAttention
+    from kvpress.kernels.decode_step import PreparedEviction
     from kvpress.kernels.rotation.prepared import PreparedRotation
     from kvpress.prepared import PreparedSlots
     from kvpress.slots import SlotTable
 
 
 class StepSlots:
-    """All slots of a table in its own buffers, while these stay; with offload a subclass speaks of near copies. None of the memory is held.
+    """All slots of a growing table in its own buffers, while these stay. Subclasses speak of near copies, with offload, and of steady
+    tables. None of the memory is held.
 
     Args:
         table: a token of which was just attended to by the calls `prepared`.
@@ -49,7 +52,17 @@ class StepSlots:
             keys, values = table.form.pack(keys), table.form.pack(values)
         if attention is None or PreparedStep.refusal(query, keys, values, buffers, attention) is not None:
             return None
-        return PreparedStep(query, keys, values, buffers, attention, back, stored=table.packed)
+        return PreparedStep(query, keys, values, buffers, attention, back, stored=table.packed, eviction=self.eviction)
+
+    @property
+    def eviction(self) -> PreparedEviction | None:
+        """What comes after attention, where a token takes the place of another."""
+        return None
+
+    def foresee(self, table: SlotTable) -> None:
+        """Of tokens in order positions are known beforehand."""
+        positions = table.columns.stored(POSITION)
+        positions[:, :, table.count :] = torch.arange(table.count, positions.shape[2], dtype=positions.dtype)
 
     def stay(self, table: SlotTable) -> bool:
         """Whether they lie as they did, with room for one more."""
@@ -58,6 +71,10 @@ class StepSlots:
     def place(self, table: SlotTable) -> tuple[int, int]:
         """The slot of its buffers that the next token takes, and how many slots attention reads from then (0: as many as ever)."""
         return table.count, table.count + 1
+
+    def advance(self, table: SlotTable) -> None:
+        """A token went there."""
+        table.advance()
 
     def places(self, table: SlotTable, index: Tensor) -> array[int] | None:
         """The call that looks up where the slots `index` lie and writes it to `found`; `None` where they lie in their own places."""

@@ -45,13 +45,15 @@ class Decoded:
 
     Attributes:
         mask, ids: the padding mask and position ids that the model gave it: who is given the same tensors need not look at them again.
-        tokens: with `newest` a number.
+        tokens: all alike,
+        newest: and this is the position of each.
         rotated_to: where positions are re-indexed, those to which the model rotated.
     """
 
     mask: Tensor | None
     ids: Tensor | None
     tokens: Tokens
+    newest: int
     rotated_to: Tensor | None
 
 
@@ -78,7 +80,7 @@ class TokenClock:
     def note(self, mask: Tensor | None, ids: Tensor | None, tokens: Tokens, rotated_to: Tensor | None) -> None:
         """What the first layer found, for `decoded`."""
         if tokens.rows == 1 and isinstance(tokens.newest, int) and not tokens.padded:
-            self.decoded = Decoded(mask, ids, tokens, rotated_to)
+            self.decoded = Decoded(mask, ids, tokens, tokens.newest, rotated_to)
 
     def read(self, before: tuple[int, ...], rows: int, mask: Tensor | None, device: torch.device) -> Tokens:
         """Tokens of a forward of `rows` tokens after `before` real ones.

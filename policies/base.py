@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvpress.observation import Observation
+    from kvpress.policies.token_rule import TokenRule
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,11 @@ class EvictionPolicy(Policy):
     def protected_window(self, budget: int) -> int:
         """Last tokens of a sequence that are never evicted by a head that keeps `budget` tokens."""
         return 0
+
+    @property
+    def token_rule(self) -> TokenRule | None:
+        """What `observe` and `score` do with a decoded token, where a rule can say it: compiled kernels then do it without asking them."""
+        return None
 
     def observe(self, observation: Observation) -> None:
         """Update this policy's columns after a forward. Called after every forward when the policy has columns."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from kvpress.policies.base import EvictionPolicy, check_share, share_of
+from kvpress.policies.token_rule import TokenRule
 
 if TYPE_CHECKING:
     from kvpress.observation import Observation
@@ -59,6 +60,10 @@ class H2O(EvictionPolicy):
 
     def protected_window(self, budget: int) -> int:
         return share_of(self.recent, budget)
+
+    @property
+    def token_rule(self) -> TokenRule | None:
+        return TokenRule("attention") if self.decay is None and not self.normalize else None
 
     def observe(self, observation: Observation) -> None:
         column = observation.columns["attention"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpress.policies.base import EvictionPolicy, check_choice, check_integer, check_share, share_of
+from kvpress.policies.token_rule import TokenRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,6 +89,10 @@ class Keyformer(EvictionPolicy):
 
     def protected_window(self, budget: int) -> int:
         return share_of(self.recent, budget)
+
+    @property
+    def token_rule(self) -> TokenRule | None:
+        return TokenRule("attention") if self.plain else None
 
     def observe(self, observation: Observation) -> None:
         column, rows, decoded = observation.columns["attention"], observation.rows, observation.decoded

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from kvpress.policies.base import EvictionPolicy, check_choice, check_integer
+from kvpress.policies.token_rule import TokenRule
 
 if TYPE_CHECKING:
     from kvpress.observation import Observation
@@ -63,6 +64,10 @@ class SnapKV(EvictionPolicy):
 
     def protected_window(self, budget: int) -> int:
         return self.window
+
+    @property
+    def token_rule(self) -> TokenRule:
+        return TokenRule("votes", fade=1 - 1 / self.window)
 
     def observe(self, observation: Observation) -> None:
         rows = min(observation.rows, self.window)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from kvpress.policies.base import EvictionPolicy, check_choice, check_integer
+from kvpress.policies.token_rule import TokenRule
 
 if TYPE_CHECKING:
     from kvpress.observation import Observation
@@ -49,6 +50,10 @@ class StreamingLLM(EvictionPolicy):
     @property
     def protected_sinks(self) -> int:
         return self.sinks
+
+    @property
+    def token_rule(self) -> TokenRule:
+        return TokenRule(None)
 
     def score(self, observation: Observation) -> Tensor:
         return observation.positions.float()

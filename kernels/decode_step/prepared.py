@@ -13,22 +13,24 @@ from kvpress.kernels.rotation import native as rotation
 
 if TYPE_CHECKING:
     from kvpress.kernels.attention.prepared import PreparedAttention
+    from kvpress.kernels.decode_step.eviction import PreparedEviction
     from kvpress.kernels.rotation.prepared import PreparedRotation
 
 # places among the fields of `DecodedToken` in `arguments.hpp`
-THREADS, SLOT, SLOTS, FOUND, STORED, KEY, VALUE, QUERY, COSINE, SINE, INDEX, OUTPUT = range(12)
+THREADS, SLOT, SLOTS, FOUND, STORED, POSITION, KEY, VALUE, QUERY, COSINE, SINE, INDEX, OUTPUT = range(13)
 
 
 class PreparedStep:
-    """Writes a key and a value where they belong, chooses slots, looks where they lie, and attends to them.
+    """Writes a key and a value where they belong, chooses slots, looks where they lie, attends to them, and evicts one.
 
     Args:
         query: `[batch, query_heads, 1, dim]`, as the model rotated it.
         keys, values: `[batch, kv_heads, 1, dim]`, likewise, or as they are stored.
-        buffers: `[batch, kv_heads, room, dim]` of keys and of values, written to.
+        buffers: `[batch, kv_heads, room, dim]` of keys and of values, written to; or flat, with an `eviction` from ragged heads.
         attention: has just served such a query, over these buffers or others.
         back: where keys are stored before rotation: what undid that of such a token.
         stored: keys and values will come as they are stored.
+        eviction: where a token takes the place of another: what comes after attention. Nothing is chosen then, and `back` is `None`.
 
     Attributes:
         plain: `[batch, query_heads, 1, dim]`, where there is `back`: the query before rotation, once it has been undone.
@@ -46,6 +48,7 @@ class PreparedStep:
         attention: PreparedAttention,
         back: PreparedRotation | None,
         stored: bool = False,
+        eviction: PreparedEviction | None = None,
     ) -> None:
         reason = self.refusal(query, keys, values, buffers, attention)
         if reason is not None:
@@ -53,7 +56,8 @@ class PreparedStep:
         self._attention = attention.last_call()
         self._rows = array("q")
         for row, buffer in zip((keys, values), buffers, strict=True):
-            self._rows.extend(_overwrite(row, buffer))
+            self._rows.extend(_overwrite(row, buffer) if eviction is None else eviction.overwrite(row, buffer))
+        self._eviction = None if eviction is None else eviction.call
         self._token = array("q", [0] * (OUTPUT + 1))
         self._token[STORED] = stored
         self._back: array[int] | None = None
@@ -89,6 +93,7 @@ class PreparedStep:
         back: PreparedRotation | None,
         slot: int,
         slots: int,
+        position: int,
         index: Tensor | None = None,
         vote: array[int] | None = None,
         pages: array[int] | None = None,
@@ -100,8 +105,9 @@ class PreparedStep:
             query, keys, values: `[batch, heads, 1, dim]`, of the strides of those that this was made for.
             output: `[batch, query_heads, 1, value_dim]`, contiguous, written to.
             back: where there was one; with tables of a single row.
-            slot: where its key and value go.
+            slot: where its key and value go, if it takes no other's place.
             slots: of those that attention reads how many are in use then; 0: as many as at the call that this was made after.
+            position: of the token in its text, padding not counted.
             index: `[batch, kv_heads or 1, n]`, which of them; as many as at that call.
             vote, pages, places: calls that come first, of `PreparedVote`, `PreparedPages` and `PreparedPlaces`; the last of them writes
                 `index`.
@@ -113,20 +119,20 @@ class PreparedStep:
         token = self._token
         token[THREADS], token[SLOT], token[SLOTS], token[FOUND] = torch.get_num_threads(), slot, slots, 0
         token[KEY], token[VALUE], token[QUERY] = keys.data_ptr(), values.data_ptr(), query.data_ptr()
-        token[OUTPUT] = output.data_ptr()
+        token[POSITION], token[OUTPUT] = position, output.data_ptr()
         if back is not None:
             token[COSINE], token[SINE] = back.cosine.data_ptr(), back.sine.data_ptr()
         if index is not None:
             token[INDEX] = index.data_ptr()
         call: tuple[bool, bool] = fields.built().decode_step(
-            token, self._rows, self._back, vote, pages, places, self._attention
+            token, self._rows, self._back, vote, pages, places, self._attention, self._eviction
         )
         return call
 
     def attend(self) -> None:
         """The end of a `run` that found some slots nowhere."""
         self._token[FOUND] = 1
-        fields.built().decode_step(self._token, self._rows, self._back, None, None, None, self._attention)
+        fields.built().decode_step(self._token, self._rows, self._back, None, None, None, self._attention, None)
 
 
 def _overwrite(row: Tensor, buffer: Tensor) -> tuple[int, ...]:

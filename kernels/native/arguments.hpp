@@ -233,6 +233,7 @@ struct DecodedToken {          // what differs from one token to the next
   int64_t slot, slots;         // the one that it takes; how many there are then, or 0: as the call says
   int64_t found;               // not 0: all but attention was done before
   int64_t stored;              // not 0: key and value are as they are stored, and the key is not turned
+  int64_t position;            // in the text; of use where an eviction is given
   const void* key;             // of the token
   const void* value;
   const void* query;
@@ -240,6 +241,13 @@ struct DecodedToken {          // what differs from one token to the next
   const float* sine;
   const int64_t* index;        // a list of slots to attend to, or null: that of the call
   void* output;
+};
+
+struct Eviction {              // after a decoded token, where all slots hold tokens but the one of each head that it takes
+  Weakest weakest;             // of contiguous int32 positions; `slot`: what the token takes, and then what it leaves to the next one;
+                               // `recent` or `all_recent`: how many of the last tokens are protected
+                               // `scores`: the column of attention received, contiguous, or null: the oldest goes
+  double fade;                 // of the column, before the token's weights are added
 };
 
 enum Status : int { OK = 0, OUT_OF_MEMORY = 1, INDEX_OUT_OF_RANGE = 2, FLAT_OUT_OF_RANGE = 3 };

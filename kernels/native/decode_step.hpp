@@ -1,9 +1,13 @@
 #pragma once
 #include "arguments.hpp"
 #include "columns.hpp"
+#include "eviction.hpp"
 #include "places.hpp"
 
-// What a decoded token does in a layer that keeps every token: calls for its parts are given as for the operations of their own, and what
+#include <memory>
+#include <new>
+
+// What a decoded token does in a layer: calls for its parts are given as for the operations of their own, and what
 // differs from token to token is put in here.
 struct DecodeStep {
   DecodedToken token;
@@ -13,7 +17,8 @@ struct DecodeStep {
   ChoosePages pages;
   FindPlaces places;   // of the slots chosen
   Attention attention;
-  bool turned, voted, paged, placed, anew = false, missing = false;
+  Eviction eviction;
+  bool turned, voted, paged, placed, evicts, anew = false, missing = false;
   const Level& level;
 
   explicit DecodeStep(const Level& used) : level(used) {}
@@ -45,17 +50,31 @@ struct DecodeStep {
     return status;
   }
 
+  int attend() {
+    attention.threads = token.threads;
+    attention.query = turned ? back[1].output : token.query;
+    attention.output = token.output;
+    if (token.slots) attention.slots.slots = token.slots;
+    if (token.index) attention.slots.index = token.index;
+    if (!evicts) return level.attention(attention);
+    std::unique_ptr<float[]> weights;
+    if (attention.weights_reduction) {
+      const Weakest& heads = eviction.weakest;
+      weights.reset(new (std::nothrow) float[size_t(heads.batch * heads.heads * heads.slots)]);
+      if (!weights) return OUT_OF_MEMORY;
+      attention.weights = weights.get();
+      attention.weights_entries = heads.slots;
+    }
+    const int status = level.attention(attention);
+    return status ? status : evict(eviction, token.position, weights.get());
+  }
+
   int run() {
     if (!token.found) {
       if (const int status = take_in()) return status;
       if (const int status = choose()) return status;
       if (missing) return OK;
     }
-    attention.threads = token.threads;
-    attention.query = turned ? back[1].output : token.query;
-    attention.output = token.output;
-    if (token.slots) attention.slots.slots = token.slots;
-    if (token.index) attention.slots.index = token.index;
-    return level.attention(attention);
+    return attend();
   }
 };

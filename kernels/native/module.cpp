@@ -222,11 +222,12 @@ PyObject* call_voted_slots(PyObject*, PyObject* fields) {
   return status ? finish(status) : PyBool_FromLong(anew);
 }
 
-// Buffers: DecodedToken, two Overwrite, two Rotation, VotedSlots, ChoosePages, FindPlaces, Attention; None for any of the middle four.
+// Buffers: DecodedToken, two Overwrite, two Rotation, VotedSlots, ChoosePages, FindPlaces, Attention, Eviction; all but the first two and
+// Attention may be None.
 // Whether a selection was made anew, and whether some of it lies nowhere yet: attention then waits for a call with `found`.
 PyObject* call_decode_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 7) {
-    PyErr_Format(PyExc_TypeError, "expected 7 arguments, got %zd", count);
+  if (count != 8) {
+    PyErr_Format(PyExc_TypeError, "expected 8 arguments, got %zd", count);
     return nullptr;
   }
   DecodeStep step(*used->level);
@@ -234,11 +235,12 @@ PyObject* call_decode_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   step.voted = args[3] != Py_None;
   step.paged = args[4] != Py_None;
   step.placed = args[5] != Py_None;
+  step.evicts = args[7] != Py_None;
   Py_ssize_t one, rows, turns = 2;
   if (!read_buffer(args[0], &step.token, 1, &one) || !read_buffer(args[1], step.rows, 2, &rows) ||
       (step.turned && !read_buffer(args[2], step.back, 2, &turns)) || (step.voted && !read_buffer(args[3], &step.vote, 1, &one)) ||
       (step.paged && !read_buffer(args[4], &step.pages, 1, &one)) || (step.placed && !read_buffer(args[5], &step.places, 1, &one)) ||
-      !read_buffer(args[6], &step.attention, 1, &one))
+      !read_buffer(args[6], &step.attention, 1, &one) || (step.evicts && !read_buffer(args[7], &step.eviction, 1, &one)))
     return nullptr;
   if (rows != 2 || turns != 2) {
     PyErr_SetString(PyExc_TypeError, "expected the fields of two rows, and of two rotations or None");

@@ -13,7 +13,21 @@ from kvpress.kernels.decode_step import PreparedStep
 from kvpress.kernels.native import missing
 from kvpress.kernels.rotation.prepared import PreparedRotation
 from kvpress.layer import PolicyLayer
-from kvpress.policies import Full, Quest, SnapKV, TidalDecode, TokenSelect
+from kvpress.policies import (
+    H2O,
+    TOVA,
+    AdaKV,
+    Full,
+    Keyformer,
+    KNorm,
+    PyramidKV,
+    Quest,
+    SnapKV,
+    StreamingLLM,
+    TidalDecode,
+    TokenSelect,
+)
+from kvpress.policies.token_rule import TokenRule
 from kvpress.row_format import KV_DTYPES
 from kvpress.testing.families import random_tokens, tiny_model
 
@@ -29,6 +43,17 @@ POLICIES = {
     "quest": Quest(top_k=16, page_size=4, skip_layers=1),
     "tidaldecode": TidalDecode(top_k=9, dense_layers=1, reselect_layer=2),
 }
+EVICTING = {
+    "snapkv": SnapKV(budget=16, window=3),
+    "snapkv, sum": SnapKV(budget=16, window=4, group_reduce="sum"),
+    "snapkv, budgets by head": SnapKV(budget=((16, 12), 14, (9, 21), (16, 12)), window=4),
+    "h2o": H2O(budget=16),
+    "adakv": AdaKV(budget=16, window=4),
+    "pyramidkv": PyramidKV(budget=16, window=4),
+    "streaming_llm": StreamingLLM(budget=16, sinks=2),
+    "keyformer, plain": Keyformer(budget=16, noise=None, tau_end=1.0),
+}
+POLICIES |= EVICTING
 PROMPT, DECODED = 40, 30
 
 
@@ -80,7 +105,10 @@ def facts(cache):
     for layer in cache.policy_layers:
         table = layer.table
         found += [*(each.clone() for each in table.dense()), table.positions.clone(), torch.tensor(table.held)]
-        found.append(torch.tensor([layer.seen, *layer.seen_rows, layer.keeper.decoded, table.count]))
+        found += [column.clone() for column in table.policy_columns.values()]
+        found += [] if table.spare is None else [table.spare.clone()]
+        keeper = layer.keeper
+        found.append(torch.tensor([layer.seen, *layer.seen_rows, keeper.decoded, keeper.evictions, table.count]))
     report = cache.report().to_dict()
     return found, report
 
@@ -101,6 +129,8 @@ def both(model, policy, ids, kv_dtype=None, **options):
 def same(cache, other):
     (tensors, report), (others, other_report) = facts(cache), facts(other)
     assert all(torch.equal(one, two) for one, two in zip(tensors, others, strict=True))
+    if cache.policies.eviction.budget is not None:
+        assert all(layer.keeper.evictions > 20 for layer in cache.policy_layers)
     assert report == other_report
 
 
@@ -130,7 +160,9 @@ def test_steps_are_the_ordinary_way_bit_for_bit(steps, name, dtype, batch):
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-@pytest.mark.parametrize("name", ["full", "tokenselect", "tokenselect, mod, positions kept", "quest"])
+@pytest.mark.parametrize(
+    "name", ["full", "tokenselect", "tokenselect, mod, positions kept", "quest", "snapkv", "adakv", "streaming_llm"]
+)
 def test_steps_over_packed_rows(steps, model, name, kv_dtype):
     (logits, read), (apart, read_apart), cache, other = both(model, POLICIES[name], repeated(2), kv_dtype)
     assert torch.equal(logits, apart) and read == read_apart
@@ -141,7 +173,7 @@ def test_steps_over_packed_rows(steps, model, name, kv_dtype):
 @pytest.mark.parametrize(
     "family", ["qwen2", "qwen3", "mistral", "gpt_neox", "gemma3", "gpt_oss", "gemma2", "qwen2_moe", "phi3"]
 )
-@pytest.mark.parametrize("name", ["full", "tokenselect"])
+@pytest.mark.parametrize("name", ["full", "tokenselect", "h2o"])
 def test_steps_of_every_family(steps, family, name):
     """Norms, biases, sinks, soft caps, sliding layers between, partial rotation."""
     torch.manual_seed(0)
@@ -173,7 +205,7 @@ def masks(batch: int, padded: list[tuple[int, int]]) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("name", ["full", "tokenselect", "quest"])
+@pytest.mark.parametrize("name", ["full", "tokenselect", "quest", "snapkv", "snapkv, budgets by head"])
 def test_a_decoded_padding_token_leaves(steps, model, name):
     """A row ends, and gets padding from then on."""
     ids, mask = repeated(2), masks(2, [(1, column) for column in range(PROMPT + 10, PROMPT + DECODED)])
@@ -299,12 +331,82 @@ def test_keys_that_reach_attention_as_others_leave(steps, model, monkeypatch):
     same(cache, other)
 
 
-def test_policies_that_evict_take_no_steps(steps, model):
+@pytest.mark.parametrize("name", EVICTING)
+def test_verbs_between_steps_that_evict(steps, model, name):
+    """Several tokens; rows exchanged; a copy; another turn; a row less."""
+
+    def run(cache, ids):
+        logits = [decoded(model, cache, ids[:, PROMPT : PROMPT + 5])[0]]
+        logits.append(model(ids[:, PROMPT + 5 : PROMPT + 9], past_key_values=cache).logits)
+        logits.append(decoded(model, cache, ids[:, PROMPT + 9 : PROMPT + 12])[0])
+        cache.reorder_cache(torch.tensor([1, 0]))
+        logits.append(decoded(model, cache, ids.flip(0)[:, PROMPT + 12 : PROMPT + 16])[0])
+        copied = copy.deepcopy(cache)
+        logits.append(decoded(model, cache, ids[:, PROMPT + 16 : PROMPT + 20])[0])
+        logits.append(decoded(model, copied, ids[:, PROMPT + 16 : PROMPT + 20])[0])
+        cache.batch_select_indices(torch.tensor([1]))
+        logits.append(decoded(model, cache, ids[1:, PROMPT + 20 : PROMPT + 24])[0])
+        return logits
+
+    ids = repeated(2)
+    with torch.no_grad():
+        cache, other = PolicyCache(model, POLICIES[name]), PolicyCache(model, POLICIES[name])
+        model(ids[:, :PROMPT], past_key_values=cache)
+        model(ids[:, :PROMPT], past_key_values=other)
+        logits = run(cache, ids)
+        assert steps["taken"] > 25
+        with pytest.MonkeyPatch.context() as context:
+            ordinary(context)
+            apart = run(other, ids)
+    assert all(torch.equal(one, two) for one, two in zip(logits, apart, strict=True))
+    assert torch.equal(logits[4], logits[5]), "a copy goes on as its original"
+    same(cache, other)
+
+
+def test_tokens_that_may_be_taken_back_take_no_steps_where_they_evict(steps, model):
     ids = repeated(1)
     with torch.no_grad():
-        cache = PolicyCache(model, SnapKV(budget=16, window=4))
-        model(ids[:, :PROMPT], past_key_values=cache)
-        decoded(model, cache, ids[:, PROMPT:])
+        cache, other = PolicyCache(model, POLICIES["h2o"]), PolicyCache(model, POLICIES["h2o"])
+        for each in (cache, other):
+            model(ids[:, :PROMPT], past_key_values=each)
+        decoded(model, cache, ids[:, PROMPT : PROMPT + 4])
+        taken = steps["taken"]
+        assert taken
+        cache.activate_past_recording()
+        wrong = decoded(model, cache, ids[:, 3:4])[0]
+        cache.crop(-1)
+        logits = decoded(model, cache, ids[:, PROMPT + 4 : PROMPT + 10])[0]
+        assert steps["taken"] == taken
+        with pytest.MonkeyPatch.context() as context:
+            ordinary(context)
+            apart = decoded(model, other, ids[:, PROMPT : PROMPT + 10])[0]
+    assert torch.equal(logits, apart[:, 4:]) and not torch.equal(wrong[:, 0], apart[:, 4])
+
+
+class Youngest(StreamingLLM):
+    """Evicts the youngest: its parent's rule does not speak for it."""
+
+    def score(self, observation):
+        return -observation.positions.float()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Youngest(budget=16, sinks=2),
+        H2O(budget=16, normalize=True),
+        H2O(budget=16, decay=0.9),
+        TOVA(budget=16),
+        KNorm(budget=16),
+        Keyformer(budget=16),
+        SnapKV(budget=16, window=4, interval=3),
+        StreamingLLM(budget=16, sinks=2, positions="reindex"),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_policies_that_have_no_rule_take_no_steps(steps, model, policy):
+    (logits, _), (apart, _), _, _ = both(model, policy, repeated(1))
+    assert torch.equal(logits, apart)
     assert steps == {"taken": 0, "left": 0}
 
 
@@ -321,8 +423,12 @@ def list_not_followed(*, index, vote, **given):
     return given | {"index": index.copy_(torch.arange(index.shape[-1])), "vote": None}
 
 
-@pytest.mark.parametrize("broken", [one_slot_too_early, another_rotation, list_not_followed])
-def test_broken_steps_are_noticed(model, broken):
+def another_position(*, position, **given):
+    return given | {"position": position - 2}
+
+
+def broken_steps(policy, model, broken):
+    """Logits with a `PreparedStep.run` whose arguments are `broken`, and the ordinary way."""
     run = PreparedStep.run
 
     def changed(self, *given):
@@ -332,5 +438,21 @@ def test_broken_steps_are_noticed(model, broken):
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(PreparedStep, "run", changed)
-        (logits, _), (apart, _), _, _ = both(model, POLICIES["tokenselect, anew"], repeated(1))
+        (logits, _), (apart, _), _, _ = both(model, POLICIES[policy], repeated(1))
+    return logits, apart
+
+
+@pytest.mark.parametrize("broken", [one_slot_too_early, another_rotation, list_not_followed])
+def test_broken_steps_are_noticed(model, broken):
+    assert not torch.equal(*broken_steps("tokenselect, anew", model, broken))
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "streaming_llm"])
+def test_broken_steps_that_evict_are_noticed(model, policy):
+    assert not torch.equal(*broken_steps(policy, model, another_position))
+
+
+def test_a_fade_of_a_rule_is_noticed(model, monkeypatch):
+    monkeypatch.setattr(SnapKV, "token_rule", TokenRule("votes"))
+    (logits, _), (apart, _), _, _ = both(model, POLICIES["snapkv"], repeated(1))
     assert not torch.equal(logits, apart)

@@ -37,7 +37,9 @@ cache.close()
 
 def peak(folder, kind, chunk):
     command = [sys.executable, "-c", CHILD, str(folder), kind, str(chunk), str(LIMIT)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=200, env=os.environ | ALLOCATOR).stdout)
+    return json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=200, env=os.environ | ALLOCATOR).stdout
+    )
 
 
 def test_peak_resident_memory_keeps_to_the_limit(folder):

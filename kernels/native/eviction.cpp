@@ -1,0 +1,47 @@
+// What policies do with a decoded token that rank by the attention a slot received, or by age: column, and the slot that goes.
+#include "eviction.hpp"
+
+#include <memory>
+#include <new>
+
+#include "columns.hpp"
+
+namespace {
+
+// In two passes, so that no product is added unrounded.
+void add_weights(float* column, const float* weights, int64_t count, float fade) {
+  if (fade != 1)
+    for (int64_t i = 0; i < count; ++i) column[i] *= fade;
+  for (int64_t i = 0; i < count; ++i) column[i] += weights[i];
+}
+
+}  // namespace
+
+int evict(const Eviction& e, int64_t newest, const float* weights) {
+  Weakest w = e.weakest;
+  const int64_t heads = w.batch * w.heads, count = heads * w.slots;
+  int32_t* positions = static_cast<int32_t*>(const_cast<void*>(w.positions));
+  float* column = const_cast<float*>(w.scores);
+  for (int64_t i = 0; i < heads; ++i) {
+    positions[i * w.slots + w.slot[i]] = int32_t(newest);
+    if (column) column[i * w.slots + w.slot[i]] = 0;
+  }
+  std::unique_ptr<float[]> ages;
+  if (column) {
+    add_weights(column, weights, count, float(e.fade));
+  } else {
+    ages.reset(new (std::nothrow) float[size_t(count)]);
+    if (!ages) return OUT_OF_MEMORY;
+    for (int64_t i = 0; i < count; ++i) ages[i] = float(positions[i]);
+    w.scores = ages.get();
+  }
+  std::unique_ptr<int64_t[]> recent;
+  if (w.recent) {
+    recent.reset(new (std::nothrow) int64_t[size_t(heads)]);
+    if (!recent) return OUT_OF_MEMORY;
+    for (int64_t i = 0; i < heads; ++i) recent[i] = newest + 1 - w.recent[i];
+    w.recent = recent.get();
+  }
+  w.all_recent = newest + 1 - w.all_recent;
+  return weakest(w);
+}
