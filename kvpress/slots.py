@@ -100,13 +100,6 @@ class SlotTable(KeyValues):
             raise RuntimeError("this table is not steady")
         return prepared
 
-    @property
-    def steady_spare(self) -> Tensor:
-        """`[batch, kv_heads, 1]`: the slots that the next token takes in a steady table."""
-        if self.spare is None:
-            raise RuntimeError("this table is not steady")
-        return self.spare
-
     def readable(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Keys and values of the slots in use as the kernels read them, and what they need to know for it: `starts` and `lengths` of flat
         rows `[rows, dim]` where heads are ragged, scales of int8 rows."""

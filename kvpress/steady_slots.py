@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kvpress.columns import POSITION
 from kvpress.kernels.decode_step import PreparedEviction
+from kvpress.memory import filled
 from kvpress.step_slots import StepSlots
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class SteadySlots(StepSlots):
         self._eviction = PreparedEviction(
             table.columns[POSITION],
             None if rule.column is None else table.columns[rule.column],
-            table.steady_spare.clone(),
+            filled((*table.columns[POSITION].shape[:2], 1), 0, table.keys, torch.long),
             sinks=sinks,
             windows=windows,
             fade=rule.fade,
