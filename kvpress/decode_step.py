@@ -95,7 +95,7 @@ class DecodeStep:
             or known is None
             or forward.visible is not None
             or not (layer.selector is None or layer.selector.tells_at_once)
-            or known.newest != layer.seen_rows[0] - 1
+            or known.tokens.seen != layer.seen_rows
             or table.dtype != keys.dtype
         ):
             return None
@@ -158,7 +158,7 @@ class DecodeStep:
             known is None
             or known.mask is not mask
             or known.ids is not options.get("position_ids")
-            or known.newest != layer.seen_rows[0]
+            or known.before != layer.seen_rows
             or keys is not self._keys
             or scaling != self._scaling
             or not self._asks_alike(query, options)
@@ -185,7 +185,7 @@ class DecodeStep:
             elif chosen is not ALL:
                 index, choice = self._index, chosen
         output = torch.empty(self._output, dtype=query.dtype)
-        anew = self._run(query, keys, values, output, known.newest, back, index, choice)
+        anew = self._run(query, keys, values, output, known.tokens.positions, back, index, choice)
         if selector is not None and choice is not None:
             selector.called(anew)
         self._keys = self._values = None
@@ -215,7 +215,7 @@ class DecodeStep:
         keys: Tensor,
         values: Tensor,
         output: Tensor,
-        position: int,
+        positions: Tensor,
         back: PreparedRotation | None,
         index: Tensor | None,
         choice: PreparedVote | PreparedPages | None,
@@ -232,7 +232,7 @@ class DecodeStep:
         if table.packed:
             keys, values = table.form.pack(keys if back is None else back.rotate(keys)), table.form.pack(values)
         anew, missing = step.run(
-            query, keys, values, output, back, *slots.place(table), position, found, vote, pages, places
+            query, keys, values, output, back, *slots.place(table), positions, found, vote, pages, places
         )
         if missing and index is not None:
             slots.bring(table, index)

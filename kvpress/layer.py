@@ -321,7 +321,7 @@ class PolicyLayer(CacheLayerMixin):
             if buffer is None or not self.rotation.undo_in_place(buffer, slot, forward.new_keys, forward.rotated_to):
                 self.table.write_keys(forward.new, self.rotation.undo(forward.new_keys, forward.rotated_to))
         if self.ordinal == 0:
-            self.clock.note(mask, given, tokens, forward.rotated_to)
+            self.clock.note(mask, given, forward.before, tokens, forward.rotated_to)
         return tokens
 
     @property

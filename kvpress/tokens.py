@@ -41,19 +41,19 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A forward of one token without padding, all batch rows alike, as the first layer found it.
+    """A forward of one real token for each batch row, as the first layer found it.
 
     Attributes:
         mask, ids: the padding mask and position ids that the model gave it: who is given the same tensors need not look at them again.
-        tokens: all alike,
-        newest: and this is the position of each.
+        before: real tokens that each batch row had before.
+        tokens: the new ones.
         rotated_to: where positions are re-indexed, those to which the model rotated.
     """
 
     mask: Tensor | None
     ids: Tensor | None
+    before: tuple[int, ...]
     tokens: Tokens
-    newest: int
     rotated_to: Tensor | None
 
 
@@ -77,10 +77,17 @@ class TokenClock:
         self._checked = False
         self.decoded: Decoded | None = None
 
-    def note(self, mask: Tensor | None, ids: Tensor | None, tokens: Tokens, rotated_to: Tensor | None) -> None:
+    def note(
+        self,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        before: tuple[int, ...],
+        tokens: Tokens,
+        rotated_to: Tensor | None,
+    ) -> None:
         """What the first layer found, for `decoded`."""
-        if tokens.rows == 1 and isinstance(tokens.newest, int) and not tokens.padded:
-            self.decoded = Decoded(mask, ids, tokens, tokens.newest, rotated_to)
+        if tokens.rows == 1 and not tokens.padded:
+            self.decoded = Decoded(mask, ids, before, tokens, rotated_to)
 
     def read(self, before: tuple[int, ...], rows: int, mask: Tensor | None, device: torch.device) -> Tokens:
         """Tokens of a forward of `rows` tokens after `before` real ones.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvpress.kernels.rotation.prepared import PreparedRotation
 
 # places among the fields of `DecodedToken` in `arguments.hpp`
-THREADS, SLOT, SLOTS, FOUND, STORED, POSITION, KEY, VALUE, QUERY, COSINE, SINE, INDEX, OUTPUT = range(13)
+THREADS, SLOT, SLOTS, FOUND, STORED, POSITIONS, ROW, KEY, VALUE, QUERY, COSINE, SINE, INDEX, OUTPUT = range(14)
 
 
 class PreparedStep:
@@ -93,7 +93,7 @@ class PreparedStep:
         back: PreparedRotation | None,
         slot: int,
         slots: int,
-        position: int,
+        positions: Tensor,
         index: Tensor | None = None,
         vote: array[int] | None = None,
         pages: array[int] | None = None,
@@ -107,7 +107,7 @@ class PreparedStep:
             back: where there was one; with tables of a single row.
             slot: where its key and value go, if it takes no other's place.
             slots: of those that attention reads how many are in use then; 0: as many as at the call that this was made after.
-            position: of the token in its text, padding not counted.
+            positions: `[batch or 1, 1]` int32, of each row's token; of use where there is an eviction.
             index: `[batch, kv_heads or 1, n]`, which of them; as many as at that call.
             vote, pages, places: calls that come first, of `PreparedVote`, `PreparedPages` and `PreparedPlaces`; the last of them writes
                 `index`.
@@ -119,7 +119,7 @@ class PreparedStep:
         token = self._token
         token[THREADS], token[SLOT], token[SLOTS], token[FOUND] = torch.get_num_threads(), slot, slots, 0
         token[KEY], token[VALUE], token[QUERY] = keys.data_ptr(), values.data_ptr(), query.data_ptr()
-        token[POSITION], token[OUTPUT] = position, output.data_ptr()
+        token[POSITIONS], token[ROW], token[OUTPUT] = positions.data_ptr(), positions.shape[0] > 1, output.data_ptr()
         if back is not None:
             token[COSINE], token[SINE] = back.cosine.data_ptr(), back.sine.data_ptr()
         if index is not None:

@@ -233,7 +233,8 @@ struct DecodedToken {          // what differs from one token to the next
   int64_t slot, slots;         // the one that it takes; how many there are then, or 0: as the call says
   int64_t found;               // not 0: all but attention was done before
   int64_t stored;              // not 0: key and value are as they are stored, and the key is not turned
-  int64_t position;            // in the text; of use where an eviction is given
+  const int32_t* positions;    // of each batch row's; of use where an eviction is given
+  int64_t position_batch;      // 0: one for all
   const void* key;             // of the token
   const void* value;
   const void* query;

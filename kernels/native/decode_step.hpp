@@ -66,7 +66,7 @@ struct DecodeStep {
       attention.weights_entries = heads.slots;
     }
     const int status = level.attention(attention);
-    return status ? status : evict(eviction, token.position, weights.get());
+    return status ? status : evict(eviction, token.positions, token.position_batch, weights.get());
   }
 
   int run() {

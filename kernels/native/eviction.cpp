@@ -17,31 +17,26 @@ void add_weights(float* column, const float* weights, int64_t count, float fade)
 
 }  // namespace
 
-int evict(const Eviction& e, int64_t newest, const float* weights) {
+int evict(const Eviction& e, const int32_t* newest, int64_t batch_stride, const float* weights) {
   Weakest w = e.weakest;
   const int64_t heads = w.batch * w.heads, count = heads * w.slots;
   int32_t* positions = static_cast<int32_t*>(const_cast<void*>(w.positions));
   float* column = const_cast<float*>(w.scores);
+  std::unique_ptr<int64_t[]> recent(new (std::nothrow) int64_t[size_t(heads)]);
+  std::unique_ptr<float[]> ages(column ? nullptr : new (std::nothrow) float[size_t(count)]);
+  if (!recent || (!column && !ages)) return OUT_OF_MEMORY;
   for (int64_t i = 0; i < heads; ++i) {
-    positions[i * w.slots + w.slot[i]] = int32_t(newest);
+    const int32_t position = newest[i / w.heads * batch_stride];
+    positions[i * w.slots + w.slot[i]] = position;
     if (column) column[i * w.slots + w.slot[i]] = 0;
+    recent[i] = int64_t(position) + 1 - (w.recent ? w.recent[i] : w.all_recent);
   }
-  std::unique_ptr<float[]> ages;
+  w.recent = recent.get();
   if (column) {
     add_weights(column, weights, count, float(e.fade));
   } else {
-    ages.reset(new (std::nothrow) float[size_t(count)]);
-    if (!ages) return OUT_OF_MEMORY;
     for (int64_t i = 0; i < count; ++i) ages[i] = float(positions[i]);
     w.scores = ages.get();
   }
-  std::unique_ptr<int64_t[]> recent;
-  if (w.recent) {
-    recent.reset(new (std::nothrow) int64_t[size_t(heads)]);
-    if (!recent) return OUT_OF_MEMORY;
-    for (int64_t i = 0; i < heads; ++i) recent[i] = newest + 1 - w.recent[i];
-    w.recent = recent.get();
-  }
-  w.all_recent = newest + 1 - w.all_recent;
   return weakest(w);
 }

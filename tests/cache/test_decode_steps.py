@@ -363,6 +363,26 @@ def test_verbs_between_steps_that_evict(steps, model, name):
     same(cache, other)
 
 
+@pytest.mark.parametrize("name", ["full", *EVICTING])
+def test_prompts_of_unequal_length(steps, model, name):
+    """Padded on the left: once no slot is empty, rows go on at positions of their own."""
+    ids, mask = repeated(2), masks(2, [(0, column) for column in range(9)])
+    with torch.no_grad():
+        caches = [PolicyCache(model, POLICIES[name]) for _ in range(2)]
+        logits = []
+        for cache, patch in zip(caches, (None, ordinary), strict=True):
+            with pytest.MonkeyPatch.context() as context:
+                if patch is not None:
+                    patch(context)
+                model(ids[:, :PROMPT], past_key_values=cache, attention_mask=mask[:, :PROMPT])
+                for end in range(PROMPT + 1, PROMPT + DECODED + 1):
+                    call = model(ids[:, end - 1 : end], past_key_values=cache, attention_mask=mask[:, :end])
+                    logits.append(call.logits)
+    assert all(torch.equal(one, two) for one, two in zip(logits[:DECODED], logits[DECODED:], strict=True))
+    same(*caches)
+    assert (steps["taken"] > 2 * DECODED) == (name != "full")
+
+
 def test_tokens_that_may_be_taken_back_take_no_steps_where_they_evict(steps, model):
     ids = repeated(1)
     with torch.no_grad():
@@ -423,8 +443,8 @@ def list_not_followed(*, index, vote, **given):
     return given | {"index": index.copy_(torch.arange(index.shape[-1])), "vote": None}
 
 
-def another_position(*, position, **given):
-    return given | {"position": position - 2}
+def another_position(*, positions, **given):
+    return given | {"positions": positions - 2}
 
 
 def broken_steps(policy, model, broken):
