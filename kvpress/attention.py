@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from kvpress.decode_step import DecodeStep
+from kvpress.decode_step import AttentionCall, DecodeStep
 from kvpress.delegates import NAME, original_attention
 from kvpress.errors import CacheStateError, UnsupportedModelError
 from kvpress.forward import take_over
@@ -63,7 +63,7 @@ def attention_forward(
             layer.clock.check_positions(tokens, layer.seen, kwargs.get("position_ids"))
         output = layer.attend(forward, query, key, value, arguments)
         if owner:
-            layer.prepare_step(forward, query, key, value, scaling, kwargs)
+            layer.prepare_step(forward, AttentionCall(query, key, value, scaling, kwargs))
             layer.finish(forward, query, key, arguments)
         else:
             layer.lend()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,22 @@ if TYPE_CHECKING:
     from kvpress.layer import PolicyLayer
 
 
+class AttentionCall(NamedTuple):
+    """What the attention function was given.
+
+    Attributes:
+        query: `[batch, query_heads, rows, dim]`.
+        keys, values: `[batch, kv_heads, rows, dim]`.
+        options: all else, `softcap`, `s_aux` and `position_ids` among them.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    scaling: float | None
+    options: dict[str, Any]
+
+
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     """What addresses and strides that were looked up for one tensor suppose of another."""
     return tensor.shape, tensor.stride(), tensor.dtype
@@ -40,8 +56,7 @@ class DecodeStep:
 
     Args:
         layer: that a token just went through.
-        query, keys, values: its own, as the attention function got them.
-        scaling, options: likewise, `softcap` and `s_aux` among them.
+        call: of attention to it.
         slots: where it went.
         step: its kernels.
         index: the slots that it attended to, `None` for all.
@@ -50,16 +65,13 @@ class DecodeStep:
     def __init__(
         self,
         layer: PolicyLayer,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float | None,
-        options: dict[str, Any],
+        call: AttentionCall,
         slots: StepSlots,
         step: PreparedStep,
         index: Tensor | None,
     ) -> None:
         table = layer.table
+        query, keys, values, scaling, options = call
         self.layer = weakref.ref(layer)
         self._table, self._slots, self._step = table, slots, step
         self._keys_kind, self._values_kind, self._query_kind = _kind(keys), _kind(values), _kind(query)
@@ -78,25 +90,16 @@ class DecodeStep:
         """Of a copied layer there is none yet: addresses are those of the original."""
 
     @classmethod
-    def after(
-        cls,
-        layer: PolicyLayer,
-        forward: Forward,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float | None,
-        options: dict[str, Any],
-    ) -> DecodeStep | None:
-        """For tokens like that of `forward`, which attention just served; `None` where such a token has to go the ordinary way."""
+    def after(cls, layer: PolicyLayer, forward: Forward, call: AttentionCall) -> DecodeStep | None:
+        """For tokens like that of `forward`, which `call` just attended to; `None` where such a token has to go the ordinary way."""
         table, reader, known = layer.table, layer.reader, layer.clock.decoded
         if (
-            came_with(keys) is not forward
+            came_with(call.keys) is not forward
             or known is None
             or forward.visible is not None
             or not (layer.selector is None or layer.selector.tells_at_once)
             or known.tokens.seen != layer.seen_rows
-            or table.dtype != keys.dtype
+            or table.dtype != call.keys.dtype
         ):
             return None
         index = None if reader is None else reader.listed
@@ -105,11 +108,11 @@ class DecodeStep:
             return None
         back = None
         if layer.rotation is not None:
-            back = layer.rotation.way_back_by_kernel(query, forward.rotated)
+            back = layer.rotation.way_back_by_kernel(call.query, forward.rotated)
             if back is None or index is None:
                 return None
-        step = slots.prepare(table, query, keys, values, back)
-        return None if step is None else cls(layer, query, keys, values, scaling, options, slots, step, index)
+        step = slots.prepare(table, call.query, call.keys, call.values, back)
+        return None if step is None else cls(layer, call, slots, step, index)
 
     @staticmethod
     def _slots_of(layer: PolicyLayer, index: Tensor | None) -> StepSlots | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpress.decode_step import DecodeStep
+from kvpress.decode_step import AttentionCall, DecodeStep
 from kvpress.errors import CacheStateError
 from kvpress.forward import Forward
 from kvpress.keeper import Keeper
@@ -360,19 +360,11 @@ class PolicyLayer(CacheLayerMixin):
             self.keeper.keep(forward, query, keys, arguments)
             self._stow(forward.rows)
 
-    def prepare_step(
-        self,
-        forward: Forward,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float | None,
-        options: dict[str, Any],
-    ) -> None:
-        """Tokens like that of `forward`, which attention just served, may go by one call, where all stay or the policy has a rule."""
+    def prepare_step(self, forward: Forward, call: AttentionCall) -> None:
+        """Tokens like that of `forward`, which `call` just attended to, may go by a step, where all stay or the policy has a rule."""
         simple = self._keeps_all or (self.token_rule is not None and not self.record_past)
         if self.step is None and forward.rows == 1 and simple and self.ordinal > 0 and not self._lends:
-            self.step = DecodeStep.after(self, forward, query, keys, values, scaling, options)
+            self.step = DecodeStep.after(self, forward, call)
 
     def lend(self) -> None:
         """A layer without keys of its own attended to these slots: it needs the `Forward` that a step has not."""
