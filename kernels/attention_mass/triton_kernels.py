@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvpress.kernels.triton_blocks import FAR, LOG2E, gumbel, listed_slots, query_tile, soft_capped, tile_scores
+from kvpress.kernels.triton_blocks import FAR, LOG2E, gumbel, listed_slots, query_tile, tile_scores
 from kvpress.kernels.triton_launch import Remembered
 from kvpress.kernels.triton_support import timed
 
@@ -110,20 +110,14 @@ def lse_kernel(
         visible = held[None, :] & row_held[:, None]
         if CAUSAL:
             visible = visible & (position[None, :] <= row_position[:, None])
+        scale_at = None if keys_scale is None else keys_scale + slot * stride_xs
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
-            DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
+            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, scale_at, row_held, held, stride_qd, stride_kd, scaling, softcap,
+            0, None, None, 0, DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
-        scores = scores * scaling
-        if keys_scale is not None:
-            scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
-        if softcap is not None:
-            scores = soft_capped(scores, softcap)
         if noise_base is not None:
             key_place = slot if positions is None else position
-            scores += gumbel(
-                noise_base.to(tl.uint32), query_head.to(tl.uint32), row_place.to(tl.uint32), key_place.to(tl.uint32)
-            )
+            scores += gumbel(noise_base, query_head, row_place, key_place)
         scores = tl.where(visible, scores * coolness, -float("inf"))
         if scores_out is not None:
             tl.store(
@@ -209,20 +203,14 @@ def column_kernel(
             row_place = tl.load(query_positions + batch * stride_rb + row * stride_rr, mask=row_held, other=-1)
         if CAUSAL:
             visible = visible & (position[None, :] <= row_place.to(tl.int32)[:, None])
+        scale_at = None if keys_scale is None else keys_scale + slot * stride_xs
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
-            DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
+            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, scale_at, row_held, held, stride_qd, stride_kd, scaling, softcap,
+            0, None, None, 0, DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
-        scores = scores * scaling
-        if keys_scale is not None:
-            scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
-        if softcap is not None:
-            scores = soft_capped(scores, softcap)
         if noise_base is not None:
             key_place = slot if positions is None else position
-            scores += gumbel(
-                noise_base.to(tl.uint32), query_head.to(tl.uint32), row_place.to(tl.uint32), key_place.to(tl.uint32)
-            )
+            scores += gumbel(noise_base, query_head, row_place, key_place)
         log_sum = tl.load(
             lse + (batch * (KV_HEADS * GROUP) + query_head) * rows + row, mask=row_held, other=float("inf")
         )
