@@ -36,6 +36,20 @@ def prune(configs, _, **arguments):
     return timed(choices(*blocks, arguments["ARITHMETIC"] == tl.float32, bool(torch.version.hip)))
 
 
+@triton.jit
+def slots_of(starts, lengths, pair, entries):
+    """Where the slots of a batch row and KV head begin, and how many they are: in the dense layout strides alone say where, in the flat one
+    those of rows and heads are 0.
+    """
+    if starts is not None:
+        first_slot = tl.load(starts + pair).to(tl.int64)
+        length = tl.load(lengths + pair).to(tl.int32)
+    else:
+        first_slot = 0
+        length = entries
+    return first_slot, length
+
+
 @Remembered
 @triton.autotune(CONFIGS, KEY, prune_configs_by={"early_config_prune": prune})
 @triton.jit(do_not_specialize=["rows", "entries", "splits", "noise_base", "stride_ph", "stride_rb"])
@@ -77,18 +91,11 @@ def lse_kernel(
     last_position = tl.max(row_position, axis=0)
 
     positions_base = batch * stride_pb + head * stride_ph
-    length = entries
     RAGGED: tl.constexpr = starts is not None
-    if RAGGED:
-        first_slot = tl.load(starts + batch * KV_HEADS + head).to(tl.int64)
-        length = tl.load(lengths + batch * KV_HEADS + head).to(tl.int32)
-        keys += first_slot * stride_ks * UNIT
-        if keys_scale is not None:
-            keys_scale += first_slot * stride_xs
-    else:
-        keys += (batch * stride_kb + head * stride_kh) * UNIT
-        if keys_scale is not None:
-            keys_scale += batch * stride_xb + head * stride_xh
+    first_slot, length = slots_of(starts, lengths, batch * KV_HEADS + head, entries)
+    keys += (batch * stride_kb + head * stride_kh + first_slot * stride_ks) * UNIT
+    if keys_scale is not None:
+        keys_scale += batch * stride_xb + head * stride_xh + first_slot * stride_xs
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     begin = part * share
     end = tl.minimum(begin + share, length)
@@ -162,18 +169,11 @@ def column_kernel(
     query_head = head * GROUP + member
 
     positions_base = batch * stride_pb + head * stride_ph
-    length = entries
     RAGGED: tl.constexpr = starts is not None
-    if RAGGED:
-        first_slot = tl.load(starts + batch * KV_HEADS + head).to(tl.int64)
-        length = tl.load(lengths + batch * KV_HEADS + head).to(tl.int32)
-        keys += first_slot * stride_ks * UNIT
-        if keys_scale is not None:
-            keys_scale += first_slot * stride_xs
-    else:
-        keys += (batch * stride_kb + head * stride_kh) * UNIT
-        if keys_scale is not None:
-            keys_scale += batch * stride_xb + head * stride_xh
+    first_slot, length = slots_of(starts, lengths, batch * KV_HEADS + head, entries)
+    keys += (batch * stride_kb + head * stride_kh + first_slot * stride_ks) * UNIT
+    if keys_scale is not None:
+        keys_scale += batch * stride_xb + head * stride_xh + first_slot * stride_xs
     entry = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot, position = listed_slots(None, positions, entry, length, length, 0, positions_base, 0, stride_ps, RAGGED)
     held = position >= 0
