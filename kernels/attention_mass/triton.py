@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.attention_mass import triton_kernels
+from kvpress.kernels.shapes import most_slots
 from kvpress.kernels.triton_blocks import FULL, arithmetic, precision
 from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, stride_unit, strides
 
@@ -51,7 +52,7 @@ def attention_mass(
         raise ValueError("lse can be given only without noise and at temperature 1: it belongs to the plain scores")
     rows = query.shape[2]
     kv_heads = starts.shape[1] if starts is not None else keys.shape[1]
-    slots = keys.shape[2] if lengths is None else int(lengths.max()) if lengths.numel() else 0
+    slots = most_slots(keys, lengths)
     mass = query.new_zeros(*query.shape[:2], slots, dtype=torch.float32)
     if mass.numel() == 0 or rows == 0:
         return mass
