@@ -2,6 +2,9 @@
 
 Eager calls do not come here: a custom operator's dispatch costs more than a small kernel. The public functions call an
 operator only while a graph is captured; the operator, when it runs, calls the public function again.
+
+An operator's parameters are those of the public function, in its order, all but `impl`: torch makes the schema of them. What makes an empty
+result of them names only what it reads.
 """
 
 import torch
@@ -65,22 +68,7 @@ def attend(
 
 
 @attend.register_fake
-def _(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scaling: float,
-    positions: Tensor | None = None,
-    query_positions: Tensor | None = None,
-    starts: Tensor | None = None,
-    lengths: Tensor | None = None,
-    index: Tensor | None = None,
-    causal: bool = False,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    keys_scale: Tensor | None = None,
-    values_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     output = query.new_empty(*query.shape[:3], values.shape[-1])
     return output, query.new_empty(query.shape[:3], dtype=accumulator_type(query))
 
@@ -135,10 +123,7 @@ def _(
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
     index: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    keys_scale: Tensor | None = None,
-    values_scale: Tensor | None = None,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind = accumulator_type(query)
     kv_heads = keys.shape[1] if starts is None else starts.shape[1]
@@ -194,13 +179,7 @@ def _(
     query_positions: Tensor | None = None,
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    keys_scale: Tensor | None = None,
-    row_weights: Tensor | None = None,
-    lse: Tensor | None = None,
-    temperature: float = 1.0,
-    noise_seed: int | None = None,
+    *_: object,
 ) -> Tensor:
     return query.new_empty(*query.shape[:2], _entries(keys, lengths), dtype=accumulator_type(query))
 
@@ -240,7 +219,7 @@ def _(
     query_positions: Tensor | None = None,
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
-    keys_scale: Tensor | None = None,
+    *_: object,
 ) -> Tensor:
     return query.new_empty(query.shape[0], _entries(keys, lengths), dtype=accumulator_type(query))
 
@@ -284,7 +263,7 @@ def rotate(
 
 
 @rotate.register_fake
-def _(slots: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor | None = None, inverse: bool = False) -> Tensor:
+def _(slots: Tensor, *_: object) -> Tensor:
     return slots.new_empty(slots.shape)
 
 
@@ -317,12 +296,6 @@ def weakest(
 
 
 @weakest.register_fake
-def _(
-    scores: Tensor,
-    positions: Tensor,
-    sinks: Tensor,
-    first_recent: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> Tensor:
+def _(scores: Tensor, positions: Tensor, *_: object) -> Tensor:
     kv_heads = max(scores.shape[1], positions.shape[1])
     return scores.new_empty(scores.shape[0], kv_heads, dtype=torch.int64)

@@ -17,6 +17,13 @@ import torch
 from torch import Tensor
 
 
+def most_slots(keys: Tensor, lengths: Tensor | None) -> int:
+    """Slots of the longest head, in either layout."""
+    if lengths is None:
+        return keys.shape[2]
+    return int(lengths.max()) if lengths.numel() else 0
+
+
 def check_query_and_slots(
     query: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, lengths: Tensor | None, channels: int = 1
 ) -> int:

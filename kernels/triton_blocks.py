@@ -95,11 +95,13 @@ def query_tile(query_at, channel, row_held, stride_qd, DIM: tl.constexpr, ARITHM
 
 @triton.jit
 def tile_scores(
-    asked, query_at, key_at, row_held, held, stride_qd, stride_kd, place, cosine, sine, ROTARY: tl.constexpr,
+    asked, query_at, key_at, scale_at, row_held, held, stride_qd, stride_kd, scaling, softcap,
+    place, cosine, sine, ROTARY: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Dot products `[rows, slots]` of the query rows with keys at `key_at [1, slots]`.
+    """Scores `[rows, slots]` of the query rows with keys at `key_at [1, slots]`, whose scales are at `scale_at [slots]`: dot products,
+    scaled and capped.
 
     `asked` is the whole `query_tile` where `CHUNK_D == BLOCK_D`. In chunks the query is read anew (from cache) with
     every tile: held
@@ -127,6 +129,11 @@ def tile_scores(
                 volatile=True,
             ).to(ARITHMETIC)
         scores = tl.dot(part, key.to(ARITHMETIC), scores, input_precision=PRECISION)
+    scores = scores * scaling
+    if scale_at is not None:
+        scores = scores * tl.load(scale_at, mask=held, other=0.0)[None, :]
+    if softcap is not None:
+        scores = soft_capped(scores, softcap)
     return scores
 
 
@@ -147,6 +154,8 @@ def gumbel(base, query_head, row_place, key_place):
 
     23 bits a number: with 24 the greatest one rounds to 1 in fp32, whose noise is infinite.
     """
+    base, query_head = base.to(tl.uint32), query_head.to(tl.uint32)
+    row_place, key_place = row_place.to(tl.uint32), key_place.to(tl.uint32)
     head = mixed(tl.add(base, tl.mul(query_head + 1, 0x9E3779B9, sanitize_overflow=False), sanitize_overflow=False))
     first = mixed(head ^ tl.mul(row_place, 0xC2B2AE3D, sanitize_overflow=False))
     second = mixed(tl.add(first, 0x27D4EB2F, sanitize_overflow=False))

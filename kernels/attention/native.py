@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvpress.kernels.native import extension
 from kvpress.kernels.native import tensors as native
+from kvpress.kernels.shapes import most_slots
 
 REDUCTIONS = {"sum": 1, "mean": 2, "max": 3}
 WEIGHTS_GROUP = 16  # query heads a KV head whose weights can be returned
@@ -60,12 +61,7 @@ def attend(
     lse = torch.empty(batch, query_heads, rows, dtype=torch.float32)
     reduced, entries = None, 0
     if weights is not None:
-        if index is not None:
-            entries = index.shape[-1]
-        elif lengths is not None:
-            entries = int(lengths.max()) if lengths.numel() else 0
-        else:
-            entries = keys.shape[2]
+        entries = most_slots(keys, lengths) if index is None else index.shape[-1]
         reduced = torch.empty(batch, kv_heads, entries, dtype=torch.float32)
     fields, owners = native.attention_fields(
         query,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvpress.kernels.triton_blocks import FAR, LOG2E, listed_slots, query_tile, soft_capped, tile_scores
+from kvpress.kernels.triton_blocks import FAR, LOG2E, listed_slots, query_tile, tile_scores
 from kvpress.kernels.triton_launch import Remembered
 from kvpress.kernels.triton_support import timed
 
@@ -179,15 +179,11 @@ def attend_kernel(
         if CAUSAL:
             visible = visible & (position[None, :] <= row_position[:, None])
         place = entry if BY_ENTRY else position
+        scale_at = None if keys_scale is None else keys_scale + slot * stride_xs
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, row_held, held, stride_qd, stride_kd,
+            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, scale_at, row_held, held, stride_qd, stride_kd, scaling, softcap,
             place, cosine, sine, ROTARY, DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
-        scores = scores * scaling
-        if keys_scale is not None:
-            scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
-        if softcap is not None:
-            scores = soft_capped(scores, softcap)
         scores = tl.where(visible, scores, -float("inf"))
         if scores_out is not None:  # a single row: for the weights, once the sums are known
             tl.store(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.native import tensors as native
+from kvpress.kernels.shapes import most_slots
 
 MOST_GROUP = 96  # query heads a KV head
 LEAST_TEMPERATURE = 0.25  # below it the noise of one slot could overflow fp32
@@ -41,7 +42,7 @@ def attention_mass(
     noise_seed: int | None,
 ) -> Tensor:
     """See `kvpress.kernels.attention_mass.attention_mass`."""
-    entries = keys.shape[2] if lengths is None else int(lengths.max()) if lengths.numel() else 0
+    entries = most_slots(keys, lengths)
     mass = torch.empty(query.shape[0], query.shape[1], entries, dtype=torch.float32)
     if lse is not None:
         lse = native.as_floats(lse)

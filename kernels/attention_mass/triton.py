@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.attention_mass import triton_kernels
+from kvpress.kernels.shapes import most_slots
 from kvpress.kernels.triton_blocks import FULL, arithmetic, precision
 from kvpress.kernels.triton_support import on_device, plan_splits, power_of_two, slot_strides, stride_unit, strides
 
@@ -51,7 +52,7 @@ def attention_mass(
         raise ValueError("lse can be given only without noise and at temperature 1: it belongs to the plain scores")
     rows = query.shape[2]
     kv_heads = starts.shape[1] if starts is not None else keys.shape[1]
-    slots = keys.shape[2] if lengths is None else int(lengths.max()) if lengths.numel() else 0
+    slots = most_slots(keys, lengths)
     mass = query.new_zeros(*query.shape[:2], slots, dtype=torch.float32)
     if mass.numel() == 0 or rows == 0:
         return mass
@@ -60,7 +61,8 @@ def attention_mass(
         slots=slots, softcap=softcap, keys_scale=keys_scale, temperature=temperature, noise_seed=noise_seed,
     )  # fmt: skip
     if lse is None:
-        lse, scores = row_sums(query, keys, splits=splits, store=rows == 1, **options)
+        parts, scores = part_sums(query, keys, splits=splits, store=rows == 1, **options)
+        lse = parts[0] if parts.shape[0] == 1 else torch.logsumexp(parts, dim=0)
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.float()[:, None] / temperature)
         if scores is not None:
@@ -91,14 +93,6 @@ def _mixed(x: int) -> int:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * factor & LOW
     return x ^ (x >> 16)
-
-
-def row_sums(
-    query: Tensor, keys: Tensor, *, splits: int | None, store: bool, slots: int, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The log-sum-exp `[batch, query_heads, rows]` of every row, without sinks; otherwise as `part_sums`."""
-    lse, scores = part_sums(query, keys, splits=splits, store=store, slots=slots, **options)
-    return (lse[0] if lse.shape[0] == 1 else torch.logsumexp(lse, dim=0)), scores
 
 
 def part_sums(

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvpress.kernels.triton_blocks import FAR, LOG2E, gumbel, listed_slots, query_tile, soft_capped, tile_scores
+from kvpress.kernels.triton_blocks import FAR, LOG2E, gumbel, listed_slots, query_tile, tile_scores
 from kvpress.kernels.triton_launch import Remembered
 from kvpress.kernels.triton_support import timed
 
@@ -34,6 +34,20 @@ def prune(configs, _, **arguments):
     """What the autotuner is to time: nothing in the interpreter, where the first choice is taken."""
     blocks = arguments["BLOCK_M"], arguments["BLOCK_D"]
     return timed(choices(*blocks, arguments["ARITHMETIC"] == tl.float32, bool(torch.version.hip)))
+
+
+@triton.jit
+def slots_of(starts, lengths, pair, entries):
+    """Where the slots of a batch row and KV head begin, and how many they are: in the dense layout strides alone say where, in the flat one
+    those of rows and heads are 0.
+    """
+    if starts is not None:
+        first_slot = tl.load(starts + pair).to(tl.int64)
+        length = tl.load(lengths + pair).to(tl.int32)
+    else:
+        first_slot = 0
+        length = entries
+    return first_slot, length
 
 
 @Remembered
@@ -77,18 +91,11 @@ def lse_kernel(
     last_position = tl.max(row_position, axis=0)
 
     positions_base = batch * stride_pb + head * stride_ph
-    length = entries
     RAGGED: tl.constexpr = starts is not None
-    if RAGGED:
-        first_slot = tl.load(starts + batch * KV_HEADS + head).to(tl.int64)
-        length = tl.load(lengths + batch * KV_HEADS + head).to(tl.int32)
-        keys += first_slot * stride_ks * UNIT
-        if keys_scale is not None:
-            keys_scale += first_slot * stride_xs
-    else:
-        keys += (batch * stride_kb + head * stride_kh) * UNIT
-        if keys_scale is not None:
-            keys_scale += batch * stride_xb + head * stride_xh
+    first_slot, length = slots_of(starts, lengths, batch * KV_HEADS + head, entries)
+    keys += (batch * stride_kb + head * stride_kh + first_slot * stride_ks) * UNIT
+    if keys_scale is not None:
+        keys_scale += batch * stride_xb + head * stride_xh + first_slot * stride_xs
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     begin = part * share
     end = tl.minimum(begin + share, length)
@@ -110,20 +117,14 @@ def lse_kernel(
         visible = held[None, :] & row_held[:, None]
         if CAUSAL:
             visible = visible & (position[None, :] <= row_position[:, None])
+        scale_at = None if keys_scale is None else keys_scale + slot * stride_xs
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
-            DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
+            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, scale_at, row_held, held, stride_qd, stride_kd, scaling, softcap,
+            0, None, None, 0, DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
-        scores = scores * scaling
-        if keys_scale is not None:
-            scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
-        if softcap is not None:
-            scores = soft_capped(scores, softcap)
         if noise_base is not None:
             key_place = slot if positions is None else position
-            scores += gumbel(
-                noise_base.to(tl.uint32), query_head.to(tl.uint32), row_place.to(tl.uint32), key_place.to(tl.uint32)
-            )
+            scores += gumbel(noise_base, query_head, row_place, key_place)
         scores = tl.where(visible, scores * coolness, -float("inf"))
         if scores_out is not None:
             tl.store(
@@ -168,18 +169,11 @@ def column_kernel(
     query_head = head * GROUP + member
 
     positions_base = batch * stride_pb + head * stride_ph
-    length = entries
     RAGGED: tl.constexpr = starts is not None
-    if RAGGED:
-        first_slot = tl.load(starts + batch * KV_HEADS + head).to(tl.int64)
-        length = tl.load(lengths + batch * KV_HEADS + head).to(tl.int32)
-        keys += first_slot * stride_ks * UNIT
-        if keys_scale is not None:
-            keys_scale += first_slot * stride_xs
-    else:
-        keys += (batch * stride_kb + head * stride_kh) * UNIT
-        if keys_scale is not None:
-            keys_scale += batch * stride_xb + head * stride_xh
+    first_slot, length = slots_of(starts, lengths, batch * KV_HEADS + head, entries)
+    keys += (batch * stride_kb + head * stride_kh + first_slot * stride_ks) * UNIT
+    if keys_scale is not None:
+        keys_scale += batch * stride_xb + head * stride_xh + first_slot * stride_xs
     entry = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot, position = listed_slots(None, positions, entry, length, length, 0, positions_base, 0, stride_ps, RAGGED)
     held = position >= 0
@@ -209,20 +203,14 @@ def column_kernel(
             row_place = tl.load(query_positions + batch * stride_rb + row * stride_rr, mask=row_held, other=-1)
         if CAUSAL:
             visible = visible & (position[None, :] <= row_place.to(tl.int32)[:, None])
+        scale_at = None if keys_scale is None else keys_scale + slot * stride_xs
         scores = tile_scores(
-            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, row_held, held, stride_qd, stride_kd, 0, None, None, 0,
-            DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
+            asked, query_at, keys + slot[None, :] * stride_ks * UNIT, scale_at, row_held, held, stride_qd, stride_kd, scaling, softcap,
+            0, None, None, 0, DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, ARITHMETIC, PRECISION,
         )  # fmt: skip
-        scores = scores * scaling
-        if keys_scale is not None:
-            scores = scores * tl.load(keys_scale + slot * stride_xs, mask=held, other=0.0)[None, :]
-        if softcap is not None:
-            scores = soft_capped(scores, softcap)
         if noise_base is not None:
             key_place = slot if positions is None else position
-            scores += gumbel(
-                noise_base.to(tl.uint32), query_head.to(tl.uint32), row_place.to(tl.uint32), key_place.to(tl.uint32)
-            )
+            scores += gumbel(noise_base, query_head, row_place, key_place)
         log_sum = tl.load(
             lse + (batch * (KV_HEADS * GROUP) + query_head) * rows + row, mask=row_held, other=float("inf")
         )

@@ -19,11 +19,19 @@ def best_slots(scores: Tensor, count: int) -> Tensor:
     rows, shape = scores.float().reshape(-1, scores.shape[-1]).contiguous(), (*scores.shape[:-1], count)
     if not rows.numel():
         return torch.empty(shape, dtype=torch.int64, device=scores.device)
-    places = None
+    rows, places = best_of_pieces(rows, count)
+    return _best(rows, places, count, 1, scores=False)[0].view(shape)
+
+
+def best_of_pieces(rows: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """The scores among which are the `count` best of each row, so few that a program holds them, and their places, which are `None` where
+    they are all of the row's, in order.
+    """
     pieces = pieces_of(rows.shape[-1], count)
-    if pieces > 1:
-        places, rows = _best_of_pieces(rows, None, count, pieces, scores=True)
-    return _best_of_pieces(rows, places, count, 1, scores=False)[0].view(shape)
+    if pieces == 1:
+        return rows, None
+    places, best = _best(rows, None, count, pieces, scores=True)
+    return best, places
 
 
 def pieces_of(slots: int, count: int) -> int:
@@ -32,9 +40,7 @@ def pieces_of(slots: int, count: int) -> int:
     return pieces if slots // pieces >= 2 * count else 1
 
 
-def _best_of_pieces(
-    rows: Tensor, places: Tensor | None, count: int, pieces: int, *, scores: bool
-) -> tuple[Tensor, Any]:
+def _best(rows: Tensor, places: Tensor | None, count: int, pieces: int, *, scores: bool) -> tuple[Tensor, Any]:
     """Places `[rows, pieces * count]`, and with `scores` what stands there."""
     shape = (rows.shape[0], pieces * count)
     output = torch.empty(shape, dtype=torch.int64, device=rows.device)

@@ -13,7 +13,7 @@ from kvpress.kernels import triton_best
 from kvpress.kernels.attention_mass import triton_kernels as mass_kernels
 from kvpress.kernels.attention_mass.triton import block_rows, shared_arguments
 from kvpress.kernels.choosing import triton_kernels
-from kvpress.kernels.choosing.triton import BLOCK, pieces_of
+from kvpress.kernels.choosing.triton import BLOCK, best_of_pieces
 from kvpress.kernels.head_vote import triton_kernels as vote_kernels
 from kvpress.kernels.head_vote.triton import BLOCK_HEADS, BLOCK_SLOTS
 from kvpress.kernels.triton_blocks import FULL
@@ -90,7 +90,7 @@ class VoteLaunches:
             "DIM": dim, "ENDS": BLOCK, "num_warps": triton_best.WARPS,
         }  # fmt: skip
         self._count = chosen.shape[2]
-        self._by_size: dict[tuple[str, bool, int, bool], PreparedLaunch] = {}  # by how many scores a program holds
+        self._by_size: dict[tuple[bool, int, bool], PreparedLaunch] = {}  # by how many scores a program holds
 
     def tensors(self) -> list[Tensor]:
         """What is held beside the arguments."""
@@ -118,37 +118,18 @@ class VoteLaunches:
                 (-(-candidates // BLOCK_SLOTS), batch, 1),
                 scores=scores, lse=lse, output=votes, slots=candidates, parts=parts,
             )  # fmt: skip
-            pieces, places, asked = pieces_of(candidates, self._count), None, candidates
-            if pieces > 1:
-                asked = pieces * self._count
-                places = torch.empty(batch, asked, dtype=torch.int64, device=query.device)
-                best = torch.empty(batch, asked, **single)
-                self._sized("best", -(-candidates // pieces))(
-                    (batch, pieces, 1),
-                    scores=votes,
-                    places=None,
-                    output=places,
-                    best=best,
-                    slots=candidates,
-                    pieces=pieces,
-                )
-                votes = best
-            self._sized("choose", asked, places is not None)(
+            votes, places = best_of_pieces(votes, self._count)
+            self._choose(votes.shape[-1], places is not None)(
                 (batch, 1, 1),
-                votes=votes, places=places, query=query, output=index, candidates=asked, slots=slots,
+                votes=votes, places=places, query=query, output=index, candidates=votes.shape[-1], slots=slots,
             )  # fmt: skip
         return index, False
 
-    def _sized(self, stage: str, scores: int, listed: bool = False) -> PreparedLaunch:
-        """The launch of a stage that finds the best of so many scores, which are `listed` with their places or lie in order."""
+    def _choose(self, scores: int, listed: bool) -> PreparedLaunch:
+        """What chooses the best of so many scores, which are `listed` with their places or lie in order."""
         constants = triton_best.best_arguments(scores)
-        kind = (stage, listed, constants["BLOCK"], constants["ONCE"])
+        kind = (listed, constants["BLOCK"], constants["ONCE"])
         found = self._by_size.get(kind)
         if found is None:
-            if stage == "best":
-                arguments = {"count": self._count, **constants, "num_warps": triton_best.WARPS}
-                found = PreparedLaunch(triton_kernels.best_kernel, arguments)
-            else:
-                found = PreparedLaunch(triton_kernels.choose_kernel, self._choosing | constants)
-            self._by_size[kind] = found
+            found = self._by_size[kind] = PreparedLaunch(triton_kernels.choose_kernel, self._choosing | constants)
         return found

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.native import tensors as native
+from kvpress.kernels.shapes import most_slots
 
 
 def refusal(query: Tensor, keys: Tensor) -> str | None:
@@ -26,7 +27,7 @@ def head_vote(
     keys_scale: Tensor | None,
 ) -> Tensor:
     """See `kvpress.kernels.head_vote.head_vote`."""
-    entries = keys.shape[2] if lengths is None else int(lengths.max()) if lengths.numel() else 0
+    entries = most_slots(keys, lengths)
     votes = torch.empty(query.shape[0], entries, dtype=torch.float32)
     fields, owners = native.attention_fields(
         query,

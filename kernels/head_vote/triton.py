@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpress.kernels.attention_mass.triton import part_sums
 from kvpress.kernels.head_vote import triton_kernels
 from kvpress.kernels.packing.int4 import rounded_query
+from kvpress.kernels.shapes import most_slots
 from kvpress.kernels.triton_support import on_device
 
 BLOCK_HEADS = 16
@@ -28,15 +29,9 @@ def head_vote(
     keys_scale: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Votes `[batch, slots]` in fp32: the softmax over the visible slots of each query head, summed over heads (arXiv
-    2411.02886).
+    """See `kvpress.kernels.head_vote.head_vote`.
 
     Args:
-        query: `[batch, query_heads, 1, dim]`; query head `h` belongs to KV head `h // (query_heads // kv_heads)`.
-        keys: the slots, dense or flat (see `kvpress.kernels.shapes`), int4 ones packed.
-        scaling: factor of the dot products; the paper has none.
-        positions: `[batch, kv_heads or 1, slots]`; candidates are the slots with `position >= 0`.
-        query_positions, starts, lengths, keys_scale: as in `kvpress.kernels.attention.attend`.
         splits: parts of the context that programs of their own read; `None`: as many as keep the GPU busy.
 
     Raises:
@@ -45,7 +40,7 @@ def head_vote(
     if query.shape[2] != 1:
         raise ValueError(f"query must have a single row to vote, got {query.shape[2]}")
     batch, query_heads = query.shape[:2]
-    slots = keys.shape[2] if lengths is None else int(lengths.max()) if lengths.numel() else 0
+    slots = most_slots(keys, lengths)
     votes = query.new_empty(batch, slots, dtype=torch.float32)
     if votes.numel() == 0:
         return votes

@@ -36,6 +36,31 @@ def mixed_channels(value, STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: t
     return value
 
 
+@triton.jit
+def rows_of(
+    rows, count, heads, stride_rb, stride_rh, stride_rs, stride_rd,
+    DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The `BLOCK_N` rows of this program's batch row and head `[rows, channels]`, in fp32, and their numbers."""
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    held = (row < count)[:, None] & (channel < DIM)[None, :]
+    at = batch * stride_rb + head * stride_rh + row[:, None] * stride_rs + channel[None, :].to(tl.int64) * stride_rd
+    return tl.load(rows + at, mask=held, other=0.0).to(tl.float32), row
+
+
+@triton.jit
+def store(codes, scales, code, scale, row, count, BYTES: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of `BYTES` codes, each with its scale behind it; `codes` and `scales` are two views of the packed rows."""
+    out = tl.program_id(1).to(tl.int64) * count + row
+    byte = tl.arange(0, BLOCK)
+    held = (row < count)[:, None] & (byte < BYTES)[None, :]
+    tl.store(codes + out[:, None] * (BYTES + 4) + byte[None, :], code.to(codes.dtype.element_ty), mask=held)
+    tl.store(scales + out * (BYTES // 4 + 1) + BYTES // 4, scale, mask=row < count)
+
+
 @Remembered
 @triton.jit(do_not_specialize=["count", "stride_rh", "stride_rb"])
 def pack_kernel(
@@ -43,18 +68,10 @@ def pack_kernel(
     stride_rb, stride_rh, stride_rs, stride_rd,
     DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: `BLOCK_N` rows of one batch row and head; `codes` and `scales` are two views of the packed rows."""
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    channel = tl.arange(0, BLOCK_D)
-    held = (row < count)[:, None] & (channel < DIM)[None, :]
-    at = batch * stride_rb + head * stride_rh + row[:, None] * stride_rs + channel[None, :].to(tl.int64) * stride_rd
-    value = tl.load(rows + at, mask=held, other=0.0).to(tl.float32)
+    """One program: `BLOCK_N` rows of one batch row and head, as int8."""
+    value, row = rows_of(rows, count, heads, stride_rb, stride_rh, stride_rs, stride_rd, DIM, BLOCK_N, BLOCK_D)
     code, scale = rounded(value, LEVELS)
-    out = tl.program_id(1).to(tl.int64) * count + row
-    tl.store(codes + out[:, None] * (DIM + 4) + channel[None, :], code.to(tl.int8), mask=held)
-    tl.store(scales + out * (DIM // 4 + 1) + DIM // 4, scale, mask=row < count)
+    store(codes, scales, code, scale, row, count, DIM, BLOCK_D)
 
 
 @Remembered
@@ -64,20 +81,11 @@ def pack_int4_kernel(
     stride_rb, stride_rh, stride_rs, stride_rd,
     DIM: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """As `pack_kernel`, of rows less the centre of their head, whose channels are mixed."""
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    channel = tl.arange(0, BLOCK_D)
-    held = (row < count)[:, None] & (channel < DIM)[None, :]
-    at = batch * stride_rb + head * stride_rh + row[:, None] * stride_rs + channel[None, :].to(tl.int64) * stride_rd
-    value = tl.load(rows + at, mask=held, other=0.0).to(tl.float32)
+    """As `pack_kernel`, as int4, of rows less the centre of their head, whose channels are mixed."""
+    value, row = rows_of(rows, count, heads, stride_rb, stride_rh, stride_rs, stride_rd, DIM, BLOCK_N, BLOCK_D)
     if centre is not None:
+        channel = tl.arange(0, BLOCK_D)
         value -= tl.load(centre + tl.program_id(1).to(tl.int64) * DIM + channel, mask=channel < DIM, other=0.0)[None, :]
     code, scale = rounded(mixed_channels(value, STEPS, BLOCK_N, BLOCK_D), INT4_LEVELS)
     even, odd = tl.split(tl.reshape((code + 8.0).to(tl.int32), [BLOCK_N, BLOCK_D // 2, 2]))
-    out = tl.program_id(1).to(tl.int64) * count + row
-    byte = tl.arange(0, BLOCK_D // 2)
-    held = (row < count)[:, None] & (byte < DIM // 2)[None, :]
-    tl.store(codes + out[:, None] * (DIM // 2 + 4) + byte[None, :], (even | (odd << 4)).to(tl.uint8), mask=held)
-    tl.store(scales + out * (DIM // 8 + 1) + DIM // 8, scale * (1.0 / (1 << STEPS)), mask=row < count)
+    store(codes, scales, even | (odd << 4), scale * (1.0 / (1 << STEPS)), row, count, DIM // 2, BLOCK_D // 2)

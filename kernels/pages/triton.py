@@ -16,17 +16,10 @@ MOST_PAGE = 128  # slots of a page that a program holds in registers
 
 
 def page_bounds(keys: Tensor, *, page_size: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Lowest and highest key of each page, channel by channel, each `[batch, kv_heads, pages, dim]` in `bounds_type`
-    of the keys, rounded outwards.
-
-    Args:
-        keys: `[batch, kv_heads, slots, dim]`; the last page may be short.
-        page_size: slots a page, 1 to 128.
-        positions: `[batch, kv_heads or 1, slots]`; slots at `-1` take no part. A page without a token is `+inf` and
-            `-inf`.
+    """See `kvpress.kernels.pages.page_bounds`.
 
     Raises:
-        ValueError: `page_size` out of range.
+        ValueError: pages of more slots than a program holds.
     """
     if not 1 <= page_size <= MOST_PAGE:
         raise ValueError(f"page_size must be from 1 to {MOST_PAGE}, got {page_size}")
@@ -46,12 +39,7 @@ def page_bounds(keys: Tensor, *, page_size: int, positions: Tensor | None = None
 
 
 def page_scores(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """Upper bounds `[batch, query_heads, pages]` in fp32 of a query head's dot products over each page; `-inf` for an
-    empty page.
-
-    Args:
-        query: `[batch, query_heads, 1, dim]`.
-        lowest, highest: `[batch, kv_heads, pages, dim]`, of `page_bounds`.
+    """See `kvpress.kernels.pages.page_scores`.
 
     Raises:
         ValueError: more than one query row.

@@ -52,6 +52,29 @@ def bounds_kernel(
         tl.store(highest + out, high.to(highest.dtype.element_ty), mask=channel < DIM)
 
 
+@triton.jit
+def bounds_of(
+    lowest, highest, page, held, channel, stride_ls, stride_ld, stride_us, stride_ud, DIM: tl.constexpr
+):  # fmt: skip
+    """Low and high of each page `[pages, channels]` in fp32, 0 where a page has no token (its low above its high); and which have none."""
+    mask = held[:, None] & (channel < DIM)[None, :]
+    at = page.to(tl.int64)[:, None]
+    along = channel.to(tl.int64)[None, :]
+    low = tl.load(lowest + at * stride_ls + along * stride_ld, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(highest + at * stride_us + along * stride_ud, mask=mask, other=0.0).to(tl.float32)
+    empty = tl.max((low > high).to(tl.int32), axis=1) > 0
+    return tl.where(empty[:, None], 0.0, low), tl.where(empty[:, None], 0.0, high), empty
+
+
+@triton.jit
+def highest_products(query_at, channel, stride_qd, low, high, DIM: tl.constexpr):
+    """The most that the product of a query with a key within the bounds of each page can be: the sum over channels of `q_c high_c`, or of
+    `q_c low_c` where the query's sign bit is set.
+    """
+    asked = tl.load(query_at + channel.to(tl.int64) * stride_qd, mask=channel < DIM, other=0.0).to(tl.float32)[None, :]
+    return tl.sum(asked * tl.where(asked.to(tl.int32, bitcast=True) < 0, low, high), axis=1)
+
+
 @Remembered
 @triton.jit(do_not_specialize=["pages"])
 def score_kernel(
@@ -60,35 +83,22 @@ def score_kernel(
     stride_ub, stride_uh, stride_us, stride_ud,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: the scores of `BLOCK_N` pages for the query heads of one KV head: the sum over channels of `q_c high_c`, or of
-    `q_c low_c` where the query's sign bit is set.
-
-    The bounds are read once for the whole group; a page without a token (its low above its high) scores `-inf`.
+    """One program: the scores of `BLOCK_N` pages for the query heads of one KV head, `-inf` for a page without a token. The bounds are read
+    once for the whole group.
     """
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     page = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_D)
-    mask = (page < pages)[:, None] & (channel < DIM)[None, :]
-    at = page.to(tl.int64)[:, None]
-    along = channel.to(tl.int64)[None, :]
-    low = tl.load(
-        lowest + batch * stride_lb + head * stride_lh + at * stride_ls + along * stride_ld, mask=mask, other=0.0
-    ).to(tl.float32)
-    high = tl.load(
-        highest + batch * stride_ub + head * stride_uh + at * stride_us + along * stride_ud, mask=mask, other=0.0
-    ).to(tl.float32)
-    empty = tl.max((low > high).to(tl.int32), axis=1) > 0
-    low = tl.where(empty[:, None], 0.0, low)
-    high = tl.where(empty[:, None], 0.0, high)
+    lowest += batch * stride_lb + head * stride_lh
+    highest += batch * stride_ub + head * stride_uh
+    low, high, empty = bounds_of(
+        lowest, highest, page, page < pages, channel, stride_ls, stride_ld, stride_us, stride_ud, DIM
+    )
     for member in range(GROUP):
         query_head = head * GROUP + member
-        asked = tl.load(
-            query + batch * stride_qb + query_head * stride_qh + channel.to(tl.int64) * stride_qd,
-            mask=channel < DIM,
-            other=0.0,
-        ).to(tl.float32)[None, :]
-        bound = tl.sum(asked * tl.where(asked.to(tl.int32, bitcast=True) < 0, low, high), axis=1)
+        query_at = query + batch * stride_qb + query_head * stride_qh
+        bound = highest_products(query_at, channel, stride_qd, low, high, DIM)
         bound = tl.where(empty, -float("inf"), bound)
         tl.store(output + (batch * (KV_HEADS * GROUP) + query_head) * pages + page, bound, mask=page < pages)
 
@@ -125,23 +135,14 @@ def follow_kernel(
     lowest += batch * stride_lb + head * stride_lh
     highest += batch * stride_ub + head * stride_uh
     page = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = page < last
-    mask = inner[:, None] & (channel < DIM)[None, :]
-    at = page.to(tl.int64)[:, None]
-    low = tl.load(lowest + at * stride_ls + along[None, :] * stride_ld, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(highest + at * stride_us + along[None, :] * stride_ud, mask=mask, other=0.0).to(tl.float32)
-    empty = tl.max((low > high).to(tl.int32), axis=1) > 0
-    low = tl.where(empty[:, None], 0.0, low)
-    high = tl.where(empty[:, None], 0.0, high)
+    low, high, empty = bounds_of(
+        lowest, highest, page, page < last, channel, stride_ls, stride_ld, stride_us, stride_ud, DIM
+    )
     most = tl.full([BLOCK_N], -float("inf"), tl.float32)
     unknown = empty
     for member in range(GROUP):
-        asked = tl.load(
-            query + batch * stride_qb + (head * GROUP + member) * stride_qh + along * stride_qd,
-            mask=channel < DIM,
-            other=0.0,
-        ).to(tl.float32)[None, :]
-        bound = tl.sum(asked * tl.where(asked.to(tl.int32, bitcast=True) < 0, low, high), axis=1)
+        query_at = query + batch * stride_qb + (head * GROUP + member) * stride_qh
+        bound = highest_products(query_at, channel, stride_qd, low, high, DIM)
         unknown = unknown | (bound != bound)
         most = tl.maximum(most, bound)
     most = tl.where(page == last, float("inf"), tl.where(unknown, -float("inf"), most))
@@ -164,7 +165,7 @@ def follow_kernel(
 @Remembered
 @triton.jit(do_not_specialize=["pages", "count", "slots"])
 def list_pages_kernel(
-    scores, output, pages, count, slots, 
+    scores, output, pages, count, slots,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr, TILE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program: slots of the `count` best pages of a KV head, ascending; `-1` past the last slot and where a page scores `-inf`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -50,6 +51,21 @@ def test_opcheck(case: int) -> None:
     operator, arguments, options = CASES[case]
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     assert set(opcheck(operator, arguments, options, test_utils=tests).values()) == {"SUCCESS"}
+
+
+PUBLIC = [attend, attend_with_weights, attention_mass, head_vote, page_bounds, page_scores, rotate, compact, weakest]
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
+def test_parameters_are_those_of_the_public_function(public: Any) -> None:
+    operator = getattr(operators, public.__name__)
+    named = [argument.name for argument in operator._opoverload._schema.arguments]
+    assert [*named, "impl"] == list(signature(public).parameters)
+
+
+def test_every_operator_is_compared() -> None:
+    every = {name for name, given in vars(operators).items() if isinstance(given, type(operators.attend))}
+    assert every == {public.__name__ for public in PUBLIC}
 
 
 def step(query: Any, keys: Any, positions: Any, index: Any, cosine: Any, sine: Any) -> tuple[Any, ...]:

@@ -1,100 +1,15 @@
-"""Votes on int8 keys: against fp64 votes on the rounded keys, and the running index against one made anew."""
+"""The index of rounded keys: it follows its slots through every verb, against one made anew."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
-from test_tokenselect_sets import SMALL, cut, voter
+from test_rounded_votes import Form
 
 from kvpress import PolicyCache
 from kvpress.policies import KNorm, SnapKV, StreamingLLM, TokenSelect, key_index, tokenselect
-from kvpress.policies.key_index import KeyIndex, quantise
+from kvpress.policies.key_index import PIECE, KeyIndex, quantise
 from kvpress.testing.families import tiny_model
-
-
-def rounded(keys, levels=127):
-    """Once more, in fp64: what int8 codes with a scale for each row stand for."""
-    scale = keys.double().abs().amax(dim=-1, keepdim=True) / levels
-    return torch.where(scale > 0, (keys.double() / scale).round() * scale, 0.0)
-
-
-def rounded_voter(policy, levels=127, **changes):
-    """The method on rounded keys."""
-
-    def make():
-        choose = voter(policy, **changes)()
-        return lambda question: choose(
-            dataclasses.replace(
-                question, keys=rounded(question.keys, levels), plain_keys=rounded(question.plain_keys, levels)
-            )
-        )
-
-    return make
-
-
-def int8(**changes):
-    return TokenSelect(**{**SMALL, "tail": 2, "threshold": 0.0, "index": "int8", **changes})
-
-
-@pytest.mark.parametrize("positions", ["keep", "reindex"])
-@pytest.mark.parametrize("heads", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
-def test_sets_equal_a_vote_on_rounded_keys(compare, positions, heads):
-    model = tiny_model("llama", dtype=torch.float64, num_key_value_heads=heads)
-    policy = int8(positions=positions)
-    fed, result = compare(model, policy, rounded_voter(policy), blocks=cut(policy), reindex=positions == "reindex")
-    assert result.error < 1e-9
-    assert result.narrowed > 8
-    assert result.sets == 2 * 13
-    behind = [layer.table.count - layer.selector.index.covered for layer in fed.cache.policy_layers]
-    assert 0 <= min(behind) <= max(behind) <= policy.local
-
-
-@pytest.mark.parametrize("positions", ["keep", "reindex"])
-def test_padded_rows_chunks_and_turns(compare, llama, positions):
-    policy = int8(positions=positions)
-    _, result = compare(
-        llama,
-        policy,
-        rounded_voter(policy),
-        blocks=cut(policy),
-        reindex=positions == "reindex",
-        batch=3,
-        pads=(0, 14, 5),
-        sizes=(9, 20, 1, 1, 1, 1, 14, 1, 1, 1),
-    )
-    assert result.error < 1e-9
-    assert result.narrowed > 3
-
-
-@pytest.mark.parametrize(
-    ("eviction", "shared"),
-    [(SnapKV(budget=24, window=6, kernel_size=3), False), (StreamingLLM(budget=24, sinks=3), True)],
-    ids=["snapkv", "streaming_llm"],
-)
-def test_composed_with_eviction(compare, llama, eviction, shared):
-    policy = int8(top_k=4, local=6, chunk=6, positions="keep", tail=0)
-    fed, result = compare(
-        llama, [eviction, policy], rounded_voter(policy, shared=shared), blocks=cut(policy), held=True,
-        sizes=(40, *[1] * 12, 9, *[1] * 6) if shared else (40, *[1] * 12),
-    )  # fmt: skip
-    assert fed.cache.report().evictions > 0
-    assert result.error < 1e-9
-    assert result.narrowed > 12
-
-
-@pytest.mark.parametrize("sabotage", ["coarser keys", "exact keys", "one token fewer"])
-def test_sabotaged_formulas_are_caught(compare, llama, sabotage):
-    policy = int8(positions="keep", tail=0, threshold=2)
-    makers = {
-        "coarser keys": rounded_voter(policy, levels=15),
-        "exact keys": voter(policy),
-        "one token fewer": rounded_voter(policy, count=policy.top_k - 1),
-    }
-    sizes = (40, *[1] * 40)
-    compare(llama, policy, rounded_voter(policy), blocks=cut(policy), sizes=sizes)
-    with pytest.raises(AssertionError):
-        compare(llama, policy, makers[sabotage], blocks=cut(policy), sizes=sizes)
 
 
 def test_rounding_errs_by_half_a_scale_at_most():
@@ -155,7 +70,7 @@ def test_keys_of_the_window_wait(monkeypatch, llama, local):
     for together in (0, 16, 1000):
         monkeypatch.setattr(tokenselect, "TOGETHER", together)
         read.append([])
-        cache = PolicyCache(llama, int8(top_k=4, local=local, chunk=6, threshold=2))
+        cache = PolicyCache(llama, Form("int8").policy(top_k=4, local=local, chunk=6, threshold=2))
         logits.append([step(llama, cache, piece) for piece in ids.split([40, *[1] * 60], dim=1)])
         wait = min(together, local) + 1
         assert read[-1][-2 * (60 // wait) :] == [wait] * 2 * (60 // wait)
@@ -180,7 +95,7 @@ def test_the_running_index_equals_one_made_anew(monkeypatch, llama, tmp_path, ev
     monkeypatch.setattr(
         KeyIndex, "_extend", lambda self, keys, slots: (read.append(slots - self.covered), extend(self, keys, slots))
     )
-    policy = int8(top_k=4, local=6, chunk=6, threshold=2, positions=positions, index=form)
+    policy = Form(form).policy(top_k=4, local=6, chunk=6, threshold=2, positions=positions)
     policies = policy if EVICTIONS[eviction] is None else [EVICTIONS[eviction], policy]
     cache, ids = PolicyCache(llama, policies), torch.randint(3, 90, (2, 60), generator=torch.Generator().manual_seed(0))
     step(llama, cache, ids[:, :33])
@@ -211,7 +126,7 @@ def test_the_running_index_equals_one_made_anew(monkeypatch, llama, tmp_path, ev
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_crop_cuts_the_index(monkeypatch, llama, form):
     monkeypatch.setattr(key_index, "FIRST", 20)
-    policy, ids = int8(positions="keep", index=form), torch.arange(3, 83).view(1, 80)
+    policy, ids = Form(form).policy(positions="keep"), torch.arange(3, 83).view(1, 80)
     cache, anew = PolicyCache(llama, policy), PolicyCache(llama, policy)
     for each in (cache, anew):
         for piece in ids[:, :36].split([33, 1, 1, 1], dim=1):
@@ -244,3 +159,21 @@ def test_unknown_indexes_are_refused():
     for form in ("int8", "int4"):
         assert TokenSelect.from_dict(TokenSelect(index=form).to_dict()).index == form
     assert TokenSelect().index == "exact"
+
+
+def test_bytes_are_those_of_half_a_byte_a_number():
+    index, keys = KeyIndex("int4"), torch.empty(2, 3, 100, 64, device="meta")
+    room = 100 + max(4, 100 // 64)
+    assert index.bytes_to_grow(keys) == 2 * 3 * (room * (32 + 4) + 64 * 4 + 1)
+    real = torch.randn(2, 3, 100, 64)
+    index.centre, index.centred = real.mean(2), torch.ones(2, 3, dtype=torch.bool)
+    assert index.bytes_to_grow(keys) == 2 * 3 * room * 36
+    index._extend(real, 100)
+    assert sum(tensor.nbytes for tensor in index.tensors()) == 2 * 3 * (room * 36 + 64 * 4 + 1)
+    assert index.bytes_to_grow(keys) == 0 and PIECE > 100
+
+
+def test_head_sizes_that_do_not_fit_are_refused():
+    model = tiny_model("llama", hidden_size=48, head_dim=12)
+    with pytest.raises(ValueError, match="int4 rows need head sizes that are multiples of 8, got 12"), torch.no_grad():
+        model(torch.arange(3, 63)[None], past_key_values=PolicyCache(model, Form("int4").policy()))
