@@ -181,17 +181,6 @@ static void soften_quad(float* scores, int count, int queries, float* maximum, f
   }
 }
 
-template <class Scale>
-static inline void scale_scores(float* scores, int count, Scale scale) {  // [slot][4], a factor a slot
-  for (int t = 0; t < count; ++t) {
-    float four[4];
-    std::memcpy(four, scores + t * 4, sizeof four);
-    const float factor = scale(t);
-    for (int q = 0; q < 4; ++q) four[q] *= factor;
-    std::memcpy(scores + t * 4, four, sizeof four);
-  }
-}
-
 static void cap_scores(float* scores, int floats, float softcap) {
   const Vec inverse = splat(1.f / softcap), cap = splat(softcap);
   for (int i = 0; i < floats; i += LANES) store(scores + i, cap * tanh_vec(load(scores + i) * inverse));
@@ -241,7 +230,7 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
         score_queries<float>(here, few.query + quad * 4 * s.dim, s.dim, tile, tile.value, scores);
       else
         score_queries<T>(here, few.query + quad * 4 * s.dim, s.dim, tile, tile.value, scores);
-      if (s.key_scale) scale_scores(scores, tile.count, [&](int t) { return head.key_scale_of(tile, t); });
+      if (s.key_scale) scale_tile(head, tile, head.key_scale, s.key_scale_slot, scores);
       if (a.softcap != 0) cap_scores(scores, tile.count * 4, float(a.softcap));
       if (mask)
         for (int q = 0; q < here; ++q) {
@@ -254,7 +243,7 @@ static void attend_piece(const Attention& a, Few& few, int64_t b, int64_t h, int
           std::memcpy(raw + (tile.entry[t] * quads + quad) * 4, scores + t * 4, 16);
       float* accumulator = few.accumulator + quad * 4 * s.value_dim;
       soften_quad(scores, tile.count, here, few.maximum + quad * 4, few.sum + quad * 4, accumulator, s.value_dim);
-      if (s.value_scale) scale_scores(scores, tile.count, [&](int t) { return head.value_scale_of(tile, t); });
+      if (s.value_scale) scale_tile(head, tile, head.value_scale, s.value_scale_slot, scores);
       add_queries<T>(here, scores, tile, next.count ? next : tile, s.value_dim, accumulator);
     }
   }

@@ -4,6 +4,7 @@
 #include "sums.hpp"
 #include "slots.hpp"
 #include "turned.hpp"
+#include "slot_factors.hpp"
 #include "attention_few.hpp"
 #include "attention_many.hpp"
 #include "mass.hpp"

@@ -110,6 +110,29 @@ def test_packed_int8_rows(level: str, rows: int, group: int, poisoned: list[int]
     assert rejected(assert_within_budget, output, exact.float(), exact)
 
 
+@pytest.mark.parametrize("group", [1, 3, 4, 6])
+def test_every_slot_has_its_own_factor(level: str, group: int) -> None:
+    """Factors of any sign and size, every count of slots in a tile, side by side or apart in memory with NaN between; slots in order, some
+    of them empty, and listed."""
+    for slots in [*range(1, 10), *range(58, 70)]:
+        generator = torch.Generator().manual_seed(slots)
+        query = torch.randn(1, 2 * group, 1, 16, generator=generator)
+        keys, values = torch.randint(-127, 128, (2, 1, 2, slots, 16), generator=generator, dtype=torch.int8)
+        size = torch.tensor([0.01, 0.001])[torch.arange(slots) % 2]
+        factors = torch.randn(2, 1, 2, slots, generator=generator) * size
+        apart = torch.full((2, 1, 2, slots, 3), torch.nan)
+        apart[..., 1] = factors
+        backwards = torch.arange(slots - 1, -1, -1)[None, None]
+        gaps = torch.arange(slots)[None, None].masked_fill(torch.arange(slots) % 3 == 1, -1)
+        for keys_scale, values_scale in (factors, apart[..., 1]):
+            for options in ({}, {"index": backwards}, {"positions": gaps}):
+                check(query, keys, values, keys_scale=keys_scale, values_scale=values_scale, **options)
+    exact = oracle(query, keys, values, scaling=1.0, keys_scale=factors[0], values_scale=factors[1])[0]
+    for wrong in (factors.roll(1, -1), factors.flip(2)):  # those of the slot before, and of the other head
+        output, _ = attend(query, keys, values, scaling=1.0, keys_scale=wrong[0], values_scale=wrong[1], impl="native")
+        assert rejected(assert_within_budget, output, exact.float(), exact)
+
+
 def test_every_fp16_and_bf16_number_is_read(level: str) -> None:
     """A value row of any finite bits comes out as it is: one slot has all the weight."""
     bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
