@@ -5,7 +5,15 @@
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 template <bool VNNI>  // whether the machine adds products of bytes in one instruction
-struct Int4 { uint8_t pair; };  // two channels; strides count pairs
+struct Int4 {
+  static constexpr int CHANNELS = 2;
+  uint8_t pair;  // two channels; strides count pairs
+};
+template <bool VNNI>
+struct Int8 {  // int8 that is multiplied by integers
+  static constexpr int CHANNELS = 1;
+  int8_t code;
+};
 
 enum Kind : int64_t { FP32 = 0, BF16 = 1, FP16 = 2, INT8 = 3, INT4 = 4 };
 

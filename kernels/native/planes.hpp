@@ -21,8 +21,8 @@ static void key_scales(const Head<T>& head, const Tile& tile, float* scale) {
 
 // planes[query][slot] of up to four queries [query][dim]; what lies past the last slot of the tile is undefined
 template <class T>
-static void score_planes(const Head<T>& head, const float* query, int queries, const Tile& tile, const void* const* ahead,
-                         float* planes) {
+static std::enable_if_t<!IS_ROUNDED<T>> score_planes(const Head<T>& head, const float* query, int queries, const Tile& tile,
+                                                     const void* const* ahead, float* planes) {
   float scores[(TILE + 8) * 4];
   score_queries<T>(queries, query, head.slots.dim, tile, ahead, scores);
   part_queries(scores, queries, planes);

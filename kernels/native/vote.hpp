@@ -64,7 +64,7 @@ static void vote_piece(const Attention& a, const Head<T>& head, int64_t h, int64
   float planes[4 * TILE];
   int64_t first = piece * PIECE;
   const int64_t last = first + PIECE < votes.tiles ? first + PIECE : votes.tiles;
-  if constexpr (IS_INT4<T>)
+  if constexpr (IS_ROUNDED<T>)
     for (const int64_t whole = whole_tiles(head, limit); first < last && first < whole; ++first)
       vote_run(a, head, h, first, query, votes, maximum, sums);
   Tile tiles[2];
@@ -140,8 +140,8 @@ static int vote_kind(const Attention& a) {
   for (int64_t b = 0; b < a.batch && line; ++b) {
     const int64_t limit = a.query_positions ? a.query_positions[b * a.query_position_batch] : INT64_MAX;
     for (int64_t h = 0; h < a.kv_heads; ++h) load_queries(a, b, h, 0, 1, query.data + h * group * s.dim);
-    if constexpr (IS_INT4<T>)
-      for (int64_t i = 0; i < a.query_heads; ++i) round_query(query.data + i * s.dim, s.dim);
+    if constexpr (IS_ROUNDED<T>)
+      for (int64_t i = 0; i < a.query_heads; ++i) round_query(T(), query.data + i * s.dim, s.dim);
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
 #pragma omp for schedule(static)  // what a thread reads lies side by side: one stream, not a new one for every piece
@@ -161,6 +161,15 @@ static int vote_kind(const Attention& a) {
 }
 
 template <bool VNNI>
+static int vote_int8(const Attention& a) {
+#if LANES >= 8
+  if constexpr (VNNI)
+    if (a.slots.dim % 4 == 0 && a.slots.dim >= LEAST_INT8) return vote_kind<Int8<VNNI>>(a);
+#endif
+  return vote_kind<int8_t>(a);
+}
+
+template <bool VNNI>
 static int head_vote(const Vote& given) {
   const Prepared prepared(given.attention);
   if (prepared.status) return prepared.status;
@@ -168,7 +177,7 @@ static int head_vote(const Vote& given) {
   switch (a.slots.kind) {
     case BF16: return vote_kind<BFloat16>(a);
     case FP16: return vote_kind<Float16>(a);
-    case INT8: return vote_kind<int8_t>(a);
+    case INT8: return vote_int8<VNNI>(a);
     case INT4: return vote_kind<Int4<VNNI>>(a);
     default: return vote_kind<float>(a);
   }
