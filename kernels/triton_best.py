@@ -21,7 +21,8 @@ WARPS = 16
 
 def best_arguments(slots: int) -> dict[str, Any]:
     """The constants of a kernel that finds the best of `slots` scores."""
-    return {"BLOCK": min(max(power_of_two(slots), LEAST), MOST), "ONCE": slots <= MOST, "TILE": TILE}
+    block = min(max(power_of_two(slots), LEAST), MOST)
+    return {"BLOCK": block, "ONCE": slots <= MOST, "TILE": min(TILE, block)}
 
 
 @triton.jit

@@ -295,7 +295,7 @@ def test_attention_mass_with_noise(monkeypatch: pytest.MonkeyPatch, name: str) -
     check(monkeypatch, name, mass(torch.bfloat16, 128, rows=64, noise_seed=2**40 + 1), kernels=2)
 
 
-@pytest.mark.parametrize("name", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("name", DEVICES)
 def test_small_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from kvpress.kernels.choosing.triton import best_slots, listed_slots, reused_slots
     from kvpress.kernels.choosing.triton_prepared import VoteLaunches
