@@ -108,15 +108,27 @@ int kept_open(int handle) {
   return high;
 }
 
+// Keep a file open, if nobody who reads the same files has done so meanwhile.
+void keep(const ReadRows& r, int64_t file, int handle) {
+  const int high = kept_open(handle);
+  if (high < 0) return;
+  int32_t none = -1;
+  if (__atomic_compare_exchange_n(r.handles + file, &none, high, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+    __atomic_fetch_add(r.progress + 6, 1, __ATOMIC_RELAXED);
+  else
+    close_file({high});
+}
+
 bool read_file(const ReadRows& r, int64_t item) {
   const int64_t file = r.files[item];
-  if (r.handles[file] >= 0) return read_from(r, r.handles[file], item);
+  const int known = __atomic_load_n(r.handles + file, __ATOMIC_RELAXED);
+  if (known >= 0) return read_from(r, known, item);
   const int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
   const int handle = openat(int(r.directory), r.names + file * r.name_bytes, flags);
   if (handle < 0) return false;
   struct stat facts;
   const bool fine = fstat(handle, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size == r.sizes[file] && read_from(r, handle, item);
-  if (fine && (r.handles[file] = kept_open(handle)) >= 0) __atomic_fetch_add(r.progress + 6, 1, __ATOMIC_RELAXED);
+  if (fine) keep(r, file, handle);
   close(handle);
   return fine;
 }
