@@ -430,6 +430,27 @@ def test_policies_that_have_no_rule_take_no_steps(steps, model, policy):
     assert steps == {"taken": 0, "left": 0}
 
 
+class TwoColumns(H2O):
+    columns = ("attention", "other")
+
+
+class NoWeights(H2O):
+    token_rule = TokenRule("attention")
+    weights_reduction = None
+
+
+class Recent(StreamingLLM):
+    recent_queries = 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [(TwoColumns, "columns"), (NoWeights, "weights_reduction"), (Recent, "recent queries")]
+)
+def test_rules_that_cannot_be_followed_are_refused(model, kind, words):
+    with pytest.raises(ValueError, match=words):
+        PolicyCache(model, kind(budget=16))
+
+
 def one_slot_too_early(*, slot, **given):
     return given | {"slot": slot - 1}
 
