@@ -118,7 +118,7 @@ class DecodeStep:
     def _slots_of(layer: PolicyLayer, index: Tensor | None) -> StepSlots | None:
         table = layer.table
         if layer.policy.budget is not None:
-            return SteadySlots.after(layer.keeper, layer.token_rule) if layer.reader is None else None
+            return SteadySlots.after(layer.keeper, layer.token_rule)
         return StepSlots.of(table) if table.stowage is None else StepCopies.within(table, index)
 
     def tensors(self) -> list[Tensor]:

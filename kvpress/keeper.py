@@ -126,7 +126,7 @@ class Keeper:
             unlimited = self.budget is None or self.policy.recounts
             table.limit = None if unlimited else int(self.budgets.max()) + self.policy.interval
         if table.spare is not None and self.policy.interval == 1:
-            sinks, window = self._protected(self.budgets)
+            sinks, window = self.protected()
             first_recent = observation.newest - window + 1
             slot = table.steady.weakest.find(self.policy.score(observation), sinks, first_recent)
             table.retire(slot[..., None])
@@ -186,7 +186,7 @@ class Keeper:
             else:
                 table.spare = table.empty_slot()
             return
-        scores = self._ranked(observation, budgets)
+        scores = self._ranked(observation)
         counts = numpy.where(over, numpy.minimum(budgets, table.held), table.held)
         goes = self.policy.discards(observation)
         if goes is not None:
@@ -209,24 +209,20 @@ class Keeper:
                 room = max(room, 2)  # not steady: the next count may ask for more slots
             table.keep(survivors(scores, counts), counts, room)
 
-    def _ranked(self, observation: Observation, budgets: numpy.ndarray) -> Tensor:
-        sinks, window = self._protected(budgets)
+    def _ranked(self, observation: Observation) -> Tensor:
+        sinks, window = self.protected()
         return ranked(self.policy.score(observation), observation.positions, sinks, observation.newest - window + 1)
 
     def protected(self) -> tuple[int | Tensor, int | Tensor]:
-        """As many tokens at the beginning and at the end of each head are never evicted: integers, or `[batch, kv_heads, 1]`.
+        """How many tokens at the beginning and at the end of each head are never evicted: integers, or `[batch, kv_heads, 1]`.
 
         Raises:
             RuntimeError: there are no budgets before the first prompt.
         """
         if self.budgets is None:
             raise RuntimeError("budgets are known after the first prompt")
-        return self._protected(self.budgets)
-
-    def _protected(self, budgets: numpy.ndarray) -> tuple[int | Tensor, int | Tensor]:
-        """How many tokens at the beginning and at the end of each head are never evicted: integers, or `[batch, kv_heads, 1]`."""
-        if self._limits is None or self._limits[0] is not budgets:
-            self._limits = (budgets, *self._protect(budgets))
+        if self._limits is None or self._limits[0] is not self.budgets:
+            self._limits = (self.budgets, *self._protect(self.budgets))
         return self._limits[1:]
 
     def _protect(self, budgets: numpy.ndarray) -> tuple[int | Tensor, int | Tensor]:

@@ -76,7 +76,8 @@ class PolicyLayer(CacheLayerMixin):
         self.reader = reader
         self.token_ids = token_ids
         self.keeper = Keeper(policy, layer_idx, ordinal, layers, expands_keys=expands_keys, reader=reader)
-        self.token_rule = None if policy.budget is None or expands_keys or policy.interval > 1 else token_rule(policy)
+        evicts_one = policy.budget is not None and policy.interval == 1 and reader is None and not expands_keys
+        self.token_rule = token_rule(policy) if evicts_one else None
         self._keeps_all = policy.budget is None and not policy.columns and token_ids is None and not expands_keys
         self._lends = False  # layers without keys of their own attend to these slots
         self.attended = True  # our attention function follows every update

@@ -30,11 +30,12 @@ class SteadySlots(StepSlots):
     def __init__(self, keeper: Keeper, rule: TokenRule) -> None:
         table = keeper.table
         self._keeper, self._prepared = weakref.ref(keeper), weakref.ref(table.steady)
+        self._spare = filled((*table.columns[POSITION].shape[:2], 1), 0, table.keys, torch.long)
         sinks, windows = keeper.protected()
-        self._eviction = PreparedEviction(
+        self.eviction = PreparedEviction(
             table.columns[POSITION],
             None if rule.column is None else table.columns[rule.column],
-            filled((*table.columns[POSITION].shape[:2], 1), 0, table.keys, torch.long),
+            self._spare,
             sinks=sinks,
             windows=windows,
             fade=rule.fade,
@@ -53,20 +54,14 @@ class SteadySlots(StepSlots):
             return None
         return cls(keeper, rule)
 
-    @property
-    def eviction(self) -> PreparedEviction:
-        return self._eviction
-
     def foresee(self, table: SlotTable) -> None:
         """Positions are written with each token."""
 
     def stay(self, table: SlotTable) -> bool:
-        spare = self._eviction.spare
         if table.spare is None or self._prepared() is not table.prepared:
             return False
-        if table.spare is not spare:  # a token went the ordinary way
-            spare.copy_(table.spare)
-            table.spare = spare
+        if table.spare is not self._spare:  # a token went the ordinary way
+            table.spare = self._spare.copy_(table.spare)
         return True
 
     def place(self, table: SlotTable) -> tuple[int, int]:
@@ -78,4 +73,4 @@ class SteadySlots(StepSlots):
             keeper.evictions += 1
 
     def tensors(self) -> list[Tensor]:
-        return self._eviction.tensors()
+        return [] if self.eviction is None else self.eviction.tensors()

@@ -27,7 +27,12 @@ class StepSlots:
 
     Args:
         table: a token of which was just attended to by the calls `prepared`.
+
+    Attributes:
+        eviction: what comes after attention, where a token takes the place of another.
     """
+
+    eviction: PreparedEviction | None = None
 
     def __init__(self, table: SlotTable, prepared: PreparedSlots) -> None:
         self._room = min(table.capacity, table.columns[POSITION].shape[2])
@@ -53,11 +58,6 @@ class StepSlots:
         if attention is None or PreparedStep.refusal(query, keys, values, buffers, attention) is not None:
             return None
         return PreparedStep(query, keys, values, buffers, attention, back, stored=table.packed, eviction=self.eviction)
-
-    @property
-    def eviction(self) -> PreparedEviction | None:
-        """What comes after attention, where a token takes the place of another."""
-        return None
 
     def foresee(self, table: SlotTable) -> None:
         """Of tokens in order positions are known beforehand."""

@@ -44,7 +44,8 @@ class PreparedEviction:
         if reason is not None:
             raise ValueError(f"an eviction cannot be prepared: {reason}")
         self.spare, self.starts = spare, starts
-        self._limits = [limit for limit in (sinks, windows, lengths) if isinstance(limit, Tensor)]
+        sinks, windows = (each if isinstance(each, int) else fields.as_int64(each) for each in (sinks, windows))
+        self._owned = (sinks, windows, lengths)  # the kernels know their addresses
         batch, heads, slots = positions.shape
         first, first_number = _limit(sinks)
         recent, recent_number = _limit(windows)
@@ -71,22 +72,11 @@ class PreparedEviction:
             return f"the column must be contiguous fp32 of {tuple(positions.shape)}, got {column.dtype} of {tuple(column.shape)}"
         return None
 
-    def overwrite(self, row: Tensor, buffer: Tensor) -> tuple[int, ...]:
-        """The fields of `Overwrite` that put rows like `row [batch, heads, 1, dim]` in the spare slots of `buffer`, dense or flat."""
-        item, (batch, heads) = buffer.element_size(), self.spare.shape[:2]
-        strides = (0, 0, buffer.stride(0)) if self.starts is not None else buffer.stride()[:3]
-        starts = 0 if self.starts is None else self.starts.data_ptr()
-        to = (buffer.data_ptr(), *(stride * item for stride in strides))
-        rows = (batch, heads, buffer.shape[-2], buffer.shape[-1] * item)
-        return (*rows, *to, starts, self.spare.data_ptr(), 0, *(stride * item for stride in row.stride()[:2]), 0)
-
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [self.spare, *self._limits, *([] if self.starts is None else [self.starts])]
+        return [each for each in (self.spare, self.starts, *self._owned) if isinstance(each, Tensor)]
 
 
 def _limit(limit: int | Tensor) -> tuple[int, int]:
     """The address of each head's own, or one number for all."""
-    if isinstance(limit, int):
-        return 0, limit
-    return fields.as_int64(limit).data_ptr(), 0
+    return (0, limit) if isinstance(limit, int) else (limit.data_ptr(), 0)

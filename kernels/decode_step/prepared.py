@@ -56,7 +56,7 @@ class PreparedStep:
         self._attention = attention.last_call()
         self._rows = array("q")
         for row, buffer in zip((keys, values), buffers, strict=True):
-            self._rows.extend(_overwrite(row, buffer) if eviction is None else eviction.overwrite(row, buffer))
+            self._rows.extend(_overwrite(row, buffer, eviction))
         self._eviction = None if eviction is None else eviction.call
         self._token = array("q", [0] * (OUTPUT + 1))
         self._token[STORED] = stored
@@ -135,9 +135,12 @@ class PreparedStep:
         fields.built().decode_step(self._token, self._rows, self._back, None, None, None, self._attention, None)
 
 
-def _overwrite(row: Tensor, buffer: Tensor) -> tuple[int, ...]:
-    """The fields of `Overwrite` of rows like `row [batch, heads, 1, dim]` into `buffer [batch, heads, room, dim]`; which, and where, is
-    put in at each call."""
-    (batch, heads, room, dim), item = buffer.shape, buffer.element_size()
-    to = (buffer.data_ptr(), *(stride * item for stride in buffer.stride()[:3]))
-    return (batch, heads, room, dim * item, *to, 0, 0, 0, *(stride * item for stride in row.stride()[:2]), 0)
+def _overwrite(row: Tensor, buffer: Tensor, eviction: PreparedEviction | None) -> tuple[int, ...]:
+    """The fields of `Overwrite` of rows like `row [batch, heads, 1, dim]` into `buffer [batch, heads, room, dim]`, or flat; which, and
+    without an `eviction` where, is put in at each call."""
+    starts = None if eviction is None else eviction.starts
+    slot = 0 if eviction is None else eviction.spare.data_ptr()
+    (batch, heads), (room, dim), item = row.shape[:2], buffer.shape[-2:], buffer.element_size()
+    strides = buffer.stride()[:3] if starts is None else (0, 0, buffer.stride(0))
+    to = (buffer.data_ptr(), *(stride * item for stride in strides), 0 if starts is None else starts.data_ptr(), slot)
+    return (batch, heads, room, dim * item, *to, 0, *(stride * item for stride in row.stride()[:2]), 0)

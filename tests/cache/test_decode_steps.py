@@ -126,6 +126,17 @@ def both(model, policy, ids, kv_dtype=None, **options):
     return by_steps, apart, cache, other
 
 
+def run_both_ways(model, policy, run):
+    """What `run(cache)` gives by steps and the ordinary way, and both caches."""
+    results, caches = [], [PolicyCache(model, policy) for _ in range(2)]
+    with torch.no_grad():
+        results.append(run(caches[0]))
+        with pytest.MonkeyPatch.context() as context:
+            ordinary(context)
+            results.append(run(caches[1]))
+    return *results, *caches
+
+
 def same(cache, other):
     (tensors, report), (others, other_report) = facts(cache), facts(other)
     assert all(torch.equal(one, two) for one, two in zip(tensors, others, strict=True))
@@ -205,62 +216,74 @@ def masks(batch: int, padded: list[tuple[int, int]]) -> torch.Tensor:
     return mask
 
 
+def masked(model, ids, mask):
+    """A `run` that feeds a prompt and tokens with their padding mask: the logits of each token."""
+
+    def run(cache):
+        model(ids[:, :PROMPT], past_key_values=cache, attention_mask=mask[:, :PROMPT])
+        ends = range(PROMPT + 1, PROMPT + DECODED + 1)
+        return [
+            model(ids[:, end - 1 : end], past_key_values=cache, attention_mask=mask[:, :end]).logits for end in ends
+        ]
+
+    return run
+
+
 @pytest.mark.parametrize("name", ["full", "tokenselect", "quest", "snapkv", "snapkv, budgets by head"])
 def test_a_decoded_padding_token_leaves(steps, model, name):
     """A row ends, and gets padding from then on."""
     ids, mask = repeated(2), masks(2, [(1, column) for column in range(PROMPT + 10, PROMPT + DECODED)])
-    with torch.no_grad():
-        caches = [PolicyCache(model, POLICIES[name]) for _ in range(2)]
-        logits = []
-        for cache, patch in zip(caches, (None, ordinary), strict=True):
-            with pytest.MonkeyPatch.context() as context:
-                if patch is not None:
-                    patch(context)
-                model(ids[:, :PROMPT], past_key_values=cache, attention_mask=mask[:, :PROMPT])
-                logits.append(
-                    [
-                        model(ids[:, end - 1 : end], past_key_values=cache, attention_mask=mask[:, :end]).logits
-                        for end in range(PROMPT + 1, PROMPT + DECODED + 1)
-                    ]
-                )
-            if patch is None:
-                assert steps["taken"] > 15 and steps["left"] > 0
-    assert all(torch.equal(one[0], two[0]) for one, two in zip(*logits, strict=True))
-    assert all(torch.equal(one[1], two[1]) for one, two in zip(logits[0][:10], logits[1][:10], strict=True))
+    logits, apart, *caches = run_both_ways(model, POLICIES[name], masked(model, ids, mask))
+    assert steps["taken"] > 15 and steps["left"] > 0
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(logits, apart, strict=True))
+    assert all(torch.equal(one[1], two[1]) for one, two in zip(logits[:10], apart[:10], strict=True))
     same(*caches)
 
 
-@pytest.mark.parametrize("name", ["full", "tokenselect", "tokenselect, int8", "quest"])
-def test_verbs_between_steps(steps, model, name):
-    """Several tokens, taken back; rows exchanged; a copy; another turn."""
+@pytest.mark.parametrize("name", ["full", *EVICTING])
+def test_prompts_of_unequal_length(steps, model, name):
+    """Padded on the left: once no slot is empty, rows go on at positions of their own."""
+    ids, mask = repeated(2), masks(2, [(0, column) for column in range(9)])
+    logits, apart, *caches = run_both_ways(model, POLICIES[name], masked(model, ids, mask))
+    assert all(torch.equal(one, two) for one, two in zip(logits, apart, strict=True))
+    same(*caches)
+    assert (steps["taken"] > 2 * DECODED) == (name != "full")
 
-    def run(cache, ids):
+
+def verbs(model, ids, taken_back):
+    """A `run`: several tokens, the last of them and two more `taken_back` if so; rows exchanged; a copy; another turn; a row less."""
+
+    def run(cache):
+        model(ids[:, :PROMPT], past_key_values=cache)
         logits = [decoded(model, cache, ids[:, PROMPT : PROMPT + 5])[0]]
         logits.append(model(ids[:, PROMPT + 5 : PROMPT + 9], past_key_values=cache).logits)
-        cache.crop(-6)
-        logits.append(decoded(model, cache, ids[:, PROMPT + 3 : PROMPT + 8])[0])
+        at = PROMPT + 9
+        if taken_back:
+            cache.crop(-6)
+            at -= 6
+        logits.append(decoded(model, cache, ids[:, at : at + 5])[0])
         cache.reorder_cache(torch.tensor([1, 0]))
-        logits.append(decoded(model, cache, ids.flip(0)[:, PROMPT + 8 : PROMPT + 12])[0])
+        logits.append(decoded(model, cache, ids.flip(0)[:, at + 5 : at + 9])[0])
         copied = copy.deepcopy(cache)
-        logits.append(decoded(model, cache, ids[:, PROMPT + 12 : PROMPT + 16])[0])
-        logits.append(decoded(model, copied, ids[:, PROMPT + 12 : PROMPT + 16])[0])
+        logits.append(decoded(model, cache, ids[:, at + 9 : at + 13])[0])
+        logits.append(decoded(model, copied, ids[:, at + 9 : at + 13])[0])
         cache.batch_select_indices(torch.tensor([1]))
-        logits.append(decoded(model, cache, ids[1:, PROMPT + 16 : PROMPT + 20])[0])
+        logits.append(decoded(model, cache, ids[1:, at + 13 : at + 17])[0])
         return logits
 
-    ids = repeated(2)
-    with torch.no_grad():
-        cache, other = PolicyCache(model, POLICIES[name]), PolicyCache(model, POLICIES[name])
-        model(ids[:, :PROMPT], past_key_values=cache)
-        model(ids[:, :PROMPT], past_key_values=other)
-        logits = run(cache, ids)
-        assert steps["taken"] > 25
-        with pytest.MonkeyPatch.context() as context:
-            ordinary(context)
-            apart = run(other, ids)
+    return run
+
+
+@pytest.mark.parametrize("name", ["full", "tokenselect", "tokenselect, int8", "quest", *EVICTING])
+def test_verbs_between_steps(steps, model, name):
+    run = verbs(
+        model, repeated(2), taken_back=name not in EVICTING
+    )  # what evicts cannot take back without being told before
+    logits, apart, *caches = run_both_ways(model, POLICIES[name], run)
+    assert steps["taken"] > 25
     assert all(torch.equal(one, two) for one, two in zip(logits, apart, strict=True))
     assert torch.equal(logits[4], logits[5]), "a copy goes on as its original"
-    same(cache, other)
+    same(*caches)
 
 
 def test_what_asks_otherwise_leaves(steps, model):
@@ -329,58 +352,6 @@ def test_keys_that_reach_attention_as_others_leave(steps, model, monkeypatch):
             apart = decoded(model, other, ids[:, PROMPT : PROMPT + 6])[0][:, 3:]
     assert torch.equal(logits, apart)
     same(cache, other)
-
-
-@pytest.mark.parametrize("name", EVICTING)
-def test_verbs_between_steps_that_evict(steps, model, name):
-    """Several tokens; rows exchanged; a copy; another turn; a row less."""
-
-    def run(cache, ids):
-        logits = [decoded(model, cache, ids[:, PROMPT : PROMPT + 5])[0]]
-        logits.append(model(ids[:, PROMPT + 5 : PROMPT + 9], past_key_values=cache).logits)
-        logits.append(decoded(model, cache, ids[:, PROMPT + 9 : PROMPT + 12])[0])
-        cache.reorder_cache(torch.tensor([1, 0]))
-        logits.append(decoded(model, cache, ids.flip(0)[:, PROMPT + 12 : PROMPT + 16])[0])
-        copied = copy.deepcopy(cache)
-        logits.append(decoded(model, cache, ids[:, PROMPT + 16 : PROMPT + 20])[0])
-        logits.append(decoded(model, copied, ids[:, PROMPT + 16 : PROMPT + 20])[0])
-        cache.batch_select_indices(torch.tensor([1]))
-        logits.append(decoded(model, cache, ids[1:, PROMPT + 20 : PROMPT + 24])[0])
-        return logits
-
-    ids = repeated(2)
-    with torch.no_grad():
-        cache, other = PolicyCache(model, POLICIES[name]), PolicyCache(model, POLICIES[name])
-        model(ids[:, :PROMPT], past_key_values=cache)
-        model(ids[:, :PROMPT], past_key_values=other)
-        logits = run(cache, ids)
-        assert steps["taken"] > 25
-        with pytest.MonkeyPatch.context() as context:
-            ordinary(context)
-            apart = run(other, ids)
-    assert all(torch.equal(one, two) for one, two in zip(logits, apart, strict=True))
-    assert torch.equal(logits[4], logits[5]), "a copy goes on as its original"
-    same(cache, other)
-
-
-@pytest.mark.parametrize("name", ["full", *EVICTING])
-def test_prompts_of_unequal_length(steps, model, name):
-    """Padded on the left: once no slot is empty, rows go on at positions of their own."""
-    ids, mask = repeated(2), masks(2, [(0, column) for column in range(9)])
-    with torch.no_grad():
-        caches = [PolicyCache(model, POLICIES[name]) for _ in range(2)]
-        logits = []
-        for cache, patch in zip(caches, (None, ordinary), strict=True):
-            with pytest.MonkeyPatch.context() as context:
-                if patch is not None:
-                    patch(context)
-                model(ids[:, :PROMPT], past_key_values=cache, attention_mask=mask[:, :PROMPT])
-                for end in range(PROMPT + 1, PROMPT + DECODED + 1):
-                    call = model(ids[:, end - 1 : end], past_key_values=cache, attention_mask=mask[:, :end])
-                    logits.append(call.logits)
-    assert all(torch.equal(one, two) for one, two in zip(logits[:DECODED], logits[DECODED:], strict=True))
-    same(*caches)
-    assert (steps["taken"] > 2 * DECODED) == (name != "full")
 
 
 def test_tokens_that_may_be_taken_back_take_no_steps_where_they_evict(steps, model):
